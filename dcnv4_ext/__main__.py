@@ -1,0 +1,78 @@
+"""`python -m dcnv4_ext`: what is built, for which processors and architectures, and what is missing with its mend."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+
+import torch
+
+from . import __version__, native
+
+
+def _cpu_lines() -> tuple[list[str], bool]:
+    try:
+        library = native.cpu()
+    except (native.MissingLibrary, ValueError) as error:
+        return [f"CPU library    missing: {error}"], False
+    available = library.dcnv4_cpu_isas().decode().split()
+    chosen = library.dcnv4_cpu_selected().decode()
+    lines = [
+        f"CPU library    {native.library_file('cpu')}",
+        f"  kernels      {', '.join(available)} run on this {platform.machine()} processor; {chosen} is used",
+        f"  threads      {torch.get_num_threads()} (torch.set_num_threads changes it)",
+    ]
+    return lines, True
+
+
+def _cuda_lines() -> list[str]:
+    if native.library_file("cuda") is None:
+        nvcc = shutil.which("nvcc")
+        if nvcc is None:
+            mend = "install the CUDA toolkit so that nvcc is on PATH, then run"
+        else:
+            mend = f"nvcc is at {nvcc}; run"
+        return [f"CUDA library   not built: {mend} `{native.BUILD_COMMAND}`"]
+    try:
+        library = native.cuda()
+    except native.MissingLibrary as error:
+        return [f"CUDA library   broken: {error}"]
+    built = library.dcnv4_cuda_architectures().decode()
+    lines = [f"CUDA library   {native.library_file('cuda')}", f"  built for    {built}"]
+    if torch.version.cuda is None:
+        lines.append(f"  torch        {torch.__version__} has no CUDA: tensors stay on the CPU; install a CUDA build of torch")
+    elif not torch.cuda.is_available():
+        lines.append(f"  GPU          none visible to torch {torch.__version__} (CUDA {torch.version.cuda}); check nvidia-smi")
+    else:
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            name = torch.cuda.get_device_name(index)
+            lines.append(f"  GPU {index}        {name}, sm_{major}{minor}: {_fit(built, major, minor)}")
+    return lines
+
+
+def _fit(built: str, major: int, minor: int) -> str:
+    """Whether code of the architectures in `built` ("80-real 90-virtual") runs on a GPU of this capability."""
+    wanted = 10 * major + minor
+    entries = [entry.partition("-") for entry in built.split()]
+    binary = [int(number) for number, _, kind in entries if kind != "virtual" and number.isdigit()]
+    portable = [int(number) for number, _, kind in entries if kind != "real" and number.isdigit()]
+    if any(number // 10 == major and number <= wanted for number in binary):
+        return "runs this build's code"
+    if any(number <= wanted for number in portable):
+        return "runs this build's PTX, compiled by the driver at first use"
+    return (
+        f"no code for it; rebuild with `CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES={major}{minor} {native.BUILD_COMMAND}`"
+    )
+
+
+def main() -> int:
+    print(f"dcnv4_ext {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}")
+    cpu_lines, works = _cpu_lines()
+    print("\n".join(cpu_lines + _cuda_lines()))
+    return 0 if works else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

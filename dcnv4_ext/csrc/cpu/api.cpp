@@ -1,0 +1,107 @@
+// The CPU library's door: which instruction sets this processor runs, the choice among them, the last check of a problem.
+#include <limits>
+#include <string>
+
+#include "plan.h"
+
+#if defined(DCNV4_X86) && defined(_MSC_VER)
+#include <immintrin.h>
+#include <intrin.h>
+#endif
+
+namespace dcnv4 {
+extern const CpuKernels kAvx512Kernels, kAvx2Kernels, kPortableKernels;
+
+namespace {
+
+#if defined(DCNV4_X86) && defined(_MSC_VER)
+bool bit(int leaf, int word, int position) {
+  int words[4];
+  __cpuidex(words, leaf, 0);
+  return words[word] >> position & 1;
+}
+// The operating system must save the wide registers as well: bits 1, 2 of XCR0 for AVX, 5 to 7 for AVX-512.
+bool saves(unsigned long long mask) { return bit(1, 2, 27) && (_xgetbv(0) & mask) == mask; }
+bool has_avx2() { return saves(0x6) && bit(1, 2, 12) && bit(1, 2, 29) && bit(7, 1, 5); }
+bool has_avx512() { return has_avx2() && saves(0xe6) && bit(7, 1, 16) && bit(7, 1, 17) && bit(7, 1, 30) && bit(7, 1, 31); }
+#elif defined(DCNV4_X86)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+struct Choice {
+  const CpuKernels* available[3];
+  int count = 0;
+  std::string names;
+  std::atomic<const CpuKernels*> selected;
+  Choice() {
+#if defined(DCNV4_X86)
+    if (has_avx512()) available[count++] = &kAvx512Kernels;
+    if (has_avx2()) available[count++] = &kAvx2Kernels;
+#endif
+    available[count++] = &kPortableKernels;
+    for (int i = 0; i < count; ++i) names += (i ? " " : "") + std::string(available[i]->name);
+    selected = available[0];
+  }
+};
+Choice& choice() {
+  static Choice instance;
+  return instance;
+}
+
+// What Python checks too; here so that no caller of the C interface reaches a kernel with sizes that contradict each other.
+int32_t check(const dcnv4_problem& p) {
+  if (p.abi_version != DCNV4_ABI_VERSION) return DCNV4_BAD_PROBLEM;
+  if (p.N < 0 || p.H < 1 || p.W < 1 || p.G < 1 || p.D < 1 || p.Ho < 1 || p.Wo < 1) return DCNV4_BAD_PROBLEM;
+  if (p.kernel_h < 1 || p.kernel_w < 1 || p.stride_h < 1 || p.stride_w < 1 || p.pad_h < 0 || p.pad_w < 0 ||
+      p.dilation_h < 1 || p.dilation_w < 1 || taps_of(p) < 1 || p.threads < 1)
+    return DCNV4_BAD_PROBLEM;
+  if (p.P < 3 * p.G * int64_t(taps_of(p)) || p.value_stride < p.G * p.D || p.offset_mask_stride < p.P ||
+      p.output_stride < p.G * p.D)
+    return DCNV4_BAD_PROBLEM;
+  // Cells of one packed map are numbered in 32 bits.
+  if ((p.H + 4) * (p.W + 2) > std::numeric_limits<int32_t>::max()) return DCNV4_BAD_PROBLEM;
+  return DCNV4_OK;
+}
+
+}  // namespace
+}  // namespace dcnv4
+
+using namespace dcnv4;
+
+int32_t dcnv4_cpu_abi(void) { return DCNV4_ABI_VERSION; }
+
+const char* dcnv4_cpu_isas(void) { return choice().names.c_str(); }
+
+int32_t dcnv4_cpu_select(const char* isa) {
+  Choice& c = choice();
+  if (!isa || !*isa) {
+    c.selected = c.available[0];
+    return DCNV4_OK;
+  }
+  for (int i = 0; i < c.count; ++i)
+    if (!strcmp(c.available[i]->name, isa)) {
+      c.selected = c.available[i];
+      return DCNV4_OK;
+    }
+  return DCNV4_NO_KERNEL;
+}
+
+const char* dcnv4_cpu_selected(void) { return choice().selected.load()->name; }
+
+int32_t dcnv4_cpu_forward(const dcnv4_problem* problem, const void* value, const void* offset_mask, void* output) {
+  if (int32_t status = check(*problem)) return status;
+  return choice().selected.load()->forward(*problem, value, offset_mask, output);
+}
+
+int32_t dcnv4_cpu_backward(const dcnv4_problem* problem, const void* value, const void* offset_mask, const void* grad_output,
+                           void* grad_value, void* grad_offset_mask) {
+  if (int32_t status = check(*problem)) return status;
+  if ((grad_value && problem->grad_value_stride < problem->G * problem->D) ||
+      (grad_offset_mask && problem->grad_offset_mask_stride < problem->P))
+    return DCNV4_BAD_PROBLEM;
+  return choice().selected.load()->backward(*problem, value, offset_mask, grad_output, grad_value, grad_offset_mask);
+}

@@ -1,0 +1,621 @@
+// The CPU algorithm, once for every instruction set. A file of an instruction set defines its vectors in a namespace of its own
+// and then includes this one inside that namespace.
+//
+// A task owns a group of an image (or some rows of it). It packs the rows of the value map that its taps reach into a map of
+// the compute type with zero cells all round, so that no tap needs a bounds test and neighbouring cells lie in neighbouring
+// cache lines. Positions, corner weights and cell indices of all taps of a pixel are computed one tap a lane; then each tap is
+// four weighted loads a vector of channels. Backward adds into a second packed map that the task alone owns: no atomics, the
+// same sums in the same order every time.
+//
+// A vector type V has: width, Scalar, Mask; set1, zero, load, load_some, store, store_some, pairs, store_pairs, quads, fma,
+// floor, greater, less, and_mask, select, store_cells, sum4, operators + - *.
+
+namespace {
+
+template <class V>
+using ScalarOf = typename V::Scalar;
+
+// Corner weights and cells of the taps of one pixel, arrays of plan.padded_taps.
+template <class V>
+struct Taps {
+  using S = ScalarOf<V>;
+  S *w00, *w01, *w10, *w11;
+  int32_t* cell;
+};
+
+// What backward needs besides.
+template <class V>
+struct TapState {
+  using S = ScalarOf<V>;
+  S *lx, *ly, *weight, *inside;
+};
+
+// A weight row after softmax, in compute type.
+template <class S, class T>
+inline void softmax_row(const T* row, int64_t K, S* out) {
+  S largest = to_compute(row[0]), sum = 0;
+  for (int64_t k = 1; k < K; ++k) largest = std::max(largest, S(to_compute(row[k])));
+  for (int64_t k = 0; k < K; ++k) sum += out[k] = std::exp(S(to_compute(row[k])) - largest);
+  for (int64_t k = 0; k < K; ++k) out[k] /= sum;
+}
+
+// Positions of all taps of the pixel whose offset row is `row`. `weights` replaces the row's weights where softmax is on.
+// Returns whether a tap needs a row outside the window. `blank` is a cell that is zero with its right, lower and diagonal
+// neighbour; unused taps look there.
+template <class V, class T, bool kState>
+DCNV4_INLINE bool locate(const Plan<ScalarOf<V>>& plan, int64_t K, const T* row, const ScalarOf<V>* weights, ScalarOf<V> x_base,
+                         ScalarOf<V> y_base, Window window, int32_t blank, Taps<V> taps, TapState<V> state) {
+  using S = ScalarOf<V>;
+  const V one = V::set1(S(1)), minus_one = V::set1(S(-1)), scale = V::set1(plan.scale);
+  bool leaves = false;
+  for (int64_t k = 0; k < K; k += V::width) {
+    const int lanes = int(std::min<int64_t>(V::width, K - k));
+    V dx, dy;
+    V::pairs(row + 2 * k, lanes, dx, dy);
+    const V weight = weights ? V::load_some(weights + k, lanes) : V::load_some(row + 2 * K + k, lanes);
+    const V x = V::fma(V::load(plan.grid_x + k) + dx, scale, V::set1(x_base));
+    const V y = V::fma(V::load(plan.grid_y + k) + dy, scale, V::set1(y_base));
+    typename V::Mask used = V::and_mask(V::greater(x, minus_one), V::greater(y, minus_one));
+    used = V::and_mask(used, V::and_mask(V::less(x, V::set1(plan.width)), V::less(y, V::set1(plan.height))));
+    used = V::and_mask(used, V::first_lanes(lanes));
+    const V x0 = V::floor(x), y0 = V::floor(y);
+    const V lx = V::select(used, x - x0), ly = V::select(used, y - y0), m = V::select(used, weight);
+    const Corners<V> corners = corner_weights(lx, ly, m, one);
+    corners.w00.store(taps.w00 + k);
+    corners.w01.store(taps.w01 + k);
+    corners.w10.store(taps.w10 + k);
+    corners.w11.store(taps.w11 + k);
+    // Rows y0 and y0 + 1 are read: the window must hold both.
+    const typename V::Mask outside = V::or_mask(V::less(y0, V::set1(S(window.first))),
+                                                V::greater(y0, V::set1(S(window.last - 2))));
+    leaves |= V::any(V::and_mask(used, outside));
+    V::store_cells(taps.cell + k, used, y0, x0, int32_t(window.first), int32_t(plan.pitch), blank);
+    if (kState) {
+      lx.store(state.lx + k);
+      ly.store(state.ly + k);
+      m.store(state.weight + k);
+      V::select(used, one).store(state.inside + k);
+    }
+  }
+  return leaves;
+}
+
+// Pack rows of one group: row r of the map holds value row window.first + r. `value` points at pixel (0, 0) of the group.
+template <class V, class T>
+void pack(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* value, Window window, ScalarOf<V>* map) {
+  using S = ScalarOf<V>;
+  const int64_t width = plan.packed_width, row_size = plan.pitch * width;
+  for (int64_t h = window.first; h < window.last; ++h, map += row_size) {
+    if (h < 0 || h >= p.H) {
+      memset(map, 0, row_size * sizeof(S));
+      continue;
+    }
+    memset(map, 0, width * sizeof(S));
+    memset(map + row_size - width, 0, width * sizeof(S));
+    const T* source = value + h * p.W * p.value_stride;
+    S* cell = map + width;
+    for (int64_t w = 0; w < p.W; ++w, source += p.value_stride, cell += width) {
+      V::prefetch(source + 8 * p.value_stride);
+      int64_t c = 0;
+      for (; c + V::width <= p.D; c += V::width) V::load(source + c).store(cell + c);
+      if (c < p.D) V::load_some(source + c, int(p.D - c)).store(cell + c), c += V::width;
+      for (; c < width; c += V::width) V::zero().store(cell + c);
+    }
+  }
+}
+
+template <class V>
+DCNV4_INLINE void clear_blank(const Plan<ScalarOf<V>>& plan, ScalarOf<V>* blank) {
+  const int64_t width = plan.packed_width;
+  memset(blank, 0, 2 * width * sizeof(ScalarOf<V>));
+  memset(blank + plan.pitch * width, 0, 2 * width * sizeof(ScalarOf<V>));
+}
+
+// Elements of a packed map of `rows` rows with the blank cells behind it.
+template <class S>
+inline int64_t map_elements(const Plan<S>& plan, int64_t rows) {
+  const int64_t elements = (rows * plan.pitch + plan.pitch + 2) * plan.packed_width;
+  return (elements + 15) / 16 * 16;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- forward
+
+// One pixel straight from the value tensor, for taps that leave the packed window.
+template <class V, class T>
+DCNV4_NOINLINE void forward_direct(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* value, const T* row,
+                                   const ScalarOf<V>* weights, ScalarOf<V> x_base, ScalarOf<V> y_base, T* output) {
+  using S = ScalarOf<V>;
+  for (int64_t c = 0; c < p.D; c += V::width) {
+    const int lanes = int(std::min<int64_t>(V::width, p.D - c));
+    V sum = V::zero();
+    for (int64_t k = 0; k < plan.K; ++k) {
+      const S x = std::fma(plan.grid_x[k] + S(to_compute(row[2 * k])), plan.scale, x_base);
+      const S y = std::fma(plan.grid_y[k] + S(to_compute(row[2 * k + 1])), plan.scale, y_base);
+      if (!(x > -1 && y > -1 && x < plan.width && y < plan.height)) continue;
+      const S weight = weights ? weights[k] : S(to_compute(row[2 * plan.K + k]));
+      const S x_floor = std::floor(x), y_floor = std::floor(y);
+      const Corners<S> corners = corner_weights(x - x_floor, y - y_floor, weight, S(1));
+      const int64_t x0 = int64_t(x_floor), y0 = int64_t(y_floor);
+      const S corner[4] = {corners.w00, corners.w01, corners.w10, corners.w11};
+      for (int q = 0; q < 4; ++q) {
+        const int64_t cell_x = x0 + (q & 1), cell_y = y0 + (q >> 1);
+        if (cell_x < 0 || cell_y < 0 || cell_x >= p.W || cell_y >= p.H) continue;
+        const T* source = value + (cell_y * p.W + cell_x) * p.value_stride + c;
+        sum = V::fma(V::set1(corner[q]), V::load_some(source, lanes), sum);
+      }
+    }
+    sum.store_some(output + c, lanes);
+  }
+}
+
+// Four weighted loads a tap for `kVectors` vectors of channels. kTaps = 0: K at run time.
+template <class V, int kVectors, int kTaps>
+DCNV4_INLINE void gather(const ScalarOf<V>* map, int64_t width, int64_t row_size, int64_t K, const Taps<V>& taps, V* sum) {
+  V even[kVectors], odd[kVectors];
+  for (int v = 0; v < kVectors; ++v) even[v] = odd[v] = V::zero();
+  const auto tap = [&](int64_t k) DCNV4_LAMBDA_INLINE {
+    const ScalarOf<V>* top = map + int64_t(taps.cell[k]) * width;
+    const ScalarOf<V>* bottom = top + row_size;
+    const V w00 = V::set1(taps.w00[k]), w01 = V::set1(taps.w01[k]), w10 = V::set1(taps.w10[k]), w11 = V::set1(taps.w11[k]);
+    for (int v = 0; v < kVectors; ++v) even[v] = V::fma(w00, V::load(top + v * V::width), even[v]);
+    for (int v = 0; v < kVectors; ++v) odd[v] = V::fma(w01, V::load(top + width + v * V::width), odd[v]);
+    for (int v = 0; v < kVectors; ++v) even[v] = V::fma(w10, V::load(bottom + v * V::width), even[v]);
+    for (int v = 0; v < kVectors; ++v) odd[v] = V::fma(w11, V::load(bottom + width + v * V::width), odd[v]);
+  };
+  if (kTaps > 0) {
+    DCNV4_UNROLL
+    for (int k = 0; k < kTaps; ++k) tap(k);
+  } else {
+    for (int64_t k = 0; k < K; ++k) tap(k);
+  }
+  for (int v = 0; v < kVectors; ++v) sum[v] = even[v] + odd[v];
+}
+
+// One output row of one group. Pointers are at the group's channels of the image; `map` holds `window`.
+template <class V, class T, int kVectors, int kTaps>
+void forward_row(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* value, const T* offset_mask, T* output,
+                 const ScalarOf<V>* map, Window window, int32_t blank, int64_t ho, ScalarOf<V>* tap_scratch) {
+  using S = ScalarOf<V>;
+  constexpr int kBatch = 4;  // pixels located before any is gathered: the stores of the weights have settled by then
+  const int64_t K = kTaps > 0 ? kTaps : plan.K, padded = plan.padded_taps;
+  const int64_t width = plan.packed_width, row_size = plan.pitch * width;
+  const S y_base = S(base_y(p, ho));
+  Taps<V> taps[kBatch];
+  S* softened[kBatch];
+  bool leaves[kBatch];
+  for (int b = 0; b < kBatch; ++b) {
+    S* at = tap_scratch + b * 6 * padded;
+    taps[b] = {at, at + padded, at + 2 * padded, at + 3 * padded, reinterpret_cast<int32_t*>(at + 4 * padded)};
+    softened[b] = p.softmax ? at + 5 * padded : nullptr;
+  }
+  for (int64_t first = 0; first < p.Wo; first += kBatch) {
+    const int count = int(std::min<int64_t>(kBatch, p.Wo - first));
+    for (int b = 0; b < count; ++b) {
+      const T* row = offset_mask + (ho * p.Wo + first + b) * p.offset_mask_stride;
+      V::prefetch(row + 2 * kBatch * p.offset_mask_stride);
+      V::prefetch(reinterpret_cast<const char*>(row + 2 * kBatch * p.offset_mask_stride) + 64);
+      if (softened[b]) softmax_row(row + 2 * K, K, softened[b]);
+      leaves[b] = locate<V, T, false>(plan, K, row, softened[b], S(base_x(p, first + b)), y_base, window, blank, taps[b], {});
+    }
+    for (int b = 0; b < count; ++b) {
+      T* target = output + (ho * p.Wo + first + b) * p.output_stride;
+      if (!DCNV4_LIKELY(!leaves[b])) {
+        const T* row = offset_mask + (ho * p.Wo + first + b) * p.offset_mask_stride;
+        forward_direct<V, T>(p, plan, value, row, softened[b], S(base_x(p, first + b)), y_base, target);
+        continue;
+      }
+      for (int64_t c = 0; c < width; c += kVectors * V::width) {
+        V sum[kVectors];
+        gather<V, kVectors, kTaps>(map + c, width, row_size, K, taps[b], sum);
+        for (int v = 0; v < kVectors; ++v) {
+          const int64_t left = p.D - c - v * V::width;
+          if (DCNV4_LIKELY(left >= V::width)) {
+            sum[v].store(target + c + v * V::width);
+          } else if (left > 0) {
+            sum[v].store_some(target + c + v * V::width, int(left));
+          }
+        }
+      }
+    }
+  }
+}
+
+// Channels are taken kVectors vectors at a time, at most four so that sums, weights and addresses stay in registers.
+inline int vectors_at_once(int64_t vectors) {
+  const int64_t rounds = (vectors + 3) / 4;
+  return int((vectors + rounds - 1) / rounds);
+}
+
+template <class V>
+struct TapGrid {
+  using S = ScalarOf<V>;
+  // Two arrays of `padded` values in `storage`.
+  static Plan<S> plan(const dcnv4_problem& p, S* storage) {
+    const int64_t K = taps_of(p), padded = (K + V::width - 1) / V::width * V::width;
+    Plan<S> plan;
+    plan.K = K;
+    plan.padded_taps = padded;
+    plan.D = p.D;
+    const int64_t vectors = (p.D + V::width - 1) / V::width, at_once = vectors_at_once(vectors);
+    plan.packed_width = (vectors + at_once - 1) / at_once * at_once * V::width;
+    plan.pitch = p.W + 2;
+    plan.center_x = (p.dilation_w * (p.kernel_w - 1)) / 2;
+    plan.center_y = (p.dilation_h * (p.kernel_h - 1)) / 2;
+    plan.width = S(p.W);
+    plan.height = S(p.H);
+    plan.scale = S(p.offset_scale);
+    for (int64_t k = 0; k < padded; ++k) {
+      int grid_x = 0, grid_y = 0;
+      if (k < K) tap_grid(p, int(k), grid_x, grid_y);
+      storage[k] = S(grid_x);
+      storage[padded + k] = S(grid_y);
+    }
+    plan.grid_x = storage;
+    plan.grid_y = storage + padded;
+    return plan;
+  }
+  static int64_t elements(const dcnv4_problem& p) {
+    return 2 * ((taps_of(p) + V::width - 1) / V::width * V::width);
+  }
+};
+
+template <class V, class T>
+using ForwardRow = void (*)(const dcnv4_problem&, const Plan<ScalarOf<V>>&, const T*, const T*, T*, const ScalarOf<V>*, Window,
+                            int32_t, int64_t, ScalarOf<V>*);
+
+template <class V, class T, int kVectors>
+ForwardRow<V, T> forward_row_for_taps(int64_t K) {
+  return K == 9 ? forward_row<V, T, kVectors, 9> : K == 8 ? forward_row<V, T, kVectors, 8> : forward_row<V, T, kVectors, 0>;
+}
+
+template <class V, class T>
+ForwardRow<V, T> choose_forward_row(int64_t D, int64_t K) {
+  switch (vectors_at_once((D + V::width - 1) / V::width)) {
+    case 1:
+      return forward_row_for_taps<V, T, 1>(K);
+    case 2:
+      return forward_row_for_taps<V, T, 2>(K);
+    case 3:
+      return forward_row_for_taps<V, T, 3>(K);
+    default:
+      return forward_row_for_taps<V, T, 4>(K);
+  }
+}
+
+// Value rows that the taps of output rows [first, last) reach with offsets of up to `halo` rows.
+template <class S>
+Window window_of(const dcnv4_problem& p, const Plan<S>& plan, int64_t first, int64_t last, int64_t halo) {
+  const double reach = std::abs(p.offset_scale) * double(plan.center_y + p.dilation_h);
+  const double top = double(base_y(p, first)) - reach - double(halo), bottom = double(base_y(p, last - 1)) + reach + double(halo);
+  const int64_t from = int64_t(std::floor(std::max(-1.0, std::min(top, double(p.H - 1)))));
+  const int64_t to = int64_t(std::min(double(p.H), std::max(bottom, 0.0)));
+  return {from, std::max(to + 1, from + 2)};
+}
+
+template <class V, class T>
+int32_t forward(const dcnv4_problem& p, const void* value_, const void* offset_mask_, void* output_) {
+  using S = ScalarOf<V>;
+  const T *value = static_cast<const T*>(value_), *offset_mask = static_cast<const T*>(offset_mask_);
+  T* output = static_cast<T*>(output_);
+  static thread_local Scratch grid_scratch;
+  S* grid = static_cast<S*>(grid_scratch.get(TapGrid<V>::elements(p) * sizeof(S)));
+  if (!grid) return DCNV4_OUT_OF_MEMORY;
+  const Plan<S> plan = TapGrid<V>::plan(p, grid);
+  const int64_t row_size = plan.pitch * plan.packed_width;
+  const auto row_kernel = choose_forward_row<V, T>(p.D, plan.K);
+
+  // Groups packed together share the cache lines of the value and offset rows; together they stay within half of the L2 cache.
+  constexpr int64_t kBudget = int64_t(512) << 10;  // bytes of packed maps a task works on
+  constexpr int64_t kHalo = 4;                     // rows of offset that stay inside a window
+  int64_t together = std::min<int64_t>(4, p.G);
+  while (together > 1 && (p.N * ((p.G + together - 1) / together) < 2 * int64_t(p.threads) ||
+                          together * (p.H + 2) * row_size * int64_t(sizeof(S)) > kBudget))
+    --together;
+  const int64_t blocks = (p.G + together - 1) / together;
+  // Output rows a task: all where they fit the budget, else as many as leave most of the window no halo.
+  const int64_t rows_in_budget = std::max<int64_t>(1, kBudget / (together * row_size * int64_t(sizeof(S))));
+  const int64_t span = 2 * int64_t(std::ceil(std::min(std::abs(p.offset_scale) * double(plan.center_y + p.dilation_h), 1e6)));
+  int64_t tile = p.Ho;
+  if (p.H + 2 > rows_in_budget) tile = std::max<int64_t>(8, (rows_in_budget - 2 * kHalo - span) / p.stride_h);
+  const int64_t wanted = std::max<int64_t>(1, 2 * int64_t(p.threads) / (p.N * blocks));  // tiles to keep the threads busy
+  tile = std::max<int64_t>(1, std::min(tile, (p.Ho + wanted - 1) / wanted));
+  const int64_t tiles = (p.Ho + tile - 1) / tile;
+  tile = (p.Ho + tiles - 1) / tiles;
+
+  const Window whole = {-1, p.H + 1};
+  int64_t most_rows = 0;
+  for (int64_t t = 0; t * tile < p.Ho; ++t) {
+    const Window window = tiles > 1 ? window_of(p, plan, t * tile, std::min(p.Ho, (t + 1) * tile), kHalo) : whole;
+    most_rows = std::max(most_rows, window.last - window.first);
+  }
+  const int64_t map_size = map_elements(plan, most_rows);
+  const int64_t tap_size = 4 * 6 * plan.padded_taps;
+  std::atomic<int32_t> status{DCNV4_OK};
+  const int64_t tasks = p.N * tiles * blocks;
+  const bool parallel = tasks > 1 && p.threads > 1 && p.N * p.Ho * p.Wo * p.G * p.D >= 1 << 13;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads) if (parallel)
+  for (int64_t task = 0; task < tasks; ++task) {
+    static thread_local Scratch scratch;
+    S* maps = static_cast<S*>(scratch.get((together * map_size + tap_size) * sizeof(S)));
+    if (!maps) {
+      status = DCNV4_OUT_OF_MEMORY;
+      continue;
+    }
+    S* tap_scratch = maps + together * map_size;
+    const int64_t block = task % blocks, t = task / blocks % tiles, n = task / (blocks * tiles);
+    const int64_t first_group = block * together, groups = std::min(together, p.G - first_group);
+    const int64_t first = t * tile, last = std::min(p.Ho, first + tile);
+    if (first >= last) continue;
+    const Window window = tiles > 1 ? window_of(p, plan, first, last, kHalo) : whole;
+    const int64_t rows = window.last - window.first;
+    const int32_t blank = int32_t(rows * plan.pitch);
+    const T* image = value + n * p.H * p.W * p.value_stride;
+    const T* offsets = offset_mask + n * p.Ho * p.Wo * p.offset_mask_stride;
+    T* target = output + n * p.Ho * p.Wo * p.output_stride;
+    for (int64_t g = 0; g < groups; ++g) {
+      pack<V, T>(p, plan, image + (first_group + g) * p.D, window, maps + g * map_size);
+      clear_blank<V>(plan, maps + g * map_size + int64_t(blank) * plan.packed_width);
+    }
+    for (int64_t ho = first; ho < last; ++ho)
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t group = first_group + g;
+        row_kernel(p, plan, image + group * p.D, offsets + group * 3 * plan.K, target + group * p.D, maps + g * map_size,
+                   window, blank, ho, tap_scratch);
+      }
+    scratch.trim(kKeptScratch);
+  }
+  return status;
+}
+
+// --------------------------------------------------------------------------------------------------------------- backward
+
+// Dot products of grad_output with the four corners of every tap, and the scattered products, for kVectors vectors of channels.
+template <class V, int kVectors, int kTaps>
+DCNV4_INLINE void scatter(const ScalarOf<V>* map, ScalarOf<V>* grad_map, int64_t width, int64_t row_size, int64_t K,
+                          const Taps<V>& taps, const V* grad, ScalarOf<V>* sums, bool add) {
+  using S = ScalarOf<V>;
+  const auto tap = [&](int64_t k) DCNV4_LAMBDA_INLINE {
+    const int64_t at = int64_t(taps.cell[k]) * width;
+    const S* source[4] = {map + at, map + at + width, map + at + row_size, map + at + row_size + width};
+    S* target[4] = {grad_map + at, grad_map + at + width, grad_map + at + row_size, grad_map + at + row_size + width};
+    const V weight[4] = {V::set1(taps.w00[k]), V::set1(taps.w01[k]), V::set1(taps.w10[k]), V::set1(taps.w11[k])};
+    V dot[4];
+    for (int q = 0; q < 4; ++q) {
+      dot[q] = grad[0] * V::load(source[q]);
+      for (int v = 1; v < kVectors; ++v) dot[q] = V::fma(grad[v], V::load(source[q] + v * V::width), dot[q]);
+    }
+    for (int q = 0; q < 4; ++q)
+      for (int v = 0; v < kVectors; ++v) {
+        S* cell = target[q] + v * V::width;
+        V::fma(weight[q], grad[v], V::load(cell)).store(cell);
+      }
+    V::sum4(dot[0], dot[1], dot[2], dot[3], sums + 4 * k, add);
+  };
+  if (kTaps > 0) {
+    DCNV4_UNROLL
+    for (int k = 0; k < kTaps; ++k) tap(k);
+  } else {
+    for (int64_t k = 0; k < K; ++k) tap(k);
+  }
+}
+
+// Gradients of the offsets and weights of one pixel from the dot products.
+template <class V, class T>
+DCNV4_INLINE void finish_taps(const Plan<ScalarOf<V>>& plan, int64_t K, const ScalarOf<V>* sums, const TapState<V>& state,
+                              const ScalarOf<V>* softened, ScalarOf<V>* weight_gradients, T* target) {
+  using S = ScalarOf<V>;
+  const V scale = V::set1(plan.scale), half = V::set1(S(0.5));
+  for (int64_t k = 0; k < K; k += V::width) {
+    const int lanes = int(std::min<int64_t>(V::width, K - k));
+    Corners<V> s;
+    V::quads(sums + 4 * k, s.w00, s.w01, s.w10, s.w11);
+    const typename V::Mask used = V::greater(V::load(state.inside + k), half);
+    const TapGradient<V> gradient =
+        tap_gradient(s, V::load(state.lx + k), V::load(state.ly + k), V::load(state.weight + k), scale);
+    V::store_pairs(target + 2 * k, lanes, V::select(used, gradient.x), V::select(used, gradient.y));
+    const V weight = V::select(used, gradient.weight);
+    if (softened) {
+      weight.store(weight_gradients + k);
+    } else {
+      weight.store_some(target + 2 * K + k, lanes);
+    }
+  }
+  if (!softened) return;
+  S mean = 0;
+  for (int64_t k = 0; k < K; ++k) mean += softened[k] * weight_gradients[k];
+  for (int64_t k = 0; k < K; ++k) target[2 * K + k] = from_compute<T>(softened[k] * (weight_gradients[k] - mean));
+}
+
+// One output row of one group; `map` and `grad_map` hold the whole image.
+template <class V, class T, int kVectors, int kTaps>
+void backward_row(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* offset_mask, const T* grad_output,
+                  T* grad_offset_mask, const ScalarOf<V>* map, ScalarOf<V>* grad_map, Window window, int32_t blank, int64_t ho,
+                  ScalarOf<V>* tap_scratch) {
+  using S = ScalarOf<V>;
+  const int64_t K = kTaps > 0 ? kTaps : plan.K, padded = plan.padded_taps;
+  const int64_t width = plan.packed_width, row_size = plan.pitch * width;
+  S* at = tap_scratch;
+  const Taps<V> taps = {at, at + padded, at + 2 * padded, at + 3 * padded, reinterpret_cast<int32_t*>(at + 4 * padded)};
+  const TapState<V> state = {at + 5 * padded, at + 6 * padded, at + 7 * padded, at + 8 * padded};
+  S *softened = p.softmax ? at + 9 * padded : nullptr, *weight_gradients = at + 10 * padded, *sums = at + 11 * padded;
+  const S y_base = S(base_y(p, ho));
+  for (int64_t wo = 0; wo < p.Wo; ++wo) {
+    const int64_t pixel = ho * p.Wo + wo;
+    const T* row = offset_mask + pixel * p.offset_mask_stride;
+    V::prefetch(row + 4 * p.offset_mask_stride);
+    V::prefetch(reinterpret_cast<const char*>(row + 4 * p.offset_mask_stride) + 64);
+    if (softened) softmax_row(row + 2 * K, K, softened);
+    locate<V, T, true>(plan, K, row, softened, S(base_x(p, wo)), y_base, window, blank, taps, state);
+    const T* gradient = grad_output + pixel * p.output_stride;
+    for (int64_t c = 0; c < width; c += kVectors * V::width) {
+      V grad[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t left = p.D - c - v * V::width;
+        grad[v] = DCNV4_LIKELY(left >= V::width) ? V::load(gradient + c + v * V::width)
+                  : left > 0                     ? V::load_some(gradient + c + v * V::width, int(left))
+                                                 : V::zero();
+      }
+      scatter<V, kVectors, kTaps>(map + c, grad_map + c, width, row_size, K, taps, grad, sums, c > 0);
+    }
+    if (grad_offset_mask)
+      finish_taps<V, T>(plan, K, sums, state, softened, weight_gradients, grad_offset_mask + pixel * p.grad_offset_mask_stride);
+  }
+}
+
+template <class V, class T>
+using BackwardRow = void (*)(const dcnv4_problem&, const Plan<ScalarOf<V>>&, const T*, const T*, T*, const ScalarOf<V>*,
+                             ScalarOf<V>*, Window, int32_t, int64_t, ScalarOf<V>*);
+
+template <class V, class T, int kVectors>
+BackwardRow<V, T> backward_row_for_taps(int64_t K) {
+  return K == 9   ? backward_row<V, T, kVectors, 9>
+         : K == 8 ? backward_row<V, T, kVectors, 8>
+                  : backward_row<V, T, kVectors, 0>;
+}
+
+template <class V, class T>
+BackwardRow<V, T> choose_backward_row(int64_t D, int64_t K) {
+  switch (vectors_at_once((D + V::width - 1) / V::width)) {
+    case 1:
+      return backward_row_for_taps<V, T, 1>(K);
+    case 2:
+      return backward_row_for_taps<V, T, 2>(K);
+    case 3:
+      return backward_row_for_taps<V, T, 3>(K);
+    default:
+      return backward_row_for_taps<V, T, 4>(K);
+  }
+}
+
+// Sum `slabs` packed gradient maps in their order and store rows [first, last) of the group in the final type.
+template <class V, class T>
+void unpack(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const ScalarOf<V>* grad_maps, int64_t map_size, int64_t slabs,
+            int64_t first, int64_t last, T* grad_value) {
+  for (int64_t h = first; h < last; ++h)
+    for (int64_t w = 0; w < p.W; ++w) {
+      const ScalarOf<V>* cell = grad_maps + ((h + 1) * plan.pitch + w + 1) * plan.packed_width;
+      T* target = grad_value + (h * p.W + w) * p.grad_value_stride;
+      for (int64_t c = 0; c < p.D; c += V::width) {
+        V sum = V::load(cell + c);
+        for (int64_t s = 1; s < slabs; ++s) sum = sum + V::load(cell + s * map_size + c);
+        if (c + V::width <= p.D) {
+          sum.store(target + c);
+        } else {
+          sum.store_some(target + c, int(p.D - c));
+        }
+      }
+    }
+}
+
+template <class V, class T>
+int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_mask_, const void* grad_output_,
+                 void* grad_value_, void* grad_offset_mask_) {
+  using S = ScalarOf<V>;
+  const T *value = static_cast<const T*>(value_), *offset_mask = static_cast<const T*>(offset_mask_);
+  const T* grad_output = static_cast<const T*>(grad_output_);
+  T *grad_value = static_cast<T*>(grad_value_), *grad_offset_mask = static_cast<T*>(grad_offset_mask_);
+  static thread_local Scratch grid_scratch, slab_scratch;
+  S* grid = static_cast<S*>(grid_scratch.get(TapGrid<V>::elements(p) * sizeof(S)));
+  if (!grid) return DCNV4_OUT_OF_MEMORY;
+  const Plan<S> plan = TapGrid<V>::plan(p, grid);
+  const auto row_kernel = choose_backward_row<V, T>(p.D, plan.K);
+  const Window whole = {-1, p.H + 1};
+  const int32_t blank = int32_t((p.H + 2) * plan.pitch);
+  const int64_t map_size = map_elements(plan, p.H + 2);
+  const int64_t tap_size = (11 + 4) * plan.padded_taps;
+
+  // Where there are fewer groups than threads, the output rows are split into slabs, each with gradient maps of its own that
+  // are summed in order afterwards. Their memory stays within four times the value tensor's.
+  const int64_t owners = p.N * p.G;
+  int64_t slabs = 1;
+  if (owners < 2 * int64_t(p.threads) && p.threads > 1)
+    slabs = std::max<int64_t>(1, std::min<int64_t>({(2 * int64_t(p.threads) + owners - 1) / owners, p.Ho / 4, 4}));
+  S* slab_maps = nullptr;
+  if (slabs > 1) {
+    slab_maps = static_cast<S*>(slab_scratch.get(owners * slabs * map_size * sizeof(S)));
+    if (!slab_maps) slabs = 1;
+  }
+  const int64_t rows_a_slab = (p.Ho + slabs - 1) / slabs;
+  const int64_t tasks = owners * slabs;
+  const bool parallel = tasks > 1 && p.threads > 1 && p.N * p.Ho * p.Wo * p.G * p.D >= 1 << 12;
+  std::atomic<int32_t> status{DCNV4_OK};
+#pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads) if (parallel)
+  for (int64_t task = 0; task < tasks; ++task) {
+    static thread_local Scratch scratch;
+    S* map = static_cast<S*>(scratch.get((2 * map_size + tap_size) * sizeof(S)));
+    if (!map) {
+      status = DCNV4_OUT_OF_MEMORY;
+      continue;
+    }
+    const int64_t slab = task % slabs, g = task / slabs % p.G, n = task / (slabs * p.G);
+    S* grad_map = slabs > 1 ? slab_maps + task * map_size : map + map_size;
+    S* tap_scratch = map + 2 * map_size;
+    // Lanes past K are never written by sum4; they must not hold signalling rubbish.
+    memset(tap_scratch, 0, tap_size * sizeof(S));
+    pack<V, T>(p, plan, value + n * p.H * p.W * p.value_stride + g * p.D, whole, map);
+    clear_blank<V>(plan, map + int64_t(blank) * plan.packed_width);
+    memset(grad_map, 0, map_size * sizeof(S));
+    const T* offsets = offset_mask + n * p.Ho * p.Wo * p.offset_mask_stride + g * 3 * plan.K;
+    const T* gradient = grad_output + n * p.Ho * p.Wo * p.output_stride + g * p.D;
+    T* target = grad_offset_mask ? grad_offset_mask + n * p.Ho * p.Wo * p.grad_offset_mask_stride : nullptr;
+    const int64_t first = slab * rows_a_slab, last = std::min(p.Ho, first + rows_a_slab);
+    for (int64_t ho = first; ho < last; ++ho)
+      row_kernel(p, plan, offsets, gradient, target ? target + g * 3 * plan.K : nullptr, map, grad_map, whole, blank, ho,
+                 tap_scratch);
+    const int64_t used = 3 * p.G * plan.K;
+    if (target && g == p.G - 1 && p.P > used)
+      for (int64_t pixel = first * p.Wo; pixel < last * p.Wo; ++pixel)
+        memset(target + pixel * p.grad_offset_mask_stride + used, 0, (p.P - used) * sizeof(T));
+    if (grad_value && slabs == 1)
+      unpack<V, T>(p, plan, grad_map, map_size, 1, 0, p.H, grad_value + n * p.H * p.W * p.grad_value_stride + g * p.D);
+    scratch.trim(kKeptScratch);
+  }
+  if (grad_value && slabs > 1 && status == DCNV4_OK) {
+#pragma omp parallel for schedule(static) num_threads(p.threads) if (parallel)
+    for (int64_t task = 0; task < owners * slabs; ++task) {
+      const int64_t slab = task % slabs, owner = task / slabs, n = owner / p.G, g = owner % p.G;
+      const int64_t rows = (p.H + slabs - 1) / slabs;
+      unpack<V, T>(p, plan, slab_maps + owner * slabs * map_size, map_size, slabs, slab * rows,
+                   std::min(p.H, (slab + 1) * rows), grad_value + n * p.H * p.W * p.grad_value_stride + g * p.D);
+    }
+  }
+  slab_scratch.trim(kKeptScratch);
+  return status;
+}
+
+// -------------------------------------------------------------------------------------------------------------- by dtype
+
+template <class F32, class F64>
+int32_t forward_any(const dcnv4_problem& p, const void* value, const void* offset_mask, void* output) {
+  switch (p.dtype) {
+    case DCNV4_FLOAT32:
+      return forward<F32, float>(p, value, offset_mask, output);
+    case DCNV4_FLOAT64:
+      return forward<F64, double>(p, value, offset_mask, output);
+    case DCNV4_BFLOAT16:
+      return forward<F32, bf16>(p, value, offset_mask, output);
+    case DCNV4_FLOAT16:
+      return forward<F32, f16>(p, value, offset_mask, output);
+    default:
+      return DCNV4_NO_KERNEL;
+  }
+}
+
+template <class F32, class F64>
+int32_t backward_any(const dcnv4_problem& p, const void* value, const void* offset_mask, const void* grad_output,
+                     void* grad_value, void* grad_offset_mask) {
+  switch (p.dtype) {
+    case DCNV4_FLOAT32:
+      return backward<F32, float>(p, value, offset_mask, grad_output, grad_value, grad_offset_mask);
+    case DCNV4_FLOAT64:
+      return backward<F64, double>(p, value, offset_mask, grad_output, grad_value, grad_offset_mask);
+    case DCNV4_BFLOAT16:
+      return backward<F32, bf16>(p, value, offset_mask, grad_output, grad_value, grad_offset_mask);
+    case DCNV4_FLOAT16:
+      return backward<F32, f16>(p, value, offset_mask, grad_output, grad_value, grad_offset_mask);
+    default:
+      return DCNV4_NO_KERNEL;
+  }
+}
+
+}  // namespace

@@ -1,0 +1,155 @@
+// The host side of a launch: the device, the one helper every kernel goes through, how problems are cut into blocks.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <initializer_list>
+
+#include "taps.h"
+
+namespace dcnv4 {
+
+inline int32_t status_of(cudaError_t error) {
+  return error == cudaSuccess ? int32_t(DCNV4_OK) : int32_t(DCNV4_CUDA_ERROR) + int32_t(error);
+}
+
+// Makes `device` current for the life of the guard.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    error_ = cudaGetDevice(&before_);
+    if (error_ == cudaSuccess && before_ != device) {
+      error_ = cudaSetDevice(device);
+      moved_ = error_ == cudaSuccess;
+    }
+  }
+  ~DeviceGuard() {
+    if (moved_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  cudaError_t error() const { return error_; }
+
+ private:
+  cudaError_t error_;
+  int before_ = 0;
+  bool moved_ = false;
+};
+
+constexpr int kWarp = 32;
+// What a block gets without asking for more (cudaFuncSetAttribute would be state kept between calls).
+constexpr int64_t kSharedBytes = 48 * 1024;
+
+template <class... Parameters, class... Arguments>
+int32_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared, cudaStream_t stream,
+               Arguments... arguments) {
+  if (blocks == 0) return DCNV4_OK;
+  if (blocks > INT32_MAX) return DCNV4_BAD_PROBLEM;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = size_t(shared);
+  config.stream = stream;
+  return status_of(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+// Bits of dcnv4_problem.reserved that force a kernel which the shape would not choose: for tests and benchmarks.
+enum Force : int32_t {
+  kForceScalar = 1,      // one element an access, as for misaligned tensors
+  kForceGeneral = 2,     // the loop over any number of taps, also for 8 and 9
+  kForceDirect = 4,      // backward: every corner's gradient straight to global memory
+  kForceTiled = 8,       // backward: merged in shared memory first, where it can be
+  kForceOneVector = 16,  // one vector a thread
+};
+inline bool forced(const dcnv4_problem& p, Force bit) { return (p.reserved & bit) != 0; }
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+inline Divisor divisor_of(int64_t divisor) {
+  uint32_t shift = 0;
+  while ((int64_t(1) << shift) < divisor) ++shift;
+  return {uint32_t(divisor), uint32_t(divide_up(int64_t(1) << (31 + shift), divisor)), shift};
+}
+
+inline int64_t element_bytes(int32_t dtype) {
+  return dtype == DCNV4_FLOAT64 ? 8 : dtype == DCNV4_FLOAT32 ? 4 : 2;
+}
+
+// Whether rows of `stride` elements from `pointer` on can be read and written `bytes` at a time.
+inline bool aligned(const void* pointer, int64_t stride, int64_t element, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % uint64_t(bytes) == 0 && stride * element % bytes == 0;
+}
+
+// Sizes no kernel may be given. Python checks the arguments and says which is wrong; this is the last line.
+inline int32_t check_problem(const dcnv4_problem& p) {
+  constexpr int64_t limit = INT32_MAX;
+  if (p.abi_version != DCNV4_ABI_VERSION || p.dtype < DCNV4_FLOAT32 || p.dtype > DCNV4_FLOAT16) return DCNV4_BAD_PROBLEM;
+  for (int64_t size : {p.H, p.W, p.G, p.D, p.Ho, p.Wo, p.P})
+    if (size < 1 || size > limit) return DCNV4_BAD_PROBLEM;
+  for (int64_t size : {p.kernel_h, p.kernel_w, p.stride_h, p.stride_w, p.dilation_h, p.dilation_w})
+    if (size < 1) return DCNV4_BAD_PROBLEM;
+  const int64_t channels = p.G * p.D, points = int64_t(p.kernel_h) * p.kernel_w, taps = points - (p.remove_center ? 1 : 0);
+  if (p.N < 0 || p.N > limit || p.pad_h < 0 || p.pad_w < 0 || taps < 1 || points > limit / 4) return DCNV4_BAD_PROBLEM;
+  if (p.G > p.P / (3 * taps) || p.value_stride < channels || p.output_stride < channels || p.offset_mask_stride < p.P)
+    return DCNV4_BAD_PROBLEM;
+  // Pixels of one map and positions are 32-bit numbers, row strides 32-bit byte counts.
+  if (p.H > limit / p.W || p.Ho > limit / p.Wo) return DCNV4_BAD_PROBLEM;
+  for (int64_t stride : {p.value_stride, p.offset_mask_stride, p.output_stride, p.grad_value_stride, p.grad_offset_mask_stride})
+    if (stride > limit / 8) return DCNV4_BAD_PROBLEM;
+  const int64_t reach_w = int64_t(p.dilation_w) * (p.kernel_w - 1), reach_h = int64_t(p.dilation_h) * (p.kernel_h - 1);
+  if (reach_w > limit || reach_h > limit) return DCNV4_BAD_PROBLEM;
+  if (p.Wo > (limit - reach_w) / p.stride_w || p.Ho > (limit - reach_h) / p.stride_h) return DCNV4_BAD_PROBLEM;
+  return DCNV4_OK;
+}
+
+// Units of an item are shared by as few passes of at most a warp's worth of threads as will do, evenly.
+inline int lanes_for(int64_t units) { return int(divide_up(units, divide_up(units, kWarp))); }
+
+// Cuts the output map into tiles of at most `items` items: few blocks, and among those little halo (the cells around a tile
+// that its taps may read too, taken as 2 on each side).
+inline Tiling plan_tiling(const dcnv4_problem& p, int64_t units, int lanes, int64_t items) {
+  Tiling best{};
+  double best_cost = 0;
+  const int64_t widths[] = {1, 2, 4, 8, 16, p.Wo, divide_up(p.Wo, 2), divide_up(p.Wo, 3)};
+  for (int64_t width : widths) {
+    width = std::min(width, p.Wo);
+    if (width > items) continue;
+    int64_t height = std::min(p.Ho, items / width);
+    height = divide_up(p.Ho, divide_up(p.Ho, height));
+    int64_t groups = std::min(p.G, items / (width * height));
+    groups = divide_up(p.G, divide_up(p.G, groups));
+    const double blocks = double(divide_up(p.Wo, width)) * double(divide_up(p.Ho, height)) * double(divide_up(p.G, groups));
+    const double cost = blocks * (4.0 * double(items) + double((width + 4) * (height + 4) * groups));
+    if (best.items != 0 && cost >= best_cost) continue;
+    best_cost = cost;
+    best.width = int32_t(width);
+    best.height = int32_t(height);
+    best.groups = int32_t(groups);
+    best.items = int32_t(width * height * groups);
+  }
+  best.lanes = lanes;
+  best.units = int32_t(units);
+  best.by_width = divisor_of(best.width);
+  best.by_groups = divisor_of(best.groups);
+  best.by_lanes = divisor_of(lanes);
+  best.by_kernel_h = divisor_of(p.kernel_h);
+  best.blocks_x = divisor_of(divide_up(p.Wo, best.width));
+  best.blocks_y = divisor_of(divide_up(p.Ho, best.height));
+  best.blocks_g = divisor_of(divide_up(p.G, best.groups));
+  return best;
+}
+
+inline int64_t blocks_of(const dcnv4_problem& p, const Tiling& t) {
+  return p.N * t.blocks_x.divisor * t.blocks_y.divisor * t.blocks_g.divisor;
+}
+
+inline int threads_of(const Tiling& t) { return int(round_up(int64_t(t.items) * t.lanes, kWarp)); }
+
+inline int multiprocessors(int device) {
+  int count = 0;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 1;
+}
+
+}  // namespace dcnv4

@@ -1,0 +1,64 @@
+"""The shape arithmetic of a deformable kernel: taps, output size, and the checks on both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+Pair = int | tuple[int, int]
+
+
+def pair(name: str, value: Pair, least: int) -> tuple[int, int]:
+    """`value` as (height, width); both at least `least`."""
+    both = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(both) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in both):
+        raise TypeError(f"{name} must be an int or an (h, w) pair of ints, got {value!r}")
+    if min(both) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return both
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Kernel, stride, padding and dilation as (h, w) pairs, and what follows from them."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    remove_center: bool
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def of(kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, remove_center: bool) -> Geometry:
+        """Check and normalise; every argument but `remove_center` is an int or an (h, w) pair."""
+        geometry = Geometry(
+            pair("kernel_size", kernel_size, 1),
+            pair("stride", stride, 1),
+            pair("padding", padding, 0),
+            pair("dilation", dilation, 1),
+            bool(remove_center),
+        )
+        if remove_center:
+            if geometry.kernel_size[0] % 2 == 0 or geometry.kernel_size[1] % 2 == 0:
+                raise ValueError(
+                    f"remove_center needs an odd kernel height and width, got {geometry.kernel_size}; "
+                    "an even kernel has no centre tap"
+                )
+            if geometry.taps == 0:
+                raise ValueError("remove_center leaves a 1x1 kernel without taps; use a larger kernel_size")
+        return geometry
+
+    @property
+    def taps(self) -> int:
+        """K, the number of taps of a group."""
+        return self.kernel_size[0] * self.kernel_size[1] - int(self.remove_center)
+
+    def output_size(self, h: int, w: int) -> tuple[int, int]:
+        """(Ho, Wo) of an (h, w) map, as a convolution of the same geometry has it."""
+        return tuple(
+            (size + 2 * pad - (dilation * (kernel - 1) + 1)) // stride + 1
+            for size, pad, dilation, kernel, stride in zip(
+                (h, w), self.padding, self.dilation, self.kernel_size, self.stride, strict=True
+            )
+        )

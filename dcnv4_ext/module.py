@@ -1,0 +1,242 @@
+"""The modules: DCNv4 with the official parameter names, and a drop-in for `torch.nn.Conv2d`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .functional import dcnv4
+from .geometry import Geometry, Pair, pair
+
+MaskInit = Literal["zero", "uniform", "center"]
+
+
+def default_groups(channels: int) -> int:
+    """Groups of 32 channels, or of the widest width below 32 that divides `channels`."""
+    width = next(width for width in range(min(32, channels), 0, -1) if channels % width == 0)
+    return channels // width
+
+
+class DCNv4(nn.Module):
+    """Deformable convolution of the fourth version (Xiong et al., 2024, arXiv:2401.06197), channels last.
+
+    value = value_proj(x); offset_mask = offset_mask(offset_mask_dw(x)); output = output_proj(dcnv4(value, offset_mask)).
+    Parameter names and layouts are those of the official module, so that its state dicts load.
+
+    Args:
+        channels: C of the input and of the value map.
+        kernel_size, stride, padding, dilation: int or (h, w).
+        groups: G, channels that share offsets; None takes 32 channels a group where that divides C.
+        offset_scale: factor on the grid and the offsets.
+        dw_kernel_size: odd size of a depthwise convolution before the offset prediction, or None for none.
+        center_feature_scale: blend the output with the value by a learned gate a group.
+        remove_center: leave out the centre tap.
+        output_bias: give output_proj a bias.
+        without_pointwise: leave out value_proj and output_proj.
+        out_channels: channels of the output, C where None; another number needs output_proj.
+        softmax: DCNv3's rule, weights of a group sum to one.
+        mask_init: what the K weights of a group are before training. "zero" is the official start: the output is zero, which
+            suits a residual branch, but on a main path no gradient reaches anything upstream in the first step. "uniform"
+            starts as the mean of the taps (1 / K each), "center" as the centre tap alone. The offsets start at zero always.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: Pair = 3,
+        stride: Pair = 1,
+        padding: Pair = 1,
+        dilation: Pair = 1,
+        groups: int | None = None,
+        offset_scale: float = 1.0,
+        dw_kernel_size: int | None = None,
+        center_feature_scale: bool = False,
+        remove_center: bool = False,
+        output_bias: bool = True,
+        without_pointwise: bool = False,
+        *,
+        out_channels: int | None = None,
+        softmax: bool = False,
+        mask_init: MaskInit = "zero",
+    ) -> None:
+        super().__init__()
+        if not isinstance(channels, int) or channels < 1:
+            raise ValueError(f"channels must be a positive int, got {channels!r}")
+        groups = default_groups(channels) if groups is None else groups
+        if groups < 1 or channels % groups != 0:
+            raise ValueError(f"channels={channels} is not divisible by groups={groups}; use a divisor of {channels}")
+        if dw_kernel_size is not None and (dw_kernel_size < 1 or dw_kernel_size % 2 == 0):
+            raise ValueError(f"dw_kernel_size must be odd, so that the map keeps its size; got {dw_kernel_size}")
+        if mask_init not in ("zero", "uniform", "center"):
+            raise ValueError(f'mask_init must be "zero", "uniform" or "center", got {mask_init!r}')
+        if mask_init == "center" and remove_center:
+            raise ValueError('mask_init="center" needs the centre tap that remove_center leaves out; use "uniform"')
+        out_channels = channels if out_channels is None else out_channels
+        if without_pointwise and out_channels != channels:
+            raise ValueError(f"without_pointwise keeps {channels} channels; out_channels={out_channels} needs output_proj")
+        geometry = Geometry.of(
+            pair("kernel_size", kernel_size, 1), pair("stride", stride, 1), pair("padding", padding, 0),
+            pair("dilation", dilation, 1), bool(remove_center),
+        )  # fmt: skip
+
+        self.channels, self.out_channels, self.groups = channels, out_channels, groups
+        self.kernel_size, self.stride = geometry.kernel_size, geometry.stride
+        self.padding, self.dilation = geometry.padding, geometry.dilation
+        self.remove_center, self.offset_scale, self.softmax = geometry.remove_center, float(offset_scale), softmax
+        self.taps, self.mask_init = geometry.taps, mask_init
+        self.center_feature_scale, self.without_pointwise = center_feature_scale, without_pointwise
+
+        # A multiple of 8 keeps every row of offset_mask aligned to 16 bytes.
+        rows = -(-3 * groups * self.taps // 8) * 8
+        if dw_kernel_size is not None:
+            self.offset_mask_dw = nn.Conv2d(
+                channels, channels, dw_kernel_size, padding=(dw_kernel_size - 1) // 2, groups=channels
+            )
+        else:
+            self.offset_mask_dw = None
+        self.offset_mask = nn.Linear(channels, rows)
+        if not without_pointwise:
+            self.value_proj = nn.Linear(channels, channels)
+            self.output_proj = nn.Linear(channels, out_channels, bias=output_bias)
+        if center_feature_scale:
+            self.center_feature_scale_proj_weight = nn.Parameter(torch.zeros(groups, channels))
+            self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(groups))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The official start, but for the mask, which follows `mask_init`."""
+        nn.init.zeros_(self.offset_mask.weight)
+        nn.init.zeros_(self.offset_mask.bias)
+        if self.mask_init != "zero":
+            with torch.no_grad():
+                used = self.offset_mask.bias[: 3 * self.groups * self.taps].view(self.groups, 3 * self.taps)
+                weights = used[:, 2 * self.taps :]
+                if self.mask_init == "uniform":
+                    # Under softmax equal logits are the mean already.
+                    weights.fill_(0.0 if self.softmax else 1.0 / self.taps)
+                else:
+                    center = (self.kernel_size[1] // 2) * self.kernel_size[0] + self.kernel_size[0] // 2
+                    weights[:, center] = 1.0
+        if not self.without_pointwise:
+            for projection in (self.value_proj, self.output_proj):
+                nn.init.xavier_uniform_(projection.weight)
+                if projection.bias is not None:
+                    nn.init.zeros_(projection.bias)
+
+    def forward(self, x: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
+        """
+        Args:
+            x: (N, H, W, C), or (N, L, C) with `shape`.
+            shape: (H, W) of an (N, L, C) input, H * W = L. It is never guessed.
+
+        Returns:
+            (N, Ho, Wo, out_channels), or (N, Ho * Wo, out_channels) for an (N, L, C) input.
+        """
+        flat = x.dim() == 3
+        if flat:
+            if shape is None:
+                raise ValueError(f"an (N, L, C) input, here {tuple(x.shape)}, needs shape=(H, W)")
+            if shape[0] * shape[1] != x.shape[1]:
+                raise ValueError(f"shape={tuple(shape)} has {shape[0] * shape[1]} positions, the input has {x.shape[1]}")
+            x = x.unflatten(1, (shape[0], shape[1]))
+        elif x.dim() != 4:
+            raise ValueError(f"expected (N, H, W, C) or (N, L, C), got shape {tuple(x.shape)}")
+        if x.shape[-1] != self.channels:
+            raise ValueError(f"expected {self.channels} channels in the last dimension, got shape {tuple(x.shape)}")
+
+        value = x if self.without_pointwise else self.value_proj(x)
+        offset_mask = self.offset_mask(self._offset_features(x))
+        y = dcnv4(
+            value,
+            offset_mask,
+            groups=self.groups,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            offset_scale=self.offset_scale,
+            remove_center=self.remove_center,
+            softmax=self.softmax,
+        )
+        if self.center_feature_scale:
+            y = self._blend_center(y, self._at_output(value))
+        if not self.without_pointwise:
+            y = self.output_proj(y)
+        return y.flatten(1, 2) if flat else y
+
+    def _offset_features(self, x: Tensor) -> Tensor:
+        """What the offsets are predicted from, at the output resolution."""
+        if self.offset_mask_dw is not None:
+            x = self.offset_mask_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self._at_output(x)
+
+    def _at_output(self, x: Tensor) -> Tensor:
+        """`x` (N, H, W, C) at the input pixels that the kernel's centre stands on, one for each output pixel."""
+        for axis in (1, 2):
+            pad, dilation = self.padding[axis - 1], self.dilation[axis - 1]
+            kernel, stride = self.kernel_size[axis - 1], self.stride[axis - 1]
+            first = dilation * (kernel - 1) // 2 - pad
+            if first == 0 and stride == 1 and dilation * (kernel - 1) % 2 == 0:
+                continue
+            size = x.shape[axis]
+            out = (size + 2 * pad - (dilation * (kernel - 1) + 1)) // stride + 1
+            if first >= 0:
+                x = x.narrow(axis, first, size - first)
+                x = (x[:, ::stride] if axis == 1 else x[:, :, ::stride]).narrow(axis, 0, out)
+            else:  # padding wider than half the kernel: centres in the padding take the nearest pixel
+                centers = torch.arange(out, device=x.device) * stride + first
+                x = x.index_select(axis, centers.clamp(0, size - 1))
+        return x
+
+    def _blend_center(self, y: Tensor, value: Tensor) -> Tensor:
+        gate = torch.nn.functional.linear(
+            y, self.center_feature_scale_proj_weight.to(y.dtype), self.center_feature_scale_proj_bias.to(y.dtype)
+        ).sigmoid()  # (N, Ho, Wo, G)
+        gate = gate[..., None]
+        return torch.lerp(
+            y.unflatten(-1, (self.groups, -1)), value.unflatten(-1, (self.groups, -1)).to(y.dtype), gate
+        ).flatten(-2)
+
+    def extra_repr(self) -> str:
+        text = f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, groups={self.groups}"
+        if self.out_channels != self.channels:
+            text += f", out_channels={self.out_channels}"
+        return text + f", mask_init={self.mask_init!r}"
+
+
+class DCNv4Conv(nn.Module):
+    """DCNv4 in the dress of `torch.nn.Conv2d`: (N, C_in, H, W) to (N, C_out, Ho, Wo), for YOLO-style blocks and the like.
+
+    A channels_last input costs no copy on the way in or out. `padding=None` keeps the size at stride 1, as the `autopad` of
+    YOLO code bases does.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair = 3,
+        stride: Pair = 1,
+        padding: Pair | None = None,
+        dilation: Pair = 1,
+        groups: int | None = None,
+        bias: bool = True,
+        *,
+        mask_init: MaskInit = "uniform",
+        **options,
+    ) -> None:
+        super().__init__()
+        if padding is None:
+            kernel, spread = pair("kernel_size", kernel_size, 1), pair("dilation", dilation, 1)
+            padding = tuple(d * (k - 1) // 2 for d, k in zip(spread, kernel, strict=True))
+        self.dcn = DCNv4(
+            in_channels, kernel_size, stride, padding, dilation, groups, output_bias=bias, out_channels=out_channels,
+            mask_init=mask_init, **options,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            raise ValueError(f"expected (N, C, H, W), got shape {tuple(x.shape)}")
+        return self.dcn(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

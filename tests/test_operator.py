@@ -1,0 +1,355 @@
+"""The operator against the reference: random problems, smooth gradients, kinks, identities, bad input."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from dcnv4_ext import dcnv4, dcnv4_reference, native
+from problems import DTYPES, TOLERANCES, between_cells, mismatches, random_problem, solve
+
+PROBLEMS = int(os.environ.get("DCNV4_PROBLEMS", "500"))
+ISAS = native.cpu().dcnv4_cpu_isas().decode().split()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_random_problems(isa: str) -> None:
+    """Each instruction set solves its share of the problems: forward and both gradients, every dtype."""
+    with native.forced_isa(isa):
+        found = [
+            text
+            for seed in range(ISAS.index(isa), PROBLEMS, len(ISAS))
+            for text in mismatches(random_problem(seed), solve(dcnv4, random_problem(seed)))
+        ]
+    assert not found, "\n".join(found[:5])
+
+
+# Shapes where the official operator is wrong, aborts or cannot launch (value N, H, W, C, groups).
+OFFICIAL_FAILURES = {
+    "sd_level_3_batch_3": (3, 8, 8, 1280, 40),
+    "sd_level_4_batch_3": (3, 4, 4, 1280, 40),
+    "sd_level_1_batch_3": (3, 32, 32, 320, 10),
+    "sd_level_2_batch_6": (6, 16, 16, 640, 20),
+    "odd_map_batch_2": (2, 7, 7, 1024, 32),
+    "tiny_map_straddles_images": (2, 5, 5, 64, 4),
+    "backward_straddles_images": (4, 7, 7, 64, 4),
+    "backward_race_width_48": (1, 9, 9, 192, 4),
+    "backward_race_width_128": (1, 9, 9, 512, 4),
+    "batch_past_256": (257, 3, 3, 16, 1),
+    "no_power_of_two_divides": (1, 14, 14, 256, 4),
+    "width_4_groups": (1, 6, 6, 20, 5),
+    "width_20_groups": (2, 10, 10, 100, 5),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL_FAILURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_the_official_operator_fails(name: str, dtype: torch.dtype) -> None:
+    n, h, w, c, g = OFFICIAL_FAILURES[name]
+    problem = random_problem(7, dtype)
+    generator = torch.Generator().manual_seed(1)
+    problem.settings = dict(groups=g)
+    problem.value = torch.randn(n, h, w, c, generator=generator).to(dtype)
+    problem.grad_output = torch.randn(n, h, w, c, generator=generator).to(dtype)
+    offset_mask = torch.randn(n, h, w, g, 27, generator=generator)
+    offset_mask[..., :18] = between_cells((n, h, w, g, 18), generator, 3)
+    problem.offset_mask = offset_mask.flatten(3).to(dtype)
+    found = mismatches(problem, solve(dcnv4, problem))
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(groups=2),
+        dict(groups=1, kernel_size=(2, 3), stride=(2, 1), padding=(0, 2), dilation=(1, 2), offset_scale=0.5),
+        dict(groups=2, softmax=True),
+        dict(groups=1, remove_center=True, offset_scale=2.0),
+    ],
+    ids=["plain", "asymmetric", "softmax", "remove_center"],
+)
+def test_gradcheck(settings: dict) -> None:
+    """fp64, fractional parts well inside their cells."""
+    generator = torch.Generator().manual_seed(3)
+    value = torch.randn(2, 5, 4, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    taps = settings.get("kernel_size", (3, 3))
+    k = taps[0] * taps[1] - int(settings.get("remove_center", False))
+    output = dcnv4_shape(value, settings)
+    offset_mask = torch.randn(*output, settings["groups"], 3 * k, dtype=torch.float64, generator=generator)
+    offset_mask[..., : 2 * k] = between_cells((*output, settings["groups"], 2 * k), generator, 2)
+    offset_mask = offset_mask.flatten(3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda v, a: dcnv4(v, a, **settings), (value, offset_mask), fast_mode=True)
+
+
+def dcnv4_shape(value: torch.Tensor, settings: dict) -> tuple[int, ...]:
+    from dcnv4_ext.geometry import Geometry
+
+    keys = dict(kernel_size=3, stride=1, padding=1, dilation=1, remove_center=False)
+    geometry = Geometry.of(*(settings.get(key, default) for key, default in keys.items()))
+    return (value.shape[0], *geometry.output_size(*value.shape[1:3]))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", [(28, 28), (24, 40), (7, 9)])
+def test_lattice_points_take_the_cell_of_floor(isa: str, size: tuple[int, int]) -> None:
+    """At integer positions, where every run starts, the derivative is the one-sided one of floor's cell, in every kernel."""
+    problem = random_problem(0, torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    problem.settings = dict(groups=1)
+    problem.value = torch.randn(1, *size, 16, generator=generator)
+    problem.grad_output = torch.randn(1, *size, 16, generator=generator)
+    offset_mask = torch.randn(1, *size, 27, generator=generator)
+    offset_mask[..., :18] = torch.randint(-2, 3, (1, *size, 18), generator=generator)
+    problem.offset_mask = offset_mask
+    with native.forced_isa(isa):
+        found = mismatches(problem, solve(dcnv4, problem))
+    assert not found, "\n".join(found)
+
+
+def test_border_positions() -> None:
+    """Exactly -1 and exactly W contribute nothing; just inside they do."""
+    value = torch.ones(1, 1, 4, 1)
+    for x, expected in ((-1.0, 0.0), (-0.75, 0.25), (0.0, 1.0), (3.0, 1.0), (3.25, 0.75), (4.0, 0.0), (1e9, 0.0)):
+        offset_mask = torch.zeros(1, 1, 4, 3)
+        offset_mask[..., 0] = x - torch.arange(4)
+        offset_mask[..., 2] = 1
+        got = dcnv4(value, offset_mask, groups=1, kernel_size=1, padding=0)
+        torch.testing.assert_close(got, torch.full_like(got, expected), msg=f"x={x}")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_wild_offset_touches_nothing(isa: str, bad: float) -> None:
+    """A tap that looks nowhere adds zero even where the map holds inf and NaN, in the output and in every gradient."""
+    value = torch.full((1, 3, 3, 8), float("inf"))
+    value[0, 0, 0] = float("nan")
+    value.requires_grad_()
+    offset_mask = torch.ones(1, 3, 3, 27)
+    offset_mask[..., :18] = bad
+    offset_mask.requires_grad_()
+    with native.forced_isa(isa):
+        output = dcnv4(value, offset_mask, groups=1)
+        gradients = torch.autograd.grad(output, (value, offset_mask), torch.ones_like(output))
+    for tensor in (output, *gradients):
+        assert torch.equal(tensor, torch.zeros_like(tensor))
+
+
+def test_one_hot_mask_is_a_shift() -> None:
+    value = torch.randn(2, 5, 6, 12)
+    for i in range(3):
+        for j in range(3):
+            offset_mask = torch.zeros(2, 5, 6, 27)
+            offset_mask[..., 18 + i * 3 + j] = 1
+            shifted = torch.zeros_like(value)
+            rows, columns = slice(max(0, 1 - j), 5 - max(0, j - 1)), slice(max(0, 1 - i), 6 - max(0, i - 1))
+            from_rows = slice(max(0, j - 1), 5 - max(0, 1 - j))
+            from_columns = slice(max(0, i - 1), 6 - max(0, 1 - i))
+            shifted[:, rows, columns] = value[:, from_rows, from_columns]
+            assert torch.equal(dcnv4(value, offset_mask, groups=1), shifted), f"column {i}, row {j}"
+
+
+def test_transposing_everything_transposes_the_output() -> None:
+    generator = torch.Generator().manual_seed(5)
+    value = torch.randn(1, 6, 9, 8, generator=generator)
+    taps = torch.randn(1, 6, 9, 1, 27, generator=generator)
+    offsets, weights = taps[..., :18].unflatten(-1, (3, 3, 2)), taps[..., 18:].unflatten(-1, (3, 3))
+    turned = torch.cat((offsets.transpose(-3, -2).flip(-1).flatten(-3), weights.transpose(-2, -1).flatten(-2)), -1)
+    expected = dcnv4(value, taps.flatten(3), groups=1).transpose(1, 2)
+    got = dcnv4(value.transpose(1, 2), turned.flatten(3).transpose(1, 2), groups=1)
+    torch.testing.assert_close(got, expected)
+
+
+def test_constant_map_returns_the_sum_of_the_weights() -> None:
+    value = torch.full((1, 9, 9, 4), 2.0)
+    offset_mask = torch.rand(1, 9, 9, 27)
+    offset_mask[..., :18] -= 0.5
+    inner = dcnv4(value, offset_mask, groups=1)[:, 2:-2, 2:-2]
+    weights = offset_mask[..., 18:].sum(-1, keepdim=True)[:, 2:-2, 2:-2]
+    torch.testing.assert_close(inner, (2 * weights).expand_as(inner))
+
+
+def test_softmax_is_a_convex_combination() -> None:
+    value = torch.full((1, 5, 5, 4), 3.0)
+    offset_mask = torch.randn(1, 3, 3, 27) * 5
+    offset_mask[..., :18] = 0
+    output = dcnv4(value, offset_mask, groups=1, padding=0, softmax=True)
+    torch.testing.assert_close(output, torch.full_like(output, 3.0))
+
+
+def test_padding_channels_are_not_read_and_get_zero_gradient() -> None:
+    value = torch.randn(2, 4, 4, 32)
+    offset_mask = torch.randn(2, 4, 4, 32)
+    spoiled = offset_mask.clone()
+    spoiled[..., 27:] = float("nan")
+    spoiled.requires_grad_()
+    output = dcnv4(value, spoiled, groups=1)
+    assert torch.equal(output, dcnv4(value, offset_mask, groups=1))
+    output.sum().backward()
+    assert torch.equal(spoiled.grad[..., 27:], torch.zeros(2, 4, 4, 5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_inputs(dtype: torch.dtype) -> None:
+    """Two column slices of one tensor, as one Linear makes them, and transposed maps: the same numbers as contiguous ones."""
+    both = torch.randn(2, 5, 7, 64 + 56).to(dtype)
+    value, offset_mask = both[..., :64], both[..., 64:]
+    assert native.rows(value) is value
+    expected = dcnv4(value.contiguous(), offset_mask.contiguous(), groups=2)
+    assert torch.equal(dcnv4(value, offset_mask, groups=2), expected)
+    turned = value.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert torch.equal(dcnv4(turned, offset_mask[:, :, :, :], groups=2), expected)
+    grad = torch.randn(2, 5, 7, 64).to(dtype)
+    gradients = []
+    for v, a in ((value, offset_mask), (value.contiguous(), offset_mask.contiguous())):
+        v, a = v.detach().requires_grad_(), a.detach().requires_grad_()
+        gradients.append(torch.autograd.grad(dcnv4(v, a, groups=2), (v, a), grad.expand_as(grad)))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    problem = random_problem(11, torch.float32)
+    problem.settings = dict(groups=4)
+    problem.value, problem.grad_output = torch.randn(8, 12, 12, 64), torch.randn(8, 12, 12, 64)
+    problem.offset_mask = torch.randn(8, 12, 12, 112)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(solve(dcnv4, problem))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_split_rows_of_a_single_group() -> None:
+    """One image and one group over several threads: rows are split, and the sums stay within rounding."""
+    problem = random_problem(13, torch.float32)
+    generator = torch.Generator().manual_seed(13)
+    problem.settings = dict(groups=1)
+    problem.value, problem.grad_output = torch.randn(1, 90, 50, 32), torch.randn(1, 90, 50, 32)
+    problem.offset_mask = torch.randn(1, 90, 50, 27)
+    problem.offset_mask[..., :18] = between_cells((1, 90, 50, 18), generator, 15)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        found = mismatches(problem, solve(dcnv4, problem))
+        first = solve(dcnv4, problem)
+        assert all(torch.equal(a, b) for a, b in zip(first, solve(dcnv4, problem), strict=True))
+    finally:
+        torch.set_num_threads(before)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_maps_larger_than_a_tile(isa: str) -> None:
+    """Maps that are cut into row tiles, with offsets that leave the tile's rows."""
+    generator = torch.Generator().manual_seed(17)
+    value = torch.randn(1, 150, 200, 64, generator=generator)
+    offset_mask = torch.randn(1, 150, 200, 2, 27, generator=generator)
+    offset_mask[..., :18] = between_cells((1, 150, 200, 2, 18), generator, 15)
+    with native.forced_isa(isa):
+        got = dcnv4(value, offset_mask.flatten(3), groups=2)
+    rows = slice(60, 100)  # the reference needs the whole map but only some of the output
+    weight = torch.zeros(1, 150, 200, 54)
+    weight[:, rows] = offset_mask.flatten(3)[:, rows]
+    want = dcnv4_reference(value.double(), weight.double(), groups=2)[:, rows]
+    torch.testing.assert_close(got[:, rows].double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_needed_gradients_only() -> None:
+    value, offset_mask = torch.randn(1, 4, 4, 16), torch.randn(1, 4, 4, 32)
+    full = [t.clone().requires_grad_() for t in (value, offset_mask)]
+    expected = torch.autograd.grad(dcnv4(*full, groups=1).sum(), full)
+    for index in (0, 1):
+        inputs = [value, offset_mask]
+        inputs[index] = inputs[index].clone().requires_grad_()
+        (got,) = torch.autograd.grad(dcnv4(*inputs, groups=1).sum(), inputs[index])
+        assert torch.equal(got, expected[index])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty_batch(dtype: torch.dtype) -> None:
+    value = torch.randn(0, 4, 4, 16, dtype=dtype, requires_grad=True)
+    offset_mask = torch.randn(0, 4, 4, 32, dtype=dtype, requires_grad=True)
+    output = dcnv4(value, offset_mask, groups=1)
+    assert output.shape == (0, 4, 4, 16)
+    output.sum().backward()
+    assert value.grad.shape == value.shape and offset_mask.grad.shape == offset_mask.shape
+
+
+def test_low_precision_is_no_worse_than_the_reference_in_it() -> None:
+    """STYLE: the error against fp64 stays within twice that of the plain reference run in the same precision."""
+    for dtype in (torch.bfloat16, torch.float16):
+        problem = random_problem(21, dtype)
+        problem.settings = dict(groups=2)
+        problem.value, problem.grad_output = torch.randn(2, 9, 7, 64).to(dtype), torch.randn(2, 9, 7, 64).to(dtype)
+        problem.offset_mask = torch.randn(2, 9, 7, 54).to(dtype)
+        want = solve(dcnv4_reference, problem, torch.float64)[0]
+        ours = (solve(dcnv4, problem)[0].double() - want).norm()
+        plain = (solve(dcnv4_reference, problem)[0].double() - want).norm()
+        assert ours <= 2 * plain
+        assert TOLERANCES[dtype][0] < 0.01
+
+
+BAD_INPUT = {
+    "value must be (N, H, W, C)": dict(value=torch.zeros(4, 4, 16)),
+    "offset_mask must be (N, Ho, Wo, P)": dict(offset_mask=torch.zeros(4, 4, 32)),
+    "fewer than 3 * groups * taps": dict(offset_mask=torch.zeros(1, 4, 4, 26)),
+    "which groups=3 does not divide": dict(groups=3),
+    "which groups=0 does not divide": dict(groups=0),
+    "predicted at the output resolution": dict(offset_mask=torch.zeros(1, 5, 4, 32)),
+    "expected (1, 2, 2, P)": dict(stride=2),
+    "move both to one device": dict(offset_mask=torch.zeros(1, 4, 4, 32, device="meta")),
+    "padding must be at least 0": dict(padding=-1),
+    "stride must be at least 1": dict(stride=(0, 1)),
+    "smaller than the kernel": dict(kernel_size=9),
+    "odd kernel height and width": dict(kernel_size=2, remove_center=True),
+    "without taps": dict(kernel_size=1, padding=0, remove_center=True),
+    "empty map": dict(value=torch.zeros(1, 0, 4, 16)),
+}
+
+
+@pytest.mark.parametrize("text", BAD_INPUT)
+def test_bad_value(text: str) -> None:
+    call = dict(value=torch.zeros(1, 4, 4, 16), offset_mask=torch.zeros(1, 4, 4, 32), groups=1) | BAD_INPUT[text]
+    with pytest.raises(ValueError) as error:
+        dcnv4(call.pop("value"), call.pop("offset_mask"), **call)
+    assert text in str(error.value)
+
+
+BAD_TYPE = {
+    "value is torch.int64": dict(value=torch.zeros(1, 4, 4, 16, dtype=torch.int64)),
+    "offset_mask is torch.complex64": dict(offset_mask=torch.zeros(1, 4, 4, 32, dtype=torch.complex64)),
+    "cast one so that they agree": dict(offset_mask=torch.zeros(1, 4, 4, 32, dtype=torch.float64)),
+    "value must be a torch.Tensor, got list": dict(value=[1.0]),
+    "kernel_size must be an int or an (h, w) pair": dict(kernel_size=(3, 3, 3)),
+    "dilation must be an int or an (h, w) pair": dict(dilation=1.5),
+}
+
+
+@pytest.mark.parametrize("text", BAD_TYPE)
+def test_bad_type(text: str) -> None:
+    call = dict(value=torch.zeros(1, 4, 4, 16), offset_mask=torch.zeros(1, 4, 4, 32), groups=1) | BAD_TYPE[text]
+    with pytest.raises(TypeError) as error:
+        dcnv4(call.pop("value"), call.pop("offset_mask"), **call)
+    assert text in str(error.value)
+
+
+def test_the_c_interface_refuses_what_python_would_have_caught() -> None:
+    """No caller reaches a kernel with sizes that contradict each other."""
+    import ctypes
+
+    library = native.cpu()
+    good = dict(
+        abi_version=1, dtype=0, N=1, H=4, W=4, G=1, D=8, Ho=4, Wo=4, P=27, value_stride=8, offset_mask_stride=27,
+        output_stride=8, grad_value_stride=8, grad_offset_mask_stride=27, kernel_h=3, kernel_w=3, stride_h=1, stride_w=1,
+        pad_h=1, pad_w=1, dilation_h=1, dilation_w=1, threads=1, offset_scale=1.0,
+    )  # fmt: skip
+    buffers = [(ctypes.c_float * 4096)() for _ in range(3)]
+    for change in ({}, dict(abi_version=0), dict(P=26), dict(D=0), dict(value_stride=7), dict(kernel_h=0), dict(dtype=9)):
+        problem = native.Problem(**(good | change))
+        status = library.dcnv4_cpu_forward(problem, *buffers)
+        assert (status == 0) == (not change), change
