@@ -41,9 +41,13 @@ def _cuda_lines() -> list[str]:
     built = library.dcnv4_cuda_architectures().decode()
     lines = [f"CUDA library   {native.library_file('cuda')}", f"  built for    {built}"]
     if torch.version.cuda is None:
-        lines.append(f"  torch        {torch.__version__} has no CUDA: tensors stay on the CPU; install a CUDA build of torch")
+        lines.append(
+            f"  torch        {torch.__version__} has no CUDA: tensors stay on the CPU; install a CUDA build of torch"
+        )
     elif not torch.cuda.is_available():
-        lines.append(f"  GPU          none visible to torch {torch.__version__} (CUDA {torch.version.cuda}); check nvidia-smi")
+        lines.append(
+            f"  GPU          none visible to torch {torch.__version__} (CUDA {torch.version.cuda}); check nvidia-smi"
+        )
     else:
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
@@ -62,13 +66,13 @@ def _fit(built: str, major: int, minor: int) -> str:
         return "runs this build's code"
     if any(number <= wanted for number in portable):
         return "runs this build's PTX, compiled by the driver at first use"
-    return (
-        f"no code for it; rebuild with `CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES={major}{minor} {native.BUILD_COMMAND}`"
-    )
+    return f"no code for it; rebuild with `CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES={major}{minor} {native.BUILD_COMMAND}`"
 
 
 def main() -> int:
-    print(f"dcnv4_ext {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}")
+    print(
+        f"dcnv4_ext {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}"
+    )
     cpu_lines, works = _cpu_lines()
     print("\n".join(cpu_lines + _cuda_lines()))
     return 0 if works else 1

@@ -10,7 +10,9 @@ Pair = int | tuple[int, int]
 
 def pair(name: str, value: Pair, least: int) -> tuple[int, int]:
     """`value` as (height, width); both at least `least`."""
-    both = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    both = (
+        (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    )
     if len(both) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in both):
         raise TypeError(f"{name} must be an int or an (h, w) pair of ints, got {value!r}")
     if min(both) < least:

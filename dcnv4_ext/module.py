@@ -66,16 +66,24 @@ class DCNv4(nn.Module):
             raise ValueError(f"channels must be a positive int, got {channels!r}")
         groups = default_groups(channels) if groups is None else groups
         if groups < 1 or channels % groups != 0:
-            raise ValueError(f"channels={channels} is not divisible by groups={groups}; use a divisor of {channels}")
+            raise ValueError(
+                f"channels={channels} is not divisible by groups={groups}; use a divisor of {channels}"
+            )
         if dw_kernel_size is not None and (dw_kernel_size < 1 or dw_kernel_size % 2 == 0):
-            raise ValueError(f"dw_kernel_size must be odd, so that the map keeps its size; got {dw_kernel_size}")
+            raise ValueError(
+                f"dw_kernel_size must be odd, so that the map keeps its size; got {dw_kernel_size}"
+            )
         if mask_init not in ("zero", "uniform", "center"):
             raise ValueError(f'mask_init must be "zero", "uniform" or "center", got {mask_init!r}')
         if mask_init == "center" and remove_center:
-            raise ValueError('mask_init="center" needs the centre tap that remove_center leaves out; use "uniform"')
+            raise ValueError(
+                'mask_init="center" needs the centre tap that remove_center leaves out; use "uniform"'
+            )
         out_channels = channels if out_channels is None else out_channels
         if without_pointwise and out_channels != channels:
-            raise ValueError(f"without_pointwise keeps {channels} channels; out_channels={out_channels} needs output_proj")
+            raise ValueError(
+                f"without_pointwise keeps {channels} channels; out_channels={out_channels} needs output_proj"
+            )
         geometry = Geometry.of(
             pair("kernel_size", kernel_size, 1), pair("stride", stride, 1), pair("padding", padding, 0),
             pair("dilation", dilation, 1), bool(remove_center),
@@ -84,7 +92,11 @@ class DCNv4(nn.Module):
         self.channels, self.out_channels, self.groups = channels, out_channels, groups
         self.kernel_size, self.stride = geometry.kernel_size, geometry.stride
         self.padding, self.dilation = geometry.padding, geometry.dilation
-        self.remove_center, self.offset_scale, self.softmax = geometry.remove_center, float(offset_scale), softmax
+        self.remove_center, self.offset_scale, self.softmax = (
+            geometry.remove_center,
+            float(offset_scale),
+            softmax,
+        )
         self.taps, self.mask_init = geometry.taps, mask_init
         self.center_feature_scale, self.without_pointwise = center_feature_scale, without_pointwise
 
@@ -139,12 +151,16 @@ class DCNv4(nn.Module):
             if shape is None:
                 raise ValueError(f"an (N, L, C) input, here {tuple(x.shape)}, needs shape=(H, W)")
             if shape[0] * shape[1] != x.shape[1]:
-                raise ValueError(f"shape={tuple(shape)} has {shape[0] * shape[1]} positions, the input has {x.shape[1]}")
+                raise ValueError(
+                    f"shape={tuple(shape)} has {shape[0] * shape[1]} positions, the input has {x.shape[1]}"
+                )
             x = x.unflatten(1, (shape[0], shape[1]))
         elif x.dim() != 4:
             raise ValueError(f"expected (N, H, W, C) or (N, L, C), got shape {tuple(x.shape)}")
         if x.shape[-1] != self.channels:
-            raise ValueError(f"expected {self.channels} channels in the last dimension, got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"expected {self.channels} channels in the last dimension, got shape {tuple(x.shape)}"
+            )
 
         value = x if self.without_pointwise else self.value_proj(x)
         offset_mask = self.offset_mask(self._offset_features(x))
@@ -192,7 +208,9 @@ class DCNv4(nn.Module):
 
     def _blend_center(self, y: Tensor, value: Tensor) -> Tensor:
         gate = torch.nn.functional.linear(
-            y, self.center_feature_scale_proj_weight.to(y.dtype), self.center_feature_scale_proj_bias.to(y.dtype)
+            y,
+            self.center_feature_scale_proj_weight.to(y.dtype),
+            self.center_feature_scale_proj_bias.to(y.dtype),
         ).sigmoid()  # (N, Ho, Wo, G)
         gate = gate[..., None]
         return torch.lerp(

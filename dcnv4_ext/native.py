@@ -61,7 +61,9 @@ def _open(device: str) -> ctypes.CDLL:
         # torch is imported above: its OpenMP runtime is loaded and the library binds to that one.
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise MissingLibrary(f"{path} cannot be loaded ({error}); rebuild it with `{BUILD_COMMAND}`") from error
+        raise MissingLibrary(
+            f"{path} cannot be loaded ({error}); rebuild it with `{BUILD_COMMAND}`"
+        ) from error
     version = getattr(library, f"dcnv4_{device}_abi")()
     if version != ABI_VERSION:
         raise MissingLibrary(
@@ -98,7 +100,16 @@ def cuda() -> ctypes.CDLL:
     library.dcnv4_cuda_forward.argtypes = [problem, pointer, pointer, pointer, pointer]
     library.dcnv4_cuda_backward_workspace.argtypes = [problem, integer, integer]
     library.dcnv4_cuda_backward_workspace.restype = ctypes.c_int64
-    library.dcnv4_cuda_backward.argtypes = [problem, pointer, pointer, pointer, pointer, pointer, pointer, pointer]
+    library.dcnv4_cuda_backward.argtypes = [
+        problem,
+        pointer,
+        pointer,
+        pointer,
+        pointer,
+        pointer,
+        pointer,
+        pointer,
+    ]
     return library
 
 
@@ -147,7 +158,9 @@ def _describe(geometry, groups, scale, softmax, value, offset_mask, output) -> P
 
 
 def _raise(status: int, problem: Problem, library: ctypes.CDLL) -> None:
-    sizes = ", ".join(f"{name}={getattr(problem, name)}" for name in ("N", "H", "W", "G", "D", "Ho", "Wo", "P"))
+    sizes = ", ".join(
+        f"{name}={getattr(problem, name)}" for name in ("N", "H", "W", "G", "D", "Ho", "Wo", "P")
+    )
     if status >= _CUDA_ERROR:
         text = library.dcnv4_cuda_error_string(status).decode()
         hint = ""
@@ -184,13 +197,21 @@ def forced_isa(name: str):
 
 
 def forward(
-    geometry: Geometry, groups: int, scale: float, softmax: bool, value: Tensor, offset_mask: Tensor, output: Tensor
+    geometry: Geometry,
+    groups: int,
+    scale: float,
+    softmax: bool,
+    value: Tensor,
+    offset_mask: Tensor,
+    output: Tensor,
 ) -> None:
     """Fill `output`; the tensors have uniform rows, see `rows`."""
     problem = _describe(geometry, groups, scale, softmax, value, offset_mask, output)
     if value.device.type == "cpu":
         library = cpu()
-        status = library.dcnv4_cpu_forward(problem, value.data_ptr(), offset_mask.data_ptr(), output.data_ptr())
+        status = library.dcnv4_cpu_forward(
+            problem, value.data_ptr(), offset_mask.data_ptr(), output.data_ptr()
+        )
     else:
         library = cuda()
         status = library.dcnv4_cuda_forward(
@@ -218,7 +239,9 @@ def backward(
         status = library.dcnv4_cpu_backward(problem, *pointers)
     else:
         library = cuda()
-        size = library.dcnv4_cuda_backward_workspace(problem, grad_value is not None, grad_offset_mask is not None)
+        size = library.dcnv4_cuda_backward_workspace(
+            problem, grad_value is not None, grad_offset_mask is not None
+        )
         if size < 0:
             _raise(-size, problem, library)
         # From torch's caching allocator, so that CUDA graphs own it too.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 
 from . import native
 from .geometry import Geometry
@@ -40,7 +41,9 @@ def check(value: Tensor, offset_mask: Tensor, geometry: Geometry, groups: int) -
     if h < 1 or w < 1 or c < 1:
         raise ValueError(f"value has shape {tuple(value.shape)}: an empty map; only the batch may be empty")
     if groups < 1 or c % groups != 0:
-        raise ValueError(f"value has {c} channels, which groups={groups} does not divide; use a divisor of {c}")
+        raise ValueError(
+            f"value has {c} channels, which groups={groups} does not divide; use a divisor of {c}"
+        )
     ho, wo = geometry.output_size(h, w)
     if ho < 1 or wo < 1:
         raise ValueError(
@@ -80,7 +83,11 @@ def _backward_kernel(
     geometry = Geometry.of(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), remove_center)
     ho, wo = check(value, offset_mask, geometry, groups)
     expected = (value.shape[0], ho, wo, value.shape[3])
-    if tuple(grad_output.shape) != expected or grad_output.dtype != value.dtype or grad_output.device != value.device:
+    if (
+        tuple(grad_output.shape) != expected
+        or grad_output.dtype != value.dtype
+        or grad_output.device != value.device
+    ):
         raise ValueError(
             f"grad_output must be {expected} {value.dtype} on {value.device}, got {tuple(grad_output.shape)} "
             f"{grad_output.dtype} on {grad_output.device}"
@@ -126,7 +133,9 @@ _forward = torch.ops.dcnv4_ext.forward.default
 _backward = torch.ops.dcnv4_ext.backward.default
 
 
-class _Differentiable(torch.autograd.Function):
+# The plain class below autograd.Function: Function.apply would start the dispatch of torch.func's transforms anew, which has
+# happened already when a kernel under the Autograd key runs.
+class _Differentiable(torch.autograd.function._SingleLevelFunction):
     @staticmethod
     def forward(ctx, value, offset_mask, *settings):
         ctx.settings = settings
@@ -140,18 +149,48 @@ class _Differentiable(torch.autograd.Function):
         value, offset_mask = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
         gradients = _backward(value, offset_mask, grad_output, *ctx.settings, needed)
-        return (*(g if n else None for g, n in zip(gradients, needed, strict=True)), *(None for _ in ctx.settings))
+        return (
+            *(g if n else None for g, n in zip(gradients, needed, strict=True)),
+            *(None for _ in ctx.settings),
+        )
 
 
 # A kernel under the Autograd key costs half of what torch.library.register_autograd does in a call with gradients.
 def _autograd_kernel(value, offset_mask, *settings):
     if torch.is_grad_enabled() and (value.requires_grad or offset_mask.requires_grad):
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return _Differentiable.apply(value, offset_mask, *settings)
         return _Differentiable.apply(value, offset_mask, *settings)
     with torch._C._AutoDispatchBelowAutograd():
         return _forward(value, offset_mask, *settings)
 
 
 _library.impl("forward", _autograd_kernel, "Autograd")
+
+
+def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """The mapped dimension of `tensor` folded into its batch."""
+    tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.flatten(0, 1)
+
+
+@torch.library.register_vmap("dcnv4_ext::forward", lib=_library)
+def _forward_vmap(info, dims, value, offset_mask, *settings):
+    size = info.batch_size
+    output = _forward(_fold(value, dims[0], size), _fold(offset_mask, dims[1], size), *settings)
+    return output.unflatten(0, (size, -1)), 0
+
+
+@torch.library.register_vmap("dcnv4_ext::backward", lib=_library)
+def _backward_vmap(info, dims, value, offset_mask, grad_output, *settings):
+    size = info.batch_size
+    folded = [_fold(t, dim, size) for t, dim in zip((value, offset_mask, grad_output), dims, strict=False)]
+    gradients = _backward(*folded, *settings)
+    # A gradient nobody needs is an empty tensor and has no batch to unfold.
+    needed = settings[-1]
+    unfolded = tuple(g.unflatten(0, (size, -1)) if n else g for g, n in zip(gradients, needed, strict=True))
+    return unfolded, tuple(0 if n else None for n in needed)
 
 
 def _register_autocast(device: str) -> None:

@@ -11,7 +11,16 @@ from torch import Tensor
 from dcnv4_ext import dcnv4_reference
 from dcnv4_ext.geometry import Geometry
 
-KERNELS = [(1, 1), (2, 2), (3, 3), (3, 3), (2, 4), (5, 5), (3, 1), (1, 3)]  # K in {1, 3, 4, 8, 9, 25}, 24 without centre
+KERNELS = [
+    (1, 1),
+    (2, 2),
+    (3, 3),
+    (3, 3),
+    (2, 4),
+    (5, 5),
+    (3, 1),
+    (1, 3),
+]  # K in {1, 3, 4, 8, 9, 25}, 24 without centre
 WIDTHS = [1, 3, 4, 8, 12, 16, 24, 32, 40, 48, 64, 80, 128]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -80,7 +89,7 @@ def random_problem(seed: int, dtype: torch.dtype | None = None) -> Problem:
     spread = draw.choice(["none", "near", "near", "far"])
     offsets.copy_(
         torch.zeros_like(offsets)
-        if spread == "none" and 1.0 == settings["offset_scale"]
+        if spread == "none" and settings["offset_scale"] == 1.0
         else between_cells(tuple(offsets.shape), generator, 1.5 if spread != "far" else 12)
     )
     if draw.random() < 0.3:
@@ -103,7 +112,10 @@ def mismatches(problem: Problem, results: tuple[Tensor, Tensor, Tensor]) -> list
     relative, absolute = TOLERANCES[problem.value.dtype]
     found = []
     for name, got, want in zip(
-        ("output", "grad_value", "grad_offset_mask"), results, solve(dcnv4_reference, problem, torch.float64), strict=True
+        ("output", "grad_value", "grad_offset_mask"),
+        results,
+        solve(dcnv4_reference, problem, torch.float64),
+        strict=True,
     ):
         if got.dtype != problem.value.dtype or got.shape != want.shape:
             found.append(f"{name}: {tuple(got.shape)} {got.dtype} instead of {tuple(want.shape)} ({problem})")
@@ -116,5 +128,7 @@ def mismatches(problem: Problem, results: tuple[Tensor, Tensor, Tensor]) -> list
         allowed = relative * want.abs() + absolute * want.abs().max() + floor
         if not bool((error <= allowed).all()):
             worst = float((error - allowed).nan_to_num(float("inf")).max())
-            found.append(f"{name}: {worst:.3g} past the tolerance, largest element {float(want.abs().max()):.3g} ({problem})")
+            found.append(
+                f"{name}: {worst:.3g} past the tolerance, largest element {float(want.abs().max()):.3g} ({problem})"
+            )
     return found

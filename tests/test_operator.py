@@ -80,7 +80,9 @@ def test_gradcheck(settings: dict) -> None:
     offset_mask = torch.randn(*output, settings["groups"], 3 * k, dtype=torch.float64, generator=generator)
     offset_mask[..., : 2 * k] = between_cells((*output, settings["groups"], 2 * k), generator, 2)
     offset_mask = offset_mask.flatten(3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda v, a: dcnv4(v, a, **settings), (value, offset_mask), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda v, a: dcnv4(v, a, **settings), (value, offset_mask), fast_mode=True
+    )
 
 
 def dcnv4_shape(value: torch.Tensor, settings: dict) -> tuple[int, ...]:
@@ -111,7 +113,15 @@ def test_lattice_points_take_the_cell_of_floor(isa: str, size: tuple[int, int]) 
 def test_border_positions() -> None:
     """Exactly -1 and exactly W contribute nothing; just inside they do."""
     value = torch.ones(1, 1, 4, 1)
-    for x, expected in ((-1.0, 0.0), (-0.75, 0.25), (0.0, 1.0), (3.0, 1.0), (3.25, 0.75), (4.0, 0.0), (1e9, 0.0)):
+    for x, expected in (
+        (-1.0, 0.0),
+        (-0.75, 0.25),
+        (0.0, 1.0),
+        (3.0, 1.0),
+        (3.25, 0.75),
+        (4.0, 0.0),
+        (1e9, 0.0),
+    ):
         offset_mask = torch.zeros(1, 1, 4, 3)
         offset_mask[..., 0] = x - torch.arange(4)
         offset_mask[..., 2] = 1
@@ -155,7 +165,9 @@ def test_transposing_everything_transposes_the_output() -> None:
     value = torch.randn(1, 6, 9, 8, generator=generator)
     taps = torch.randn(1, 6, 9, 1, 27, generator=generator)
     offsets, weights = taps[..., :18].unflatten(-1, (3, 3, 2)), taps[..., 18:].unflatten(-1, (3, 3))
-    turned = torch.cat((offsets.transpose(-3, -2).flip(-1).flatten(-3), weights.transpose(-2, -1).flatten(-2)), -1)
+    turned = torch.cat(
+        (offsets.transpose(-3, -2).flip(-1).flatten(-3), weights.transpose(-2, -1).flatten(-2)), -1
+    )
     expected = dcnv4(value, taps.flatten(3), groups=1).transpose(1, 2)
     got = dcnv4(value.transpose(1, 2), turned.flatten(3).transpose(1, 2), groups=1)
     torch.testing.assert_close(got, expected)
@@ -285,7 +297,10 @@ def test_low_precision_is_no_worse_than_the_reference_in_it() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         problem = random_problem(21, dtype)
         problem.settings = dict(groups=2)
-        problem.value, problem.grad_output = torch.randn(2, 9, 7, 64).to(dtype), torch.randn(2, 9, 7, 64).to(dtype)
+        problem.value, problem.grad_output = (
+            torch.randn(2, 9, 7, 64).to(dtype),
+            torch.randn(2, 9, 7, 64).to(dtype),
+        )
         problem.offset_mask = torch.randn(2, 9, 7, 54).to(dtype)
         want = solve(dcnv4_reference, problem, torch.float64)[0]
         ours = (solve(dcnv4, problem)[0].double() - want).norm()
@@ -314,7 +329,9 @@ BAD_INPUT = {
 
 @pytest.mark.parametrize("text", BAD_INPUT)
 def test_bad_value(text: str) -> None:
-    call = dict(value=torch.zeros(1, 4, 4, 16), offset_mask=torch.zeros(1, 4, 4, 32), groups=1) | BAD_INPUT[text]
+    call = (
+        dict(value=torch.zeros(1, 4, 4, 16), offset_mask=torch.zeros(1, 4, 4, 32), groups=1) | BAD_INPUT[text]
+    )
     with pytest.raises(ValueError) as error:
         dcnv4(call.pop("value"), call.pop("offset_mask"), **call)
     assert text in str(error.value)
@@ -332,7 +349,9 @@ BAD_TYPE = {
 
 @pytest.mark.parametrize("text", BAD_TYPE)
 def test_bad_type(text: str) -> None:
-    call = dict(value=torch.zeros(1, 4, 4, 16), offset_mask=torch.zeros(1, 4, 4, 32), groups=1) | BAD_TYPE[text]
+    call = (
+        dict(value=torch.zeros(1, 4, 4, 16), offset_mask=torch.zeros(1, 4, 4, 32), groups=1) | BAD_TYPE[text]
+    )
     with pytest.raises(TypeError) as error:
         dcnv4(call.pop("value"), call.pop("offset_mask"), **call)
     assert text in str(error.value)
@@ -349,7 +368,15 @@ def test_the_c_interface_refuses_what_python_would_have_caught() -> None:
         pad_h=1, pad_w=1, dilation_h=1, dilation_w=1, threads=1, offset_scale=1.0,
     )  # fmt: skip
     buffers = [(ctypes.c_float * 4096)() for _ in range(3)]
-    for change in ({}, dict(abi_version=0), dict(P=26), dict(D=0), dict(value_stride=7), dict(kernel_h=0), dict(dtype=9)):
+    for change in (
+        {},
+        dict(abi_version=0),
+        dict(P=26),
+        dict(D=0),
+        dict(value_stride=7),
+        dict(kernel_h=0),
+        dict(dtype=9),
+    ):
         problem = native.Problem(**(good | change))
         status = library.dcnv4_cpu_forward(problem, *buffers)
         assert (status == 0) == (not change), change

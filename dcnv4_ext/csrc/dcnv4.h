@@ -9,7 +9,8 @@
 #define DCNV4_API __attribute__((visibility("default")))
 #endif
 
-// Raised by one whenever a struct, a function or the meaning of an argument changes; Python refuses a library of another version.
+// Raised by one whenever a struct, a function or the meaning of an argument changes; Python refuses a library of another
+// version.
 #define DCNV4_ABI_VERSION 1
 
 #ifdef __cplusplus

@@ -56,8 +56,8 @@ Choice& choice() {
 int32_t check(const dcnv4_problem& p) {
   if (p.abi_version != DCNV4_ABI_VERSION) return DCNV4_BAD_PROBLEM;
   if (p.N < 0 || p.H < 1 || p.W < 1 || p.G < 1 || p.D < 1 || p.Ho < 1 || p.Wo < 1) return DCNV4_BAD_PROBLEM;
-  if (p.kernel_h < 1 || p.kernel_w < 1 || p.stride_h < 1 || p.stride_w < 1 || p.pad_h < 0 || p.pad_w < 0 ||
-      p.dilation_h < 1 || p.dilation_w < 1 || taps_of(p) < 1 || p.threads < 1)
+  if (p.kernel_h < 1 || p.kernel_w < 1 || p.stride_h < 1 || p.stride_w < 1 || p.pad_h < 0 || p.pad_w < 0 || p.dilation_h < 1 ||
+      p.dilation_w < 1 || taps_of(p) < 1 || p.threads < 1)
     return DCNV4_BAD_PROBLEM;
   if (p.P < 3 * p.G * int64_t(taps_of(p)) || p.value_stride < p.G * p.D || p.offset_mask_stride < p.P ||
       p.output_stride < p.G * p.D)

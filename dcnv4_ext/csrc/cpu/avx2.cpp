@@ -20,15 +20,11 @@ DCNV4_INLINE __m128i bf16_bits(__m256 v) {
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0xd8);
   return _mm256_castsi256_si128(packed);
 }
-DCNV4_INLINE __m256 from_bf16(__m128i bits) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
+DCNV4_INLINE __m256 from_bf16(__m128i bits) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)); }
 DCNV4_INLINE __m256i lanes32(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-DCNV4_INLINE __m256i lanes64(int n) {
-  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
-}
+DCNV4_INLINE __m256i lanes64(int n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
 // AVX2 has no masked 16-bit access: some values go through a buffer.
 template <class T>
 DCNV4_INLINE __m128i load_halves(const T* p, int n) {
@@ -184,6 +180,8 @@ struct F64 {
 DCNV4_INLINE F64 operator+(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
 DCNV4_INLINE F64 operator-(F64 a, F64 b) { return {_mm256_sub_pd(a.v, b.v)}; }
 DCNV4_INLINE F64 operator*(F64 a, F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
+
+constexpr bool kUnrollTaps = true;
 
 }  // namespace
 

@@ -18,9 +18,7 @@ DCNV4_INLINE __m256i bf16_bits(__m512 v) {
   const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
 }
-DCNV4_INLINE __m512 from_bf16(__m256i bits) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
+DCNV4_INLINE __m512 from_bf16(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
 struct F32 {
@@ -38,13 +36,17 @@ struct F32 {
   static DCNV4_INLINE F32 load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
   static DCNV4_INLINE F32 load_some(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
   static DCNV4_INLINE F32 load_some(const bf16* p, int n) { return {from_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p))}; }
-  static DCNV4_INLINE F32 load_some(const f16* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))}; }
+  static DCNV4_INLINE F32 load_some(const f16* p, int n) {
+    return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))};
+  }
   DCNV4_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
   DCNV4_INLINE void store(bf16* p) const { _mm256_storeu_si256((__m256i*)p, bf16_bits(v)); }
   DCNV4_INLINE void store(f16* p) const { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, kNearest)); }
   DCNV4_INLINE void store_some(float* p, int n) const { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
   DCNV4_INLINE void store_some(bf16* p, int n) const { _mm256_mask_storeu_epi16(p, first_lanes(n), bf16_bits(v)); }
-  DCNV4_INLINE void store_some(f16* p, int n) const { _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph(v, kNearest)); }
+  DCNV4_INLINE void store_some(f16* p, int n) const {
+    _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph(v, kNearest));
+  }
 
   // Elements 0, 2, 4, ... and 1, 3, 5, ... of the 2 n values at p.
   template <class T>
@@ -59,7 +61,8 @@ struct F32 {
   static DCNV4_INLINE void store_pairs(T* p, int n, F32 even, F32 odd) {
     const __m512i low_index = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i high_index = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    const F32 low = {_mm512_permutex2var_ps(even.v, low_index, odd.v)}, high = {_mm512_permutex2var_ps(even.v, high_index, odd.v)};
+    const F32 low = {_mm512_permutex2var_ps(even.v, low_index, odd.v)},
+              high = {_mm512_permutex2var_ps(even.v, high_index, odd.v)};
     if (n >= 8) {
       low.store(p);
       if (n > 8) high.store_some(p + 16, 2 * n - 16);
@@ -69,7 +72,8 @@ struct F32 {
   }
   // Element q of each of 16 groups of four.
   static DCNV4_INLINE void quads(const float* p, F32& a, F32& b, F32& c, F32& d) {
-    const __m512 r0 = _mm512_loadu_ps(p), r1 = _mm512_loadu_ps(p + 16), r2 = _mm512_loadu_ps(p + 32), r3 = _mm512_loadu_ps(p + 48);
+    const __m512 r0 = _mm512_loadu_ps(p), r1 = _mm512_loadu_ps(p + 16), r2 = _mm512_loadu_ps(p + 32),
+                 r3 = _mm512_loadu_ps(p + 48);
     const __m512i ab = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
     const __m512i cd = _mm512_setr_epi32(2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31);
     const __m512 ab_low = _mm512_permutex2var_ps(r0, ab, r1), ab_high = _mm512_permutex2var_ps(r2, ab, r3);
@@ -126,14 +130,17 @@ struct F64 {
   DCNV4_INLINE void store(double* p) const { _mm512_storeu_pd(p, v); }
   DCNV4_INLINE void store_some(double* p, int n) const { _mm512_mask_storeu_pd(p, first_lanes(n), v); }
   static DCNV4_INLINE void pairs(const double* p, int n, F64& even, F64& odd) {
-    const __m512i even_index = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), odd_index = _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15);
+    const __m512i even_index = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14),
+                  odd_index = _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15);
     const F64 low = n >= 4 ? load(p) : load_some(p, 2 * n), high = n > 4 ? load_some(p + 8, 2 * n - 8) : zero();
     even.v = _mm512_permutex2var_pd(low.v, even_index, high.v);
     odd.v = _mm512_permutex2var_pd(low.v, odd_index, high.v);
   }
   static DCNV4_INLINE void store_pairs(double* p, int n, F64 even, F64 odd) {
-    const __m512i low_index = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high_index = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
-    const F64 low = {_mm512_permutex2var_pd(even.v, low_index, odd.v)}, high = {_mm512_permutex2var_pd(even.v, high_index, odd.v)};
+    const __m512i low_index = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11),
+                  high_index = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+    const F64 low = {_mm512_permutex2var_pd(even.v, low_index, odd.v)},
+              high = {_mm512_permutex2var_pd(even.v, high_index, odd.v)};
     low.store_some(p, n >= 4 ? 8 : 2 * n);
     if (n > 4) high.store_some(p + 8, 2 * n - 8);
   }
@@ -145,7 +152,8 @@ struct F64 {
     d.v = _mm512_i64gather_pd(index, p + 3, 8);
   }
   static DCNV4_INLINE void sum4(F64 a, F64 b, F64 c, F64 d, double* out, bool add) {
-    const double sums[4] = {_mm512_reduce_add_pd(a.v), _mm512_reduce_add_pd(b.v), _mm512_reduce_add_pd(c.v), _mm512_reduce_add_pd(d.v)};
+    const double sums[4] = {_mm512_reduce_add_pd(a.v), _mm512_reduce_add_pd(b.v), _mm512_reduce_add_pd(c.v),
+                            _mm512_reduce_add_pd(d.v)};
     for (int q = 0; q < 4; ++q) out[q] = add ? out[q] + sums[q] : sums[q];
   }
   static DCNV4_INLINE F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
@@ -167,6 +175,8 @@ struct F64 {
 DCNV4_INLINE F64 operator+(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
 DCNV4_INLINE F64 operator-(F64 a, F64 b) { return {_mm512_sub_pd(a.v, b.v)}; }
 DCNV4_INLINE F64 operator*(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
+
+constexpr bool kUnrollTaps = true;
 
 }  // namespace
 

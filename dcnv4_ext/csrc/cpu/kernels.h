@@ -8,7 +8,8 @@
 // same sums in the same order every time.
 //
 // A vector type V has: width, Scalar, Mask; set1, zero, load, load_some, store, store_some, pairs, store_pairs, quads, fma,
-// floor, greater, less, and_mask, select, store_cells, sum4, operators + - *.
+// floor, greater, less, and_mask, select, store_cells, sum4, operators + - *. kUnrollTaps asks for kernels with the nine taps
+// of a 3x3 kernel unrolled, which pays where the taps' weights can stay in registers.
 
 namespace {
 
@@ -66,8 +67,8 @@ DCNV4_INLINE bool locate(const Plan<ScalarOf<V>>& plan, int64_t K, const T* row,
     corners.w10.store(taps.w10 + k);
     corners.w11.store(taps.w11 + k);
     // Rows y0 and y0 + 1 are read: the window must hold both.
-    const typename V::Mask outside = V::or_mask(V::less(y0, V::set1(S(window.first))),
-                                                V::greater(y0, V::set1(S(window.last - 2))));
+    const typename V::Mask outside =
+        V::or_mask(V::less(y0, V::set1(S(window.first))), V::greater(y0, V::set1(S(window.last - 2))));
     leaves |= V::any(V::and_mask(used, outside));
     V::store_cells(taps.cell + k, used, y0, x0, int32_t(window.first), int32_t(plan.pitch), blank);
     if (kState) {
@@ -254,9 +255,7 @@ struct TapGrid {
     plan.grid_y = storage + padded;
     return plan;
   }
-  static int64_t elements(const dcnv4_problem& p) {
-    return 2 * ((taps_of(p) + V::width - 1) / V::width * V::width);
-  }
+  static int64_t elements(const dcnv4_problem& p) { return 2 * ((taps_of(p) + V::width - 1) / V::width * V::width); }
 };
 
 template <class V, class T>
@@ -265,7 +264,9 @@ using ForwardRow = void (*)(const dcnv4_problem&, const Plan<ScalarOf<V>>&, cons
 
 template <class V, class T, int kVectors>
 ForwardRow<V, T> forward_row_for_taps(int64_t K) {
-  return K == 9 ? forward_row<V, T, kVectors, 9> : K == 8 ? forward_row<V, T, kVectors, 8> : forward_row<V, T, kVectors, 0>;
+  if constexpr (kUnrollTaps)
+    if (K == 9) return forward_row<V, T, kVectors, 9>;
+  return forward_row<V, T, kVectors, 0>;
 }
 
 template <class V, class T>
@@ -286,7 +287,8 @@ ForwardRow<V, T> choose_forward_row(int64_t D, int64_t K) {
 template <class S>
 Window window_of(const dcnv4_problem& p, const Plan<S>& plan, int64_t first, int64_t last, int64_t halo) {
   const double reach = std::abs(p.offset_scale) * double(plan.center_y + p.dilation_h);
-  const double top = double(base_y(p, first)) - reach - double(halo), bottom = double(base_y(p, last - 1)) + reach + double(halo);
+  const double top = double(base_y(p, first)) - reach - double(halo),
+               bottom = double(base_y(p, last - 1)) + reach + double(halo);
   const int64_t from = int64_t(std::floor(std::max(-1.0, std::min(top, double(p.H - 1)))));
   const int64_t to = int64_t(std::min(double(p.H), std::max(bottom, 0.0)));
   return {from, std::max(to + 1, from + 2)};
@@ -468,9 +470,9 @@ using BackwardRow = void (*)(const dcnv4_problem&, const Plan<ScalarOf<V>>&, con
 
 template <class V, class T, int kVectors>
 BackwardRow<V, T> backward_row_for_taps(int64_t K) {
-  return K == 9   ? backward_row<V, T, kVectors, 9>
-         : K == 8 ? backward_row<V, T, kVectors, 8>
-                  : backward_row<V, T, kVectors, 0>;
+  if constexpr (kUnrollTaps)
+    if (K == 9) return backward_row<V, T, kVectors, 9>;
+  return backward_row<V, T, kVectors, 0>;
 }
 
 template <class V, class T>
@@ -489,8 +491,8 @@ BackwardRow<V, T> choose_backward_row(int64_t D, int64_t K) {
 
 // Sum `slabs` packed gradient maps in their order and store rows [first, last) of the group in the final type.
 template <class V, class T>
-void unpack(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const ScalarOf<V>* grad_maps, int64_t map_size, int64_t slabs,
-            int64_t first, int64_t last, T* grad_value) {
+void unpack(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const ScalarOf<V>* grad_maps, int64_t map_size,
+            int64_t slabs, int64_t first, int64_t last, T* grad_value) {
   for (int64_t h = first; h < last; ++h)
     for (int64_t w = 0; w < p.W; ++w) {
       const ScalarOf<V>* cell = grad_maps + ((h + 1) * plan.pitch + w + 1) * plan.packed_width;

@@ -106,7 +106,8 @@ struct Lanes {
   }
   static DCNV4_INLINE void store_cells(int32_t* out, const Mask& used, const Lanes& y, const Lanes& x, int32_t first_row,
                                        int32_t pitch, int32_t blank) {
-    for (int i = 0; i < kWidth; ++i) out[i] = used.lane[i] ? (int32_t(y.v[i]) - first_row) * pitch + int32_t(x.v[i]) + 1 : blank;
+    for (int i = 0; i < kWidth; ++i)
+      out[i] = used.lane[i] ? (int32_t(y.v[i]) - first_row) * pitch + int32_t(x.v[i]) + 1 : blank;
   }
   static DCNV4_INLINE void prefetch(const void*) {}
 };
@@ -125,6 +126,8 @@ DCNV4_INLINE Lanes<S, n> operator*(const Lanes<S, n>& a, const Lanes<S, n>& b) {
 
 using F32 = Lanes<float, 4>;
 using F64 = Lanes<double, 2>;
+
+constexpr bool kUnrollTaps = false;
 
 }  // namespace
 

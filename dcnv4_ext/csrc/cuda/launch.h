@@ -82,6 +82,8 @@ inline bool aligned(const void* pointer, int64_t stride, int64_t element, int64_
   return reinterpret_cast<uintptr_t>(pointer) % uint64_t(bytes) == 0 && stride * element % bytes == 0;
 }
 
+constexpr int64_t kMostPoints = 1 << 20;  // of a kernel: 1024 x 1024
+
 // Sizes no kernel may be given. Python checks the arguments and says which is wrong; this is the last line.
 inline int32_t check_problem(const dcnv4_problem& p) {
   constexpr int64_t limit = INT32_MAX;
@@ -91,7 +93,7 @@ inline int32_t check_problem(const dcnv4_problem& p) {
   for (int64_t size : {p.kernel_h, p.kernel_w, p.stride_h, p.stride_w, p.dilation_h, p.dilation_w})
     if (size < 1) return DCNV4_BAD_PROBLEM;
   const int64_t channels = p.G * p.D, points = int64_t(p.kernel_h) * p.kernel_w, taps = points - (p.remove_center ? 1 : 0);
-  if (p.N < 0 || p.N > limit || p.pad_h < 0 || p.pad_w < 0 || taps < 1 || points > limit / 4) return DCNV4_BAD_PROBLEM;
+  if (p.N < 0 || p.N > limit || p.pad_h < 0 || p.pad_w < 0 || taps < 1 || points > kMostPoints) return DCNV4_BAD_PROBLEM;
   if (p.G > p.P / (3 * taps) || p.value_stride < channels || p.output_stride < channels || p.offset_mask_stride < p.P)
     return DCNV4_BAD_PROBLEM;
   // Pixels of one map and positions are 32-bit numbers, row strides 32-bit byte counts.

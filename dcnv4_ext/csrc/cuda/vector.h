@@ -148,21 +148,35 @@ DCNV4_DEVICE double fma_if(bool use, double a, double b, double sum) {
 
 // ---- Sums in global memory, in no fixed order.
 
-// Adds N numbers. Four floats go as one reduction from sm_90 on; `address` is then aligned to 16 bytes.
-template <int N, class Real>
-DCNV4_DEVICE void add_to(Real* address, const Real (&values)[N]) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if constexpr (sizeof(Real) == 4 && N % 4 == 0) {
+// Adds N numbers where `use` holds, as predicated instructions: a branch around each would keep the loads behind it waiting.
+// Four floats go as one reduction from sm_90 on; `address` is then aligned to 16 bytes.
+template <int N>
+DCNV4_DEVICE void add_if(bool use, float* address, const float (&values)[N]) {
+#if defined(__CUDA_ARCH__)
+  constexpr int step = __CUDA_ARCH__ >= 900 && N % 4 == 0 ? 4 : 1;
 #pragma unroll
-    for (int i = 0; i < N; i += 4)
-      asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address + i)),
-                   "f"(values[i]), "f"(values[i + 1]), "f"(values[i + 2]), "f"(values[i + 3])
+  for (int i = 0; i < N; i += step) {
+    const size_t global = __cvta_generic_to_global(address + i);
+    if constexpr (step == 4)
+      asm volatile(
+          "{\n .reg .pred use;\n setp.ne.s32 use, %0, 0;\n @use red.relaxed.gpu.global.add.v4.f32 [%1], {%2, %3, %4, %5};\n}" ::
+              "r"(int(use)), "l"(global), "f"(values[i]), "f"(values[i + 1]), "f"(values[i + 2]), "f"(values[i + 3])
+          : "memory");
+    else
+      asm volatile("{\n .reg .pred use;\n setp.ne.s32 use, %0, 0;\n @use red.relaxed.gpu.global.add.f32 [%1], %2;\n}" ::
+                       "r"(int(use)), "l"(global), "f"(values[i])
                    : "memory");
-    return;
   }
+#else
+  for (int i = 0; i < N; ++i)
+    if (use) atomicAdd(address + i, values[i]);
 #endif
+}
+template <int N>
+DCNV4_DEVICE void add_if(bool use, double* address, const double (&values)[N]) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) atomicAdd(address + i, values[i]);
+  for (int i = 0; i < N; ++i)
+    if (use) atomicAdd(address + i, values[i]);
 }
 
 }  // namespace dcnv4

@@ -1,0 +1,61 @@
+# The README's commands. Each sets up what it needs by itself: a virtual environment, the compiled operator, the packages.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+# Packages come in the tested versions; EXTRA takes further pip options (for example -C cmake.define.DCNV4_CUDA=OFF).
+EXTRA ?=
+NATIVE := CMakeLists.txt $(wildcard dcnv4_ext/csrc/*.h dcnv4_ext/csrc/cpu/* dcnv4_ext/csrc/cuda/*)
+
+.PHONY: help demo compare test lint format clean
+
+help:
+	@echo "make demo     train a DCNv4 latent diffusion model on handwritten digits, draw a grid, print its scores"
+	@echo "make compare  train the U-Net baseline as well, print both side by side"
+	@echo "make test     run the tests"
+	@echo "make lint     check style (ruff, clang-format); make format mends it"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.10; name a newer one: make PYTHON=python3.11"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "error: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 2; }
+
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt $(NATIVE)
+	@command -v $${CXX:-c++} >/dev/null || { echo "error: no C++ compiler; on Debian: apt-get install g++"; exit 2; }
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]" $(EXTRA)
+	$(RUN) -m dcnv4_ext
+	@touch $@
+
+demo: $(VENV)/installed
+	$(RUN) train.py configs/digits_dcn.yaml
+	$(RUN) sample.py runs/digits_dcn --guidance 1.5 --grid runs/digits_dcn/grid.png
+	$(RUN) -m eval.fid runs/digits_dcn --guidance 1.0 1.5 --json runs/digits_dcn/scores.json
+	@echo "The grid: runs/digits_dcn/grid.png"
+
+compare: demo
+	$(RUN) train.py configs/digits_unet.yaml
+	$(RUN) sample.py runs/digits_unet --guidance 1.5 --grid runs/digits_unet/grid.png
+	$(RUN) -m eval.fid runs/digits_dcn runs/digits_unet --guidance 1.0 1.5 --json runs/digits_compare.json
+	$(RUN) -m eval.throughput configs/digits_dcn.yaml --baseline configs/digits_unet.yaml --json runs/digits_throughput.json
+
+test: $(VENV)/installed
+	$(RUN) -m pytest
+
+LINT := $(VENV)/linters
+$(LINT): $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt ruff clang-format
+	@touch $@
+
+SOURCES = $(shell git ls-files '*.cpp' '*.cu' '*.h')
+lint: $(LINT)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
+
+format: $(LINT)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(SOURCES)
+
+clean:
+	rm -rf $(VENV) build tests/.cache

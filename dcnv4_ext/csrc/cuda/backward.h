@@ -1,0 +1,26 @@
+// The ways to the gradient of `value`, for backward.cu to choose from. Each adds
+//     weight of the tap * weight of the corner * grad_output[n, ho, wo, g, :]
+// to the cell of every corner inside the map.
+#pragma once
+#include "launch.h"
+
+namespace dcnv4 {
+
+struct BackwardCall {
+  const dcnv4_problem& p;
+  const void *value, *offset_mask, *grad_output;
+  void *grad_value, *grad_offset_mask;  // either may be null
+  void* workspace;
+  cudaStream_t stream;
+};
+
+// Tile-merged (scatter_tiled.cu): adds into `sums` (fp32, rows of `sums_stride` elements), which the caller has zeroed. D must be
+// a multiple of 4, rows of grad_output and sums aligned for 4 elements.
+bool can_scatter_tiled(const dcnv4_problem& p);
+int32_t scatter_tiled(const BackwardCall& call, float* sums, int64_t sums_stride);
+
+// Ordered (scatter_ordered.cu): writes grad_value itself, the same bits at every run.
+int64_t ordered_workspace(const dcnv4_problem& p);
+int32_t scatter_ordered(const BackwardCall& call);
+
+}  // namespace dcnv4

@@ -1,0 +1,129 @@
+"""The modules: official parameter names and start, strides, gates, the NCHW wrapper, bad arguments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dcnv4_ext import DCNv4, DCNv4Conv, dcnv4_reference
+
+
+def test_parameter_names_and_sizes_are_the_official_ones() -> None:
+    module = DCNv4(64, groups=4, dw_kernel_size=3, center_feature_scale=True)
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    assert shapes == {
+        "center_feature_scale_proj_weight": (4, 64),
+        "center_feature_scale_proj_bias": (4,),
+        "offset_mask_dw.weight": (64, 1, 3, 3),
+        "offset_mask_dw.bias": (64,),
+        "offset_mask.weight": (112, 64),  # 27 * 4 = 108, rounded up to a multiple of 8
+        "offset_mask.bias": (112,),
+        "value_proj.weight": (64, 64),
+        "value_proj.bias": (64,),
+        "output_proj.weight": (64, 64),
+        "output_proj.bias": (64,),
+    }
+    state = {name: torch.randn(shape) for name, shape in shapes.items()}
+    module.load_state_dict(state, strict=True)
+    assert torch.equal(module.state_dict()["offset_mask.weight"], state["offset_mask.weight"])
+
+
+def official_forward(module: DCNv4, x: torch.Tensor) -> torch.Tensor:
+    """The official module's forward at stride 1, written with the reference operator."""
+    value = torch.nn.functional.linear(x, module.value_proj.weight, module.value_proj.bias)
+    features = module.offset_mask_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    offset_mask = torch.nn.functional.linear(features, module.offset_mask.weight, module.offset_mask.bias)
+    y = dcnv4_reference(value, offset_mask, groups=module.groups)
+    gate = torch.sigmoid(
+        y @ module.center_feature_scale_proj_weight.T + module.center_feature_scale_proj_bias
+    ).repeat_interleave(module.channels // module.groups, dim=-1)
+    y = y * (1 - gate) + value * gate
+    return torch.nn.functional.linear(y, module.output_proj.weight, module.output_proj.bias)
+
+
+def test_forward_is_the_official_rule() -> None:
+    torch.manual_seed(0)
+    module = DCNv4(48, groups=3, dw_kernel_size=3, center_feature_scale=True)
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    x = torch.randn(2, 5, 7, 48)
+    torch.testing.assert_close(module(x), official_forward(module, x), rtol=1e-4, atol=1e-4)
+
+
+def test_official_start_is_zero_and_the_others_are_not() -> None:
+    x = torch.randn(1, 6, 6, 32)
+    zero = DCNv4(32)
+    assert torch.equal(zero(x), torch.zeros(1, 6, 6, 32))
+    for start in ("uniform", "center"):
+        for softmax in (False, True):
+            assert DCNv4(32, mask_init=start, softmax=softmax)(x).abs().mean() > 0.01
+    uniform, center = (DCNv4(32, without_pointwise=True, mask_init=start) for start in ("uniform", "center"))
+    assert torch.equal(center(x), x)
+    mean = torch.nn.functional.avg_pool2d(x.permute(0, 3, 1, 2), 3, 1, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(uniform(x), mean)
+
+
+def test_zero_start_passes_no_gradient_upstream_and_uniform_does() -> None:
+    for start, flows in (("zero", False), ("uniform", True), ("center", True)):
+        module, x = DCNv4(32, mask_init=start), torch.randn(1, 6, 6, 32, requires_grad=True)
+        module(x).square().sum().add(module(x).sum()).backward()
+        assert bool(x.grad.abs().sum() > 0) == flows, start
+        assert bool(module.value_proj.weight.grad.abs().sum() > 0) == flows, start
+
+
+@pytest.mark.parametrize(
+    "stride, padding, kernel", [(2, 1, 3), (2, 0, 3), ((1, 2), (2, 1), 3), (3, 2, 5), (1, 0, 2), (2, 2, 3)]
+)
+def test_strides_predict_offsets_at_the_output_resolution(stride, padding, kernel) -> None:
+    module = DCNv4(32, kernel, stride, padding, mask_init="uniform")
+    conv = torch.nn.Conv2d(32, 32, kernel, stride, padding)
+    x = torch.randn(2, 9, 12, 32)
+    assert module(x).shape[1:3] == conv(x.permute(0, 3, 1, 2)).shape[2:]
+
+
+def test_flat_input_with_its_shape() -> None:
+    module, x = DCNv4(32, mask_init="uniform", out_channels=8), torch.randn(2, 4, 6, 32)
+    flat = module(x.flatten(1, 2), shape=(4, 6))
+    assert torch.equal(flat, module(x).flatten(1, 2))
+    with pytest.raises(ValueError, match=r"needs shape=\(H, W\)"):
+        module(x.flatten(1, 2))
+    with pytest.raises(ValueError, match="has 25 positions, the input has 24"):
+        module(x.flatten(1, 2), shape=(5, 5))
+
+
+def test_conv_wrapper_stands_in_for_conv2d() -> None:
+    for kernel, stride in ((3, 1), (3, 2), (5, 1)):
+        ours = DCNv4Conv(32, 48, kernel, stride)
+        conv = torch.nn.Conv2d(32, 48, kernel, stride, kernel // 2)
+        x = torch.randn(2, 32, 11, 8).to(memory_format=torch.channels_last)
+        y = ours(x)
+        assert y.shape == conv(x).shape
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_groups_of_32_where_they_divide() -> None:
+    assert DCNv4(320).groups == 10
+    assert DCNv4(48).groups == 2  # 24 channels a group
+    assert DCNv4(20).groups == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (dict(channels=0), "channels must be a positive int"),
+        (dict(channels=32, groups=5), "not divisible by groups=5"),
+        (dict(channels=32, dw_kernel_size=4), "dw_kernel_size must be odd"),
+        (dict(channels=32, mask_init="ones"), "mask_init must be"),
+        (dict(channels=32, mask_init="center", remove_center=True), "needs the centre tap"),
+        (dict(channels=32, without_pointwise=True, out_channels=16), "needs output_proj"),
+        (dict(channels=32, padding=-1), "padding must be at least 0"),
+    ],
+)
+def test_bad_arguments(arguments: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        DCNv4(**arguments)
+
+
+def test_wrong_number_of_channels_is_named() -> None:
+    with pytest.raises(ValueError, match="expected 32 channels"):
+        DCNv4(32)(torch.zeros(1, 4, 4, 16))
