@@ -10,6 +10,8 @@ Pair = int | tuple[int, int]
 
 def pair(name: str, value: Pair, least: int) -> tuple[int, int]:
     """`value` as (height, width); both at least `least`."""
+    if type(value) is int and value >= least:  # the common case, cheaply: this runs in every call
+        return value, value
     both = (
         (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
     )

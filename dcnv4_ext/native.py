@@ -118,42 +118,34 @@ def rows(tensor: Tensor) -> Tensor:
     else a contiguous copy."""
     if tensor.is_contiguous():
         return tensor
-    _, h, w, c = tensor.shape
-    by_image, by_row, by_pixel, by_channel = tensor.stride()
-    if by_channel == 1 and by_pixel >= c and by_row == w * by_pixel and by_image == h * by_row:
-        return tensor
+    if tensor.dim() == 4:
+        _, h, w, c = tensor.shape
+        by_image, by_row, by_pixel, by_channel = tensor.stride()
+        if by_channel == 1 and by_pixel >= c and by_row == w * by_pixel and by_image == h * by_row:
+            return tensor
     return tensor.contiguous()
 
 
-@lru_cache(maxsize=4096)
-def _problem(
+def problem(
     geometry: Geometry, groups: int, scale: float, softmax: bool, dtype: torch.dtype,
-    value_shape: tuple, offset_mask_shape: tuple, output_shape: tuple, strides: tuple, deterministic: bool, threads: int,
-    device: int,
+    value_shape: tuple[int, ...], offset_mask_shape: tuple[int, ...], output_shape: tuple[int, ...], *,
+    value_stride: int, offset_mask_stride: int, output_stride: int, deterministic: bool, threads: int, device: int,
 ) -> Problem:  # fmt: skip
+    """The struct of a checked call. Gradients are written to contiguous tensors."""
+    if dtype not in _DTYPE_CODES:
+        raise TypeError(f"value is {dtype}; use float32, float64, bfloat16 or float16")
     n, h, w, c = value_shape
-    value_stride, offset_mask_stride, output_stride = strides
     return Problem(
         abi_version=ABI_VERSION, dtype=_DTYPE_CODES[dtype], N=n, H=h, W=w, G=groups, D=c // groups,
         Ho=output_shape[1], Wo=output_shape[2], P=offset_mask_shape[3],
         value_stride=value_stride, offset_mask_stride=offset_mask_stride, output_stride=output_stride,
         grad_value_stride=c, grad_offset_mask_stride=offset_mask_shape[3],
         kernel_h=geometry.kernel_size[0], kernel_w=geometry.kernel_size[1],
-        stride_h=geometry.stride[0], stride_w=geometry.stride[1], pad_h=geometry.padding[0], pad_w=geometry.padding[1],
-        dilation_h=geometry.dilation[0], dilation_w=geometry.dilation[1], remove_center=int(geometry.remove_center),
-        softmax=int(softmax), deterministic=int(deterministic), threads=threads, device=device, offset_scale=scale,
-    )  # fmt: skip
-
-
-def _describe(geometry, groups, scale, softmax, value, offset_mask, output) -> Problem:
-    on_cpu = value.device.type == "cpu"
-    if value.dtype not in _DTYPE_CODES:
-        raise TypeError(f"value is {value.dtype}; use float32, float64, bfloat16 or float16")
-    return _problem(
-        geometry, groups, scale, softmax, value.dtype, value.shape, offset_mask.shape, output.shape,
-        (value.stride(2), offset_mask.stride(2), output.stride(2)),
-        not on_cpu and torch.are_deterministic_algorithms_enabled(),
-        torch.get_num_threads() if on_cpu else 1, 0 if on_cpu else value.device.index,
+        stride_h=geometry.stride[0], stride_w=geometry.stride[1],
+        pad_h=geometry.padding[0], pad_w=geometry.padding[1],
+        dilation_h=geometry.dilation[0], dilation_w=geometry.dilation[1],
+        remove_center=int(geometry.remove_center), softmax=int(softmax), deterministic=int(deterministic),
+        threads=threads, device=device, offset_scale=scale,
     )  # fmt: skip
 
 
@@ -196,18 +188,9 @@ def forced_isa(name: str):
         library.dcnv4_cpu_select(before)
 
 
-def forward(
-    geometry: Geometry,
-    groups: int,
-    scale: float,
-    softmax: bool,
-    value: Tensor,
-    offset_mask: Tensor,
-    output: Tensor,
-) -> None:
+def forward(problem: Problem, value: Tensor, offset_mask: Tensor, output: Tensor) -> None:
     """Fill `output`; the tensors have uniform rows, see `rows`."""
-    problem = _describe(geometry, groups, scale, softmax, value, offset_mask, output)
-    if value.device.type == "cpu":
+    if value.is_cpu:
         library = cpu()
         status = library.dcnv4_cpu_forward(
             problem, value.data_ptr(), offset_mask.data_ptr(), output.data_ptr()
@@ -222,11 +205,14 @@ def forward(
 
 
 def backward(
-    geometry: Geometry, groups: int, scale: float, softmax: bool, value: Tensor, offset_mask: Tensor, grad_output: Tensor,
-    grad_value: Tensor | None, grad_offset_mask: Tensor | None,
-) -> None:  # fmt: skip
+    problem: Problem,
+    value: Tensor,
+    offset_mask: Tensor,
+    grad_output: Tensor,
+    grad_value: Tensor | None,
+    grad_offset_mask: Tensor | None,
+) -> None:
     """Fill the gradients that are not None; they are contiguous."""
-    problem = _describe(geometry, groups, scale, softmax, value, offset_mask, grad_output)
     pointers = [
         value.data_ptr(),
         offset_mask.data_ptr(),
@@ -234,7 +220,7 @@ def backward(
         grad_value.data_ptr() if grad_value is not None else None,
         grad_offset_mask.data_ptr() if grad_offset_mask is not None else None,
     ]
-    if value.device.type == "cpu":
+    if value.is_cpu:
         library = cpu()
         status = library.dcnv4_cpu_backward(problem, *pointers)
     else:

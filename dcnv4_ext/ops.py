@@ -5,6 +5,9 @@ Path of a call: functional.dcnv4 (checks) -> ops (this file: torch.ops.dcnv4_ext
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
@@ -23,11 +26,14 @@ _library.define(
 )
 
 
-def check(value: Tensor, offset_mask: Tensor, geometry: Geometry, groups: int) -> tuple[int, int]:
-    """(Ho, Wo) of a valid pair of inputs, or an error that names the argument. Nothing unchecked reaches a kernel."""
-    if value.dim() != 4:
+def output_shape(value, offset_mask, geometry: Geometry, groups: int) -> tuple[int, int, int, int]:
+    """(N, Ho, Wo, C) of a valid pair of inputs, or an error that names the argument. Nothing unchecked reaches a kernel.
+
+    `value` and `offset_mask` are tensors or anything with their shape, dtype and device.
+    """
+    if len(value.shape) != 4:
         raise ValueError(f"value must be (N, H, W, C), got shape {tuple(value.shape)}")
-    if offset_mask.dim() != 4:
+    if len(offset_mask.shape) != 4:
         raise ValueError(f"offset_mask must be (N, Ho, Wo, P), got shape {tuple(offset_mask.shape)}")
     if value.dtype != offset_mask.dtype:
         raise TypeError(
@@ -47,8 +53,8 @@ def check(value: Tensor, offset_mask: Tensor, geometry: Geometry, groups: int) -
     ho, wo = geometry.output_size(h, w)
     if ho < 1 or wo < 1:
         raise ValueError(
-            f"a {h}x{w} map is smaller than the kernel: kernel_size={geometry.kernel_size}, dilation={geometry.dilation}, "
-            f"padding={geometry.padding} leave an output of {ho}x{wo}; enlarge padding"
+            f"a {h}x{w} map is smaller than the kernel: kernel_size={geometry.kernel_size}, "
+            f"dilation={geometry.dilation}, padding={geometry.padding} leave an output of {ho}x{wo}; enlarge padding"
         )
     if offset_mask.shape[0] != n or offset_mask.shape[1] != ho or offset_mask.shape[2] != wo:
         raise ValueError(
@@ -61,46 +67,85 @@ def check(value: Tensor, offset_mask: Tensor, geometry: Geometry, groups: int) -
             f"offset_mask has {offset_mask.shape[3]} channels, fewer than 3 * groups * taps = "
             f"3 * {groups} * {geometry.taps} = {least}"
         )
-    return ho, wo
+    return n, ho, wo, c
 
 
-def _forward_kernel(
-    value, offset_mask, kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax
-):
-    geometry = Geometry.of(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), remove_center)
-    ho, wo = check(value, offset_mask, geometry, groups)
+class _Description(NamedTuple):
+    """What a call needs to know of a tensor, hashable."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(tensor: Tensor) -> _Description:
+        return _Description(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+class _Call(NamedTuple):
+    """A checked call: what the kernel is told, and the shape of the output."""
+
+    problem: native.Problem
+    output_shape: tuple[int, int, int, int]
+
+
+# Calls repeat: a network makes the same few over and over. Checks and the struct are paid for once.
+@lru_cache(maxsize=4096)
+def _call(
+    value, offset_mask, grad_output, kernel_size, stride, padding, dilation, groups, scale, remove_center, softmax,
+    deterministic, threads,
+) -> _Call:  # fmt: skip
+    geometry = Geometry.of(kernel_size, stride, padding, dilation, remove_center)
+    shape = output_shape(value, offset_mask, geometry, groups)
+    if grad_output is not None and (tuple(grad_output.shape), *grad_output[2:]) != (
+        shape,
+        value.dtype,
+        value.device,
+    ):
+        raise ValueError(
+            f"grad_output must be {shape} {value.dtype} on {value.device}, got {tuple(grad_output.shape)} "
+            f"{grad_output.dtype} on {grad_output.device}"
+        )
+    problem = native.problem(
+        geometry, groups, scale, softmax, value.dtype, value.shape, offset_mask.shape, shape,
+        value_stride=value.strides[2], offset_mask_stride=offset_mask.strides[2],
+        output_stride=grad_output.strides[2] if grad_output is not None else shape[3],
+        deterministic=deterministic, threads=threads, device=value.device.index or 0,
+    )  # fmt: skip
+    return _Call(problem, shape)
+
+
+def _prepare(value, offset_mask, grad_output, settings) -> _Call:
+    kernel_size, stride, padding, dilation, *others = settings
+    return _call(
+        _Description.of(value), _Description.of(offset_mask),
+        None if grad_output is None else _Description.of(grad_output),
+        tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), *others,
+        torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _forward_kernel(value, offset_mask, *settings):
     value, offset_mask = native.rows(value), native.rows(offset_mask)
-    output = value.new_empty((value.shape[0], ho, wo, value.shape[3]))
-    if output.numel() > 0:
-        native.forward(geometry, groups, offset_scale, softmax, value, offset_mask, output)
+    call = _prepare(value, offset_mask, None, settings)
+    output = value.new_empty(call.output_shape)
+    if call.output_shape[0] > 0:
+        native.forward(call.problem, value, offset_mask, output)
     return output
 
 
-def _backward_kernel(
-    value, offset_mask, grad_output, kernel_size, stride, padding, dilation, groups, offset_scale, remove_center,
-    softmax, needed,
-):  # fmt: skip
-    geometry = Geometry.of(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), remove_center)
-    ho, wo = check(value, offset_mask, geometry, groups)
-    expected = (value.shape[0], ho, wo, value.shape[3])
-    if (
-        tuple(grad_output.shape) != expected
-        or grad_output.dtype != value.dtype
-        or grad_output.device != value.device
-    ):
-        raise ValueError(
-            f"grad_output must be {expected} {value.dtype} on {value.device}, got {tuple(grad_output.shape)} "
-            f"{grad_output.dtype} on {grad_output.device}"
-        )
+def _backward_kernel(value, offset_mask, grad_output, *settings):
+    *settings, needed = settings
     value, offset_mask, grad_output = native.rows(value), native.rows(offset_mask), native.rows(grad_output)
+    call = _prepare(value, offset_mask, grad_output, settings)
     grad_value = value.new_empty(value.shape if needed[0] else (0,))
     grad_offset_mask = offset_mask.new_empty(offset_mask.shape if needed[1] else (0,))
-    if grad_output.numel() == 0:
-        return grad_value.zero_(), grad_offset_mask.zero_()
-    native.backward(
-        geometry, groups, offset_scale, softmax, value, offset_mask, grad_output,
-        grad_value if needed[0] else None, grad_offset_mask if needed[1] else None,
-    )  # fmt: skip
+    if call.output_shape[0] > 0:
+        native.backward(
+            call.problem, value, offset_mask, grad_output,
+            grad_value if needed[0] else None, grad_offset_mask if needed[1] else None,
+        )  # fmt: skip
     return grad_value, grad_offset_mask
 
 
@@ -110,19 +155,15 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("dcnv4_ext::forward", lib=_library)
-def _forward_shape(
-    value, offset_mask, kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax
-):
+def _forward_shape(value, offset_mask, *settings):
+    kernel_size, stride, padding, dilation, groups, _, remove_center, _ = settings
     geometry = Geometry.of(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), remove_center)
-    ho, wo = check(value, offset_mask, geometry, groups)
-    return value.new_empty((value.shape[0], ho, wo, value.shape[3]))
+    return value.new_empty(output_shape(value, offset_mask, geometry, groups))
 
 
 @torch.library.register_fake("dcnv4_ext::backward", lib=_library)
-def _backward_shape(
-    value, offset_mask, grad_output, kernel_size, stride, padding, dilation, groups, offset_scale, remove_center,
-    softmax, needed,
-):  # fmt: skip
+def _backward_shape(value, offset_mask, grad_output, *settings):
+    needed = settings[-1]
     return (
         value.new_empty(value.shape if needed[0] else (0,)),
         offset_mask.new_empty(offset_mask.shape if needed[1] else (0,)),

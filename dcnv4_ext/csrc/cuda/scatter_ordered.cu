@@ -13,6 +13,7 @@ constexpr int kThreads = kClasses * kLanes;
 constexpr int kEdge = 8;    // of a tile of output pixels, and of one of cells
 constexpr int kTests = 4;   // taps a thread looks at in one step
 constexpr int kFindThreads = 128;
+constexpr int64_t kSumBytes = 32 * 1024;  // of shared memory for the sums of a block
 
 // The cell (x0, y0) of a tap as two numbers of 16 bits, x0 + 1 and y0 + 1, shifted right where the map is larger than that.
 constexpr uint32_t kUnused = 0xffffffffu;
@@ -41,7 +42,8 @@ struct Plan {
   Divisor by_tiles, tiles_x, groups, by_taps, by_tile_w, by_tile_taps, by_kernel_h, by_lanes, owners_x, owners_y, by_slices, by_owner_w;
 };
 
-Plan plan_ordered(const dcnv4_problem& p, int channels) {
+// `channels`: of one thread, with sums of `real_bytes` each.
+Plan plan_ordered(const dcnv4_problem& p, int channels, int64_t real_bytes) {
   Plan plan{};
   plan.tile_w = int32_t(std::min<int64_t>(kEdge, p.Wo));
   plan.tile_h = int32_t(std::min<int64_t>(kEdge, p.Ho));
@@ -52,9 +54,9 @@ Plan plan_ordered(const dcnv4_problem& p, int channels) {
   plan.owner_w = int32_t(std::min<int64_t>(kEdge, p.W));
   plan.owner_h = int32_t(std::min<int64_t>(kEdge, p.H));
   plan.channels = channels;
-  const int64_t units = p.D / channels;
-  plan.lanes = lanes_for(units);
-  plan.slices = int32_t(divide_up(units, plan.lanes));
+  const int64_t units = p.D / channels, most_lanes = std::min<int64_t>(kLanes, kSumBytes / (kEdge * kEdge * channels * real_bytes));
+  plan.slices = int32_t(divide_up(units, most_lanes));
+  plan.lanes = int32_t(divide_up(units, plan.slices));
   while ((std::max(p.W, p.H) + 1) >> plan.cells.shift >= 0xffff) ++plan.cells.shift;
   plan.groups = divisor_of(p.G);
   plan.by_taps = divisor_of(taps_of(p));
@@ -313,7 +315,7 @@ template <class T, int N>
 int32_t run(const BackwardCall& call) {
   using Real = typename compute_of<T>::type;
   const dcnv4_problem& p = call.p;
-  const Plan plan = plan_ordered(p, N);
+  const Plan plan = plan_ordered(p, N, sizeof(Real));
   const int64_t maps = p.N * p.G;
   // Taps of one image and group are numbered in 31 bits.
   if (int64_t(plan.tiles) * plan.tile_taps > INT32_MAX) return DCNV4_BAD_PROBLEM;
@@ -340,7 +342,7 @@ int32_t run_type(const BackwardCall& call) {
 }  // namespace
 
 int64_t ordered_workspace(const dcnv4_problem& p) {
-  const Plan plan = plan_ordered(p, 1);
+  const Plan plan = plan_ordered(p, 1, sizeof(double));
   return packed_bytes(p, plan) + p.N * p.G * plan.tiles * int64_t(sizeof(Box));
 }
 
