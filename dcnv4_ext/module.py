@@ -257,4 +257,5 @@ class DCNv4Conv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4:
             raise ValueError(f"expected (N, C, H, W), got shape {tuple(x.shape)}")
-        return self.dcn(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        # One copy of a contiguous input here, where the two projections would make one each; none of a channels_last input.
+        return self.dcn(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)

@@ -1,0 +1,165 @@
+"""U-Nets by name, by config or from a folder: the presets, `build_unet` and `load_unet`.
+
+Saving is diffusers' own: `unet.save_pretrained(folder)` writes config.json, the swap plan in it, and
+safetensors.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+
+from ldm_dcn.errors import UserError
+from ldm_dcn.swap import DCNUNet2DConditionModel, DCNUNet2DModel, apply_swap, nearest, plan_swap
+
+# Stable Diffusion 1.x, as its differences from `UNet2DConditionModel`'s defaults.
+STABLE_DIFFUSION = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+
+# The paper's three networks: (config, swap). The published count, 860 M -> 566 M, is that of "sd_dcn_convs";
+# the published text says that attention is replaced too, which is "sd_dcn_full".
+PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "sd_unet": (STABLE_DIFFUSION, None),  # 859.52 M
+    "sd_dcn_convs": (STABLE_DIFFUSION, {"sites": ("resnet",), "group_channels": 32}),  # 565.58 M
+    "sd_dcn_full": (
+        STABLE_DIFFUSION,
+        {"sites": ("resnet", "self_attention"), "group_channels": 32},
+    ),  # 551.29 M
+}
+
+_CLASSES = (UNet2DConditionModel, UNet2DModel, DCNUNet2DConditionModel, DCNUNet2DModel)
+LOADABLE = {cls.__name__: cls for cls in _CLASSES}
+
+
+def build_unet(
+    preset_or_config: str | Mapping[str, Any],
+    *,
+    swap: Mapping[str, Any] | None = None,
+    device: str | torch.device | None = None,
+) -> UNet2DConditionModel:
+    """A freshly initialised U-Net.
+
+    Args:
+        preset_or_config: "sd_unet", "sd_dcn_convs", "sd_dcn_full", or a mapping of keyword arguments of
+            `UNet2DConditionModel`.
+        swap: keyword arguments of `plan_swap`; None for a plain network, or for a preset's own swap.
+        device: where to build it; "meta" costs nothing and counts parameters.
+
+    Raises:
+        UserError: an unknown preset or key (it names the nearest), values that do not go together, a swap
+            rule that matches nothing.
+    """
+    if isinstance(preset_or_config, str):
+        config, swap = _preset(preset_or_config, swap)
+    else:
+        config = dict(preset_or_config)
+        _check_keys("U-Net config", config, UNet2DConditionModel.__init__)
+    if swap is not None:
+        _check_keys("swap", swap, plan_swap)
+
+    with nullcontext() if device is None else torch.device(device):
+        try:
+            unet = UNet2DConditionModel(**config)
+        except Exception as error:  # diffusers checks little: a bad value may surface as any kind of error
+            raise UserError(f"no U-Net can be built from this config: {_one_line(error)}") from error
+        return unet if swap is None else apply_swap(unet, plan_swap(unet, **swap))
+
+
+def _preset(name: str, swap: Mapping[str, Any] | None) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+    if name not in PRESETS:
+        what = f"unknown U-Net preset {name!r}{nearest(name, PRESETS)}"
+        raise UserError(f"{what}; there are {', '.join(PRESETS)}")
+    config, own_swap = PRESETS[name]
+    if swap is not None and own_swap is not None:
+        raise UserError(f"the preset {name} brings its own swap; use sd_unet to choose another")
+    return config, own_swap if swap is None else swap
+
+
+def _check_keys(what: str, given: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    _, *known = inspect.signature(function).parameters  # without self, or the U-Net
+    for key in given:
+        if key not in known:
+            hint = nearest(key, known) or f"; there are {', '.join(known)}"
+            raise UserError(f"unknown {what} key {key!r}{hint}")
+
+
+def load_unet(
+    folder_or_hub_id: str | Path, subfolder: str | None = None, dtype: torch.dtype | None = None
+) -> UNet2DConditionModel | UNet2DModel:
+    """Load a U-Net, plain or swapped, from a folder in diffusers layout or from the hub, in evaluation mode.
+
+    Args:
+        folder_or_hub_id: a folder with config.json and safetensors weights, or "owner/name" on the hub.
+        subfolder: where in it the U-Net lies, such as "unet" in a pipeline's folder.
+        dtype: of the parameters; None takes torch's default.
+
+    Raises:
+        UserError: no such folder or hub id, no weights, a file that is damaged or does not fit the config.
+    """
+    source, here = str(folder_or_hub_id), Path(folder_or_hub_id, subfolder or "")
+    local = Path(source).exists()
+    if local:
+        _check_folder(here)
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise UserError(f"no such folder: {source}")
+    try:
+        config = UNet2DConditionModel.load_config(source, subfolder=subfolder)
+        name = config.get("_class_name")
+        if name not in LOADABLE:
+            raise UserError(f"{here / 'config.json'} describes a {name}, none of {', '.join(LOADABLE)}")
+        with _quiet_diffusers():
+            unet, info = LOADABLE[name].from_pretrained(
+                source, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
+        hint = "" if local else " (no such folder here, and not to be had from the hub)"
+        raise UserError(f"cannot load a U-Net from {here}{hint}: {_one_line(error)}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info[kind])):
+            problem = f"{len(keys)} {kind.replace('_', ' ')}, such as {keys[0]}"
+            raise UserError(f"the weights in {here} do not fit their config.json: {problem}")
+    return unet
+
+
+def _check_folder(folder: Path) -> None:
+    """Say what a local folder lacks, before diffusers looks for it elsewhere."""
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder}")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} holds no config.json; give a folder that unet.save_pretrained wrote")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {_one_line(error)}; save the U-Net again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is damaged: it holds no JSON object; save the U-Net again")
+    if not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        raise UserError(
+            f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}; only safetensors are loaded, never a pickle"
+        )
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Keep diffusers from logging at length what becomes one line a moment later."""
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(level)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
