@@ -1,0 +1,440 @@
+"""Typed, strict settings: YAML files with a `base:`, dotted overrides, errors that name the nearest key.
+
+A config file states its differences from the file named by its `base:` key (a path beside it);
+`configs/base.yaml` is the one place where values stand. This file holds their types and ranges. Every mistake
+is reported at once, in one `UserError`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import UserError
+
+Count = Annotated[int, Field(ge=1)]
+Every = Annotated[int, Field(ge=0)]  # a period in steps; 0 means never
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+def _as_tuple(value: Any) -> Any:
+    """YAML and JSON know lists only."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(_Section):
+    """The denoiser: a preset of `build_unet`, or `UNet2DConditionModel` settings; and what to swap in it."""
+
+    preset: Name | None = None
+    unet: dict[str, Any] | None = None
+    swap: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.preset is None) == (self.unet is None):
+            raise ValueError("give exactly one of model.preset and model.unet (set the other to null)")
+        return self
+
+
+class AutoencoderConfig(_Section):
+    """A hub id, a folder, a file, `digits` or `identity`. `autoencoder: X` is short for its `spec: X`."""
+
+    spec: Name
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class DataConfig(_Section):
+    """The images to learn from (`ldm_dcn.data.open_dataset`).
+
+    `num_classes` null takes the number the source has; 0 trains without labels. `max_bad` broken images (a
+    count, or a share below 1) are left out before it is an error.
+    """
+
+    source: Name
+    split: Literal["all", "train", "held-out"]
+    image_size: Count
+    image_channels: Literal[1, 3]
+    num_classes: Annotated[int, Field(ge=0)] | None
+    max_bad: NonNegative
+    encode_batch_size: Count
+
+
+class DiffusionConfig(_Section):
+    """The noise schedule and what the network predicts (`ldm_dcn.diffusion.Schedule`)."""
+
+    num_steps: Count
+    beta_schedule: Literal["scaled_linear", "linear"]
+    beta_start: Annotated[float, Field(gt=0, lt=1)]
+    beta_end: Annotated[float, Field(gt=0, lt=1)]
+    prediction: Literal["noise"]
+
+
+class TrainConfig(_Section):
+    """The recipe. `batch_size` is the global batch, whatever the number of processes and of parts."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    steps: Count
+    batch_size: Count
+    lr: Positive
+    lr_schedule: Literal["constant", "cosine", "linear"]
+    warmup_steps: Every
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)]
+    weight_decay: NonNegative
+    gradient_clip: Positive | None
+    label_dropout: Fraction
+    ema_decay: Beta
+    precision: Literal["fp32", "bf16"]
+    gradient_accumulation: Count
+    gradient_checkpointing: bool
+    log_every: Count
+    save_every: Every
+    sample_every: Every
+    keep_checkpoints: Count
+    tensorboard: bool
+
+
+class SampleConfig(_Section):
+    """Defaults of the sample grids drawn on the way and of `sample.py`."""
+
+    sampler: Literal["dpm++", "ddim", "euler"]
+    steps: Count
+    guidance: NonNegative
+    batch_size: Count
+    images_per_class: Count
+
+
+class RunConfig(_Section):
+    """Where the run lives: `dir/name`. A null name is the config file's."""
+
+    dir: Name
+    name: Name | None
+
+
+class Config(_Section):
+    """A whole training run."""
+
+    model: ModelConfig
+    autoencoder: AutoencoderConfig
+    data: DataConfig
+    diffusion: DiffusionConfig
+    train: TrainConfig
+    sample: SampleConfig
+    run: RunConfig
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting as plain JSON-able values."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.resolved(), sort_keys=False, default_flow_style=None, width=110)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: a function of the config, so that the same command finds its run again."""
+        assert self.run.name is not None  # load_config and make_config fill it in
+        return Path(self.run.dir) / self.run.name
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain scalars: `1e-4` is a float, `no` is a string. A key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key}' is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, rule) for tag, rule in rules if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in the YAML file `path`, with its bases below it and `overrides` ("train.lr=1e-4") above it.
+
+    Raises `UserError` naming every unknown key (with the nearest valid one), missing key, wrong type and
+    wrong value.
+    """
+    path = Path(path)
+    settings = _read(path, ())
+    for override in overrides:
+        _override(settings, override)
+    return make_config(settings, name=path.stem, origin=str(path))
+
+
+def make_config(settings: Mapping[str, Any], name: str, origin: str = "config") -> Config:
+    """The config of nested `settings`; `name` is the run's name where the settings give none."""
+    try:
+        config = Config.model_validate(_normalised(settings))
+    except ValidationError as error:
+        problems = sorted({_explain(e) for e in error.errors()})
+        count = "" if len(problems) == 1 else f"{len(problems)} mistakes: "
+        raise UserError(f"{origin}: {count}" + "; ".join(problems)) from None
+    if config.run.name is None:
+        config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+    return config
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in chain:
+        raise UserError(f"{path}: its `base:` leads back to itself; break the circle")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"cannot read the config {path}: {reason}; give the path of a YAML file") from None
+    try:
+        settings = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds no settings; it should start with `base: base.yaml`, then sections")
+    settings = _normalised(settings)
+    base = settings.pop("base", None)
+    if base is None:
+        return settings
+    if not isinstance(base, str):
+        raise UserError(f"{path}: `base:` takes the path of one YAML file, not {base!r}")
+    return _merged(_read(path.parent / base, (*chain, path.resolve())), settings)
+
+
+def _normalised(settings: Mapping[str, Any]) -> dict[str, Any]:
+    settings = dict(settings)
+    if isinstance(settings.get("autoencoder"), str):
+        settings["autoencoder"] = {"spec": settings["autoencoder"]}
+    return settings
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`: sections and dicts merge key by key, everything else is replaced."""
+    result = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+def _override(settings: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"'{override}' is not an override; write section.key=value, such as train.steps=1000")
+    value = _value(text.strip())
+    if parts == ["autoencoder"] and isinstance(value, str):
+        parts = ["autoencoder", "spec"]
+    node = settings
+    for depth, part in enumerate(parts[:-1], 1):
+        if node.get(part) is None:
+            node[part] = {}
+        if not isinstance(node[part], dict):
+            raise UserError(
+                f"'{override}': {'.'.join(parts[:depth])} is a value, not a section, so it has no key "
+                f"'{parts[depth]}'"
+            )
+        node = node[part]
+    node[parts[-1]] = value
+
+
+def _value(text: str) -> Any:
+    """An override's right side: YAML in flow style, so that a path with `: ` or ` #` in it stays a path."""
+    try:
+        value = yaml.load(text, _Loader) if text else None
+    except yaml.YAMLError:
+        return text
+    opener = {str: ("'", '"'), dict: ("{",), list: ("[",)}.get(type(value))
+    return value if opener is None or text.startswith(opener) else text
+
+
+# ------------------------------------------------------------------------------------------------- explaining
+
+
+def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key there is, such as train.lr."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from valid_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _nearest(key: str) -> str | None:
+    keys = list(valid_keys())
+    same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    if same_leaf:
+        return same_leaf[0]
+    if near := difflib.get_close_matches(key, [*keys, *Config.model_fields], n=1, cutoff=0.7):
+        return near[0]
+    leaves = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
+    near = difflib.get_close_matches(key.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.6)
+    return leaves[near[0]] if near else None
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = _nearest(key)
+        return f"{key}: unknown setting" + (f"; did you mean {near}?" if near else "")
+    if error["type"] == "missing":
+        return f"{key}: missing; set it, or start the file with `base: base.yaml`"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message
+    return f"{key}: {message[0].lower()}{message[1:]} (got {error['input']!r})"
+
+
+# -------------------------------------------------------------------------------------------------- comparing
+
+# Settings that make the network and its data another thing: a checkpoint cannot go on under other values.
+ARCHITECTURE = (
+    "model.",
+    "autoencoder.",
+    "diffusion.",
+    "data.image",
+    "data.num_classes",
+    "data.source",
+    "data.split",
+)
+# Settings that leave the path of the weights as it is, up to rounding: they may change at a resume.
+FREE = (
+    "run.",
+    "sample.",
+    "data.encode_batch_size",
+    "train.gradient_accumulation",
+    "train.gradient_checkpointing",
+    "train.log_every",
+    "train.save_every",
+    "train.sample_every",
+    "train.keep_checkpoints",
+    "train.tensorboard",
+)
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train.lr": 1e-4, ...} from {"train": {"lr": 1e-4, ...}}."""
+    result: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            result.update(flat(value, f"{prefix}{key}."))
+        else:
+            result[f"{prefix}{key}"] = value
+    return result
+
+
+def check_same_run(old: Mapping[str, Any], new: Config, where: str, allowed: Sequence[str] = ()) -> list[str]:
+    """Refuse to go on with the run of settings `old` under `new` where they differ in what matters.
+
+    Returns the harmless or `allowed` (dotted keys) differences, as "key: old -> new". Raises `UserError`
+    listing the others. A key that one side lacks counts as null there.
+    """
+    before, after = flat(old), flat(new.resolved())
+    constant = new.train.lr_schedule == "constant"
+    fatal, asked, harmless = [], [], []
+    for key in sorted(before.keys() | after.keys()):
+        a, b = before.get(key), after.get(key)
+        if a == b:
+            continue
+        line = f"{key}: {a!r} -> {b!r}"
+        if key.startswith(ARCHITECTURE):
+            fatal.append(line)
+        elif key.startswith(FREE) or (key == "train.steps" and constant) or key in allowed:
+            harmless.append(line)
+        else:
+            asked.append((key, line))
+    another = "choose another run.name for a new run"
+    if fatal:
+        raise UserError(
+            f"{where} was trained with another model or other data ({'; '.join(fatal)}); {another}"
+        )
+    if asked:
+        keys = " ".join(key for key, _ in asked)
+        lines = "; ".join(line for _, line in asked)
+        raise UserError(
+            f"{where} was trained under other settings ({lines}); {another}, or go on with "
+            f"--allow-change {keys}"
+        )
+    return harmless
+
+
+def config_hash(settings: Mapping[str, Any]) -> str:
+    """12 hex digits that name a resolved config."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def provenance() -> dict[str, Any]:
+    """What the run was made with: versions, command line and git state."""
+    packages = ("ldm-dcn", "torch", "diffusers", "accelerate", "safetensors", "numpy", "pydantic")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "git": _git_state(),
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    def git(*arguments: str) -> str:
+        run = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+        return run.stdout.strip() if run.returncode == 0 else ""
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(git("status", "--porcelain"))} if commit else None
+    except (OSError, subprocess.TimeoutExpired):
+        return None

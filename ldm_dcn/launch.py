@@ -1,0 +1,93 @@
+"""How a process starts and stops: the accelerator, refused launches, the lock on a run folder, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+
+from .errors import UserError
+
+# What torchrun and the MPI launchers tell a process about the number of its peers; accelerate reads the same.
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def start_accelerator(precision: str) -> Accelerator:
+    """The accelerator of this process; on a machine without a GPU it joins its peers over gloo.
+
+    `Accelerator()` alone would start as many independent runs as there are CPU processes, all writing to one
+    folder. Raises `UserError`, with the right command, for launches that do not start what they seem to.
+    """
+    mixed_precision = {"fp32": "no", "bf16": "bf16"}[precision]
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision)
+    check_launch(accelerator.num_processes, os.environ, sys.argv)
+    return accelerator
+
+
+def check_launch(num_processes: int, environ: Mapping[str, str], argv: list[str]) -> None:
+    """Raise `UserError` where the launcher meant another number of processes than the one that came up."""
+    command = f"torchrun --standalone --nproc_per_node N {' '.join(argv)}"
+    told = next((int(environ[name]) for name in WORLD_SIZES if environ.get(name, "").isdigit()), None)
+    if told is None:
+        # accelerate's launcher of one process always sets the first, and the second only if more were asked for
+        if "ACCELERATE_USE_CPU" in environ and "MASTER_ADDR" in environ:
+            raise UserError(
+                "`accelerate launch` was asked for several processes and started one "
+                "(with --cpu it always does); "
+                f"for N processes run `{command}`, for one leave out --num_processes"
+            )
+    elif told != num_processes:
+        raise UserError(
+            f"the launcher started {told} processes and they did not join: "
+            "each would be a run of its own in the "
+            f"same folder; run `{command}`"
+        )
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; the operating system lets go of it however the process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows: no lock, and no launcher that starts independent runs either
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"another process is training in {folder}; wait for it, or choose another run.name"
+            ) from None
+        yield
+
+
+class StopSignals:
+    """Remembers SIGTERM and SIGINT (Ctrl-C) instead of dying of them, so that the step can end and be saved.
+
+    A second Ctrl-C stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0  # the signal's number
+
+    def __enter__(self) -> StopSignals:
+        self._before = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number

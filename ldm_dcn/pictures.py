@@ -1,0 +1,46 @@
+"""Picture files: uint8 tensors to PNG, grids of them, and the npz layout that ADM's evaluator reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+SMALLEST_CELL = 64  # pixels; smaller images are enlarged in a grid by whole pixels
+
+
+def save_png(image: torch.Tensor, path: Path) -> None:
+    """One uint8 image (c, H, W), c = 1 or 3."""
+    _picture(image).save(path, format="PNG")
+
+
+def save_grid(images: torch.Tensor, columns: int, path: Path) -> None:
+    """uint8 images (N, c, H, W) in rows of `columns`, black where the last row ends early."""
+    n, c, h, w = images.shape
+    rows = -(-n // columns)
+    cells = torch.zeros(rows * columns, c, h, w, dtype=torch.uint8)
+    cells[:n] = images
+    grid = cells.reshape(rows, columns, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, rows * h, columns * w)
+    scale = -(-SMALLEST_CELL // h) if h < SMALLEST_CELL else 1
+    picture = _picture(grid)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(
+        path, format="PNG"
+    )
+
+
+def save_adm_npz(images: torch.Tensor, labels: torch.Tensor | None, path: Path) -> None:
+    """`arr_0`: uint8 (N, H, W, 3), `arr_1`: labels (N,), as guided-diffusion has it. Grey becomes RGB."""
+    arrays = [images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()]
+    if labels is not None:
+        arrays.append(labels.numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:  # np.savez would add a suffix to a name it does not like
+        np.savez(file, *arrays)
+
+
+def _picture(image: torch.Tensor) -> Image.Image:
+    pixels = image.permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)

@@ -1,0 +1,189 @@
+"""From noise to images: samplers over diffusers' schedulers, one noise an image.
+
+Schedulers are built from settings of ours, never from a file: a misspelt setting is refused, and nothing is
+ever clipped, because latents are not confined to [-1, 1] (diffusers' own DDIM defaults clip, and end beside
+the data).
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, SchedulerMixin
+
+from . import randomness
+from .autoencoder import to_uint8
+from .denoiser import Denoiser
+from .diffusion import Schedule, guide
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .export import Model
+
+Denoise = Callable[
+    [torch.Tensor, torch.Tensor], torch.Tensor
+]  # noised latents (N, C, h, w), times (N,) -> noise
+
+# All end at sigma = 0 exactly. DPM-Solver++ takes its last step at first order, because the second order's
+# difference quotient in log(alpha / sigma) is infinite there. DDIM is DPM-Solver++ of order 1 (Lu et al.
+# 2022, section 4.2); diffusers' DDIMScheduler steps by num_steps // steps whatever its times are, and so
+# misses them and the data where steps does not divide num_steps.
+_DPM = {
+    "algorithm_type": "dpmsolver++",
+    "final_sigmas_type": "zero",
+    "lower_order_final": True,
+    "thresholding": False,
+}
+SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
+    "dpm++": (DPMSolverMultistepScheduler, {**_DPM, "solver_order": 2}),
+    "ddim": (DPMSolverMultistepScheduler, {**_DPM, "solver_order": 1}),
+    "euler": (EulerDiscreteScheduler, {"final_sigmas_type": "zero"}),
+}
+
+
+def build_scheduler(sampler: str, schedule: Schedule, **options: Any) -> SchedulerMixin:
+    """The diffusers scheduler of `sampler` on our schedule; `options` are settings of its own.
+
+    Raises `UserError` for an unknown sampler or setting, naming the nearest, and for thresholding, which
+    would cut off latents.
+    """
+    if sampler not in SAMPLERS:
+        raise UserError(f"sampler '{sampler}' is unknown; use one of {', '.join(SAMPLERS)}")
+    scheduler, defaults = SAMPLERS[sampler]
+    known = [name for name in inspect.signature(scheduler.__init__).parameters if name != "self"]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; it knows {', '.join(known)}"
+            raise UserError(f"sampler '{sampler}' has no setting '{name}'{hint}")
+    if options.get("thresholding"):
+        raise UserError(
+            f"sampler '{sampler}': thresholding would cut off latents, which have no fixed range; "
+            "leave it out"
+        )
+    return scheduler(
+        num_train_timesteps=schedule.num_steps,
+        beta_schedule=schedule.beta_schedule,
+        beta_start=schedule.beta_start,
+        beta_end=schedule.beta_end,
+        prediction_type={"noise": "epsilon"}[schedule.prediction],
+        timestep_spacing="trailing",
+        **{**defaults, **options},
+    )
+
+
+def sampling_times(num_steps: int, steps: int) -> list[int]:
+    """`steps` times from num_steps - 1 down, evenly spaced and rounded ("trailing", Lin et al. 2024).
+
+    Begins where training ends, unlike "leading". In whole numbers, because diffusers' own floating-point
+    version gives one time too many, -1, for 62 of the 1,000 step counts (61 is the first).
+    """
+    return [(2 * num_steps * (steps - i) + steps) // (2 * steps) - 1 for i in range(steps)]
+
+
+@torch.no_grad()
+def sample_latents(
+    denoise: Denoise,
+    shape: Sequence[int],
+    seeds: Sequence[int] | torch.Tensor,
+    *,
+    schedule: Schedule,
+    sampler: str = "dpm++",
+    steps: int = 50,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> torch.Tensor:
+    """(len(seeds), *shape) latents: latent i starts from the noise of seeds[i] alone.
+
+    `denoise(x, t)` predicts the noise in x = alpha x_0 + sigma eps at the times t; it already contains the
+    guidance.
+    """
+    scheduler = build_scheduler(sampler, schedule, **options)
+    if not 1 <= steps <= schedule.num_steps:
+        raise UserError(f"{steps} sampling steps were asked for; use 1 to {schedule.num_steps}")
+    scheduler.set_timesteps(timesteps=sampling_times(schedule.num_steps, steps))
+    x = randomness.normal(shape, 0, "image", seeds).to(device) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        predicted = denoise(scheduler.scale_model_input(x, t), t.to(x.device).expand(len(x)))
+        x = scheduler.step(predicted, t, x, return_dict=False)[0]
+    return x
+
+
+def guided(denoiser: Denoiser, labels: torch.Tensor, scale: float) -> Denoise:
+    """The `denoise` of one batch of labels (N,), on their device; guidance runs both halves at once."""
+    null = torch.full_like(labels, denoiser.null_label)
+    dtype = next(denoiser.parameters()).dtype
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        x = x.to(dtype=dtype, memory_format=torch.channels_last)
+        if scale == 1 or denoiser.num_classes == 0:
+            return denoiser(x, t, labels).float()
+        both = denoiser(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, labels])).float()
+        return guide(*both.chunk(2), scale)
+
+    return denoise
+
+
+def generate(
+    model: Model,
+    labels: Sequence[int] | torch.Tensor | None,
+    seeds: Sequence[int] | torch.Tensor,
+    *,
+    sampler: str = "dpm++",
+    steps: int = 50,
+    guidance: float = 1.5,
+    batch_size: int = 64,
+    progress: Callable[[int], object] | None = None,
+) -> torch.Tensor:
+    """Draw uint8 images (N, c, H, W) on the CPU; image i depends on seeds[i], labels[i] and settings only.
+
+    labels      (N,) classes; None draws without a class
+    guidance    s in u + s (c - u); 1 is no guidance
+    batch_size  images at once: changes memory and speed, not the images
+    progress    called after each batch with the number of images it made
+
+    Raises `UserError` for a label the model does not know.
+    """
+    seeds = torch.as_tensor(seeds, dtype=torch.int64).reshape(-1)
+    labels = _checked_labels(model, labels, len(seeds))
+    if len(seeds) and int(seeds.min()) < 0:
+        raise UserError(f"seed {int(seeds.min())} is negative; use 0 or more")
+    denoiser = model.denoiser
+    was_training = denoiser.training
+    denoiser.eval()
+    images = []
+    try:
+        for some_labels, some_seeds in zip(labels.split(batch_size), seeds.split(batch_size), strict=True):
+            latents = sample_latents(
+                guided(denoiser, some_labels.to(denoiser.device), guidance),
+                model.latent_shape,
+                some_seeds,
+                schedule=model.schedule,
+                sampler=sampler,
+                steps=steps,
+                device=denoiser.device,
+            )
+            images.append(to_uint8(model.autoencoder.decode(latents)).cpu())
+            if progress is not None:
+                progress(len(some_seeds))
+    finally:
+        denoiser.train(was_training)
+    return torch.cat(images)
+
+
+def _checked_labels(model: Model, labels: Sequence[int] | torch.Tensor | None, count: int) -> torch.Tensor:
+    classes = model.num_classes
+    if labels is None:
+        return torch.full((count,), model.denoiser.null_label)
+    labels = torch.as_tensor(labels, dtype=torch.int64).reshape(-1)
+    if len(labels) != count:
+        raise ValueError(f"{len(labels)} labels came with {count} seeds; give one label a seed")
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong):
+        known = f"{classes} classes, 0 to {classes - 1}" if classes else "no classes (leave the labels out)"
+        raise UserError(f"label {int(wrong[0])} does not exist: {model.name} knows {known}")
+    return labels

@@ -1,0 +1,138 @@
+"""Draw images from a trained model: a grid, single PNGs, or ADM's npz.
+
+python sample.py runs/digits_dcn                            grid.png: a row a class, a column a seed
+python sample.py runs/digits_dcn --labels 3 7 --seeds 0-9   two rows of ten
+python sample.py RUN --n 50000 --npz samples.npz            50,000 images, classes in turn, seeds from 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from itertools import cycle, islice
+from pathlib import Path
+
+from ldm_dcn.errors import UserError, exit_on_user_error
+
+COLUMNS = 8  # seeds a class where neither --seeds nor --n says how many
+ROWS = 20  # classes at most in a grid where --labels does not say which
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    labels, seeds = _numbers(arguments.labels, "label"), _numbers(arguments.seeds, "seed")
+
+    import torch
+    from tqdm import tqdm
+
+    from ldm_dcn.export import load_model
+    from ldm_dcn.pictures import save_adm_npz, save_grid, save_png
+    from ldm_dcn.sampling import generate
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(arguments.model, device=device, autoencoder=arguments.autoencoder)
+    labels, seeds, columns = _plan(labels, seeds, arguments.n, model.num_classes)
+    grid = arguments.grid or (None if arguments.npz or arguments.png_dir else Path("grid.png"))
+
+    with tqdm(total=len(seeds), desc=model.name, unit="image") as bar:
+        images = generate(
+            model,
+            labels if model.num_classes else None,
+            seeds,
+            sampler=arguments.sampler,
+            steps=arguments.steps,
+            guidance=arguments.guidance,
+            batch_size=arguments.batch_size,
+            progress=bar.update,
+        )
+    if grid:
+        save_grid(images, columns, grid)
+        print(f"{grid}: {len(images)} images, {columns} a row")
+    if arguments.npz:
+        save_adm_npz(images, torch.tensor(labels) if model.num_classes else None, arguments.npz)
+        print(
+            f"{arguments.npz}: arr_0 {len(images)} RGB images"
+            + (", arr_1 their labels" if model.num_classes else "")
+        )
+    if arguments.png_dir:
+        arguments.png_dir.mkdir(parents=True, exist_ok=True)
+        for number, (image, label, seed) in enumerate(zip(images, labels, seeds, strict=True)):
+            save_png(image, arguments.png_dir / f"{number:06d}_label{label}_seed{seed}.png")
+        print(f"{arguments.png_dir}: {len(images)} PNG files")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="RUN", help="a run folder, an export folder, or a hub id")
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="L",
+        help="classes: numbers and ranges such as 0-9 (default: all; 20 at most without --n)",
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", metavar="S", help="numbers and ranges (default: 0-7 for each label)"
+    )
+    parser.add_argument("--n", type=int, help="this many images in all: labels in turn, a new seed each")
+    parser.add_argument("--sampler", default="dpm++", help="dpm++ (default), ddim or euler")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument(
+        "--guidance", type=float, default=1.5, help="s in u + s (c - u); 1 is none (default: 1.5)"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="images at once; does not change them")
+    parser.add_argument(
+        "--grid", type=Path, metavar="PNG", help="default: grid.png, where no other output is asked for"
+    )
+    parser.add_argument(
+        "--npz", type=Path, metavar="NPZ", help="for ADM's evaluator; grey images are repeated to RGB"
+    )
+    parser.add_argument("--png-dir", type=Path, metavar="DIR", help="one PNG an image")
+    parser.add_argument(
+        "--autoencoder", metavar="SPEC", help="where the autoencoder lies, when not where the run had it"
+    )
+    parser.add_argument("--device", help="such as cuda:1 (default: a GPU where there is one)")
+    return parser
+
+
+def _plan(
+    labels: list[int] | None, seeds: list[int] | None, n: int | None, classes: int
+) -> tuple[list[int], list[int], int]:
+    """The label and the seed of every image, and how many make a row."""
+    if labels is None:
+        labels = list(range(classes if n else min(classes, ROWS))) or [0]
+    if n is None:
+        seeds = seeds if seeds is not None else list(range(COLUMNS))
+        return [label for label in labels for _ in seeds], seeds * len(labels), len(seeds)
+    if n < 1:
+        raise UserError(f"--n {n}: ask for at least one image")
+    if seeds is None or len(seeds) == 1:
+        first = seeds[0] if seeds else 0
+        seeds = list(range(first, first + n))
+    elif len(seeds) != n:
+        raise UserError(f"--n {n} came with {len(seeds)} seeds; give the first seed only, or {n} of them")
+    return list(islice(cycle(labels), n)), seeds, min(n, len(labels))
+
+
+def _numbers(texts: Sequence[str] | None, what: str) -> list[int] | None:
+    """["0-3", "7,9"] -> [0, 1, 2, 3, 7, 9]."""
+    if texts is None:
+        return None
+    numbers: list[int] = []
+    for text in ",".join(texts).split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", text)
+        if not match:
+            raise UserError(f"{what} '{text}' is no number and no range; write such as 3 or 0-9")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UserError(f"{what} range '{text}' runs backwards; write {last}-{first}")
+        numbers.extend(range(first, last + 1))
+    return numbers
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        raise SystemExit(main())

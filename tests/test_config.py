@@ -1,0 +1,304 @@
+"""Settings: strict, explained, inherited, compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from ldm_dcn.config import (
+    Config,
+    check_same_run,
+    config_hash,
+    flat,
+    load_config,
+    make_config,
+    provenance,
+    valid_keys,
+)
+from ldm_dcn.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "base")
+KEYS = list(valid_keys())
+
+
+def load(*overrides: str) -> Config:
+    return load_config(CONFIGS / "digits_dcn.yaml", overrides)
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(*overrides)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------ the shipped files
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_short_valid_and_named_after_its_file(name: str) -> None:
+    path = CONFIGS / f"{name}.yaml"
+    config = load_config(path)
+    assert len(path.read_text().splitlines()) <= 20
+    assert config.folder == Path("runs") / name
+
+
+def test_the_five_presets_are_there() -> None:
+    assert PRESETS == [
+        "digits_dcn",
+        "digits_unet",
+        "imagenet256_dcn_convs",
+        "imagenet256_dcn_full",
+        "imagenet256_unet",
+    ]
+
+
+def test_base_gives_every_setting_but_the_model() -> None:
+    base = yaml.safe_load((CONFIGS / "base.yaml").read_text())
+    assert sorted(flat(base)) == sorted(key for key in KEYS if not key.startswith("model."))
+
+
+@pytest.mark.parametrize(
+    ("baseline", "swapped"),
+    [
+        ("digits_unet", "digits_dcn"),
+        ("imagenet256_unet", "imagenet256_dcn_convs"),
+        ("imagenet256_unet", "imagenet256_dcn_full"),
+    ],
+)
+def test_baseline_and_swap_differ_in_the_model_alone(baseline: str, swapped: str) -> None:
+    a, b = (load_config(CONFIGS / f"{name}.yaml", ["run.name=x"]).resolved() for name in (baseline, swapped))
+    assert a.pop("model") != b.pop("model")
+    assert a == b
+
+
+def test_imagenet_follows_the_published_recipe() -> None:
+    config = load_config(CONFIGS / "imagenet256_dcn_convs.yaml")
+    train, noise = config.train, config.diffusion
+    assert (train.batch_size, train.lr, train.betas, train.weight_decay) == (1024, 2e-4, (0.99, 0.99), 0.03)
+    assert (train.warmup_steps, train.lr_schedule, train.label_dropout, train.ema_decay) == (
+        5000,
+        "constant",
+        0.1,
+        0.9999,
+    )
+    assert (noise.num_steps, noise.beta_schedule, noise.beta_start, noise.beta_end) == (
+        1000,
+        "scaled_linear",
+        0.00085,
+        0.0120,
+    )
+    assert (config.sample.sampler, config.sample.steps, config.sample.guidance) == ("dpm++", 50, 1.4)
+
+
+# ------------------------------------------------------------------------------------------- overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("train.lr=1e-4", "train.lr", 1e-4),
+        ("train.lr=.5", "train.lr", 0.5),
+        ("train.lr=1", "train.lr", 1.0),
+        ("train.gradient_clip=null", "train.gradient_clip", None),
+        ("train.gradient_clip=", "train.gradient_clip", None),
+        ("train.betas=[0.9, 0.95]", "train.betas", [0.9, 0.95]),
+        ("train.tensorboard=true", "train.tensorboard", True),
+        ("autoencoder=some/folder", "autoencoder.spec", "some/folder"),
+        ("autoencoder.dtype=bfloat16", "autoencoder.dtype", "bfloat16"),
+        ("data.source=C: odd [name", "data.source", "C: odd [name"),
+        ("run.name=no", "run.name", "no"),  # YAML 1.1 would read false
+        ("model.unet.layers_per_block=3", "model.unet.layers_per_block", 3),
+        ("model.swap=null", "model.swap", None),
+    ],
+)
+def test_overrides(override: str, key: str, value: object) -> None:
+    assert flat(load(override).resolved())[key] == value
+
+
+def test_an_override_reaches_into_an_absent_section() -> None:
+    config = load_config(CONFIGS / "digits_unet.yaml", ["model.swap.sites=[resnet]"])
+    assert config.model.swap == {"sites": ["resnet"]}
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", "train..steps=3", ".=1"])
+def test_what_is_no_override_is_refused(override: str) -> None:
+    assert "section.key=value" in refusal(override)
+
+
+def test_an_override_below_a_value_is_refused() -> None:
+    assert "train.steps is a value" in refusal("train.steps.more=1")
+
+
+# ------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_misspelt_key_names_itself_and_the_right_one(key: str) -> None:
+    section, leaf = key.split(".")
+    wrong = f"{section}.{leaf[:-1]}"
+    text = refusal(f"{wrong}=1")
+    assert f"{wrong}: unknown setting; did you mean " in text
+    meant = text.split("did you mean ")[1].split("?")[0]
+    assert meant == key
+
+
+def test_a_key_without_its_section_finds_it() -> None:
+    assert "batch_size: unknown setting; did you mean train.batch_size?" in refusal("batch_size=3")
+    assert "lr: unknown setting; did you mean train.lr?" in refusal("lr=3")
+
+
+def test_nonsense_has_no_suggestion() -> None:
+    assert refusal("zzqqxx=3").endswith("zzqqxx: unknown setting")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.steps=abc", "train.steps: input should be a valid integer (got 'abc')"),
+        ("train.steps=1.5", "train.steps: input should be a valid integer"),
+        ("train.steps=0", "train.steps: input should be greater than or equal to 1 (got 0)"),
+        ("train.lr=-1", "train.lr: input should be greater than 0 (got -1)"),
+        ("train.lr=.nan", "train.lr: input should be"),
+        ("train.betas=[0.9, 0.99, 1]", "train.betas:"),
+        ("train.betas=[0.9, 1.5]", "train.betas.1: input should be less than 1 (got 1.5)"),
+        ("train.precision=fp8", "train.precision: input should be 'fp32' or 'bf16' (got 'fp8')"),
+        ("train.tensorboard=1", "train.tensorboard: input should be a valid boolean (got 1)"),
+        ("sample.sampler=ddpm", "sample.sampler: input should be 'dpm++', 'ddim' or 'euler' (got 'ddpm')"),
+        ("data.image_channels=2", "data.image_channels: input should be 1 or 3 (got 2)"),
+        ("train=3", "train: input should be"),
+        ("model.preset=sd_unet", "exactly one of model.preset and model.unet"),
+    ],
+)
+def test_a_wrong_value_names_key_rule_and_value(override: str, expected: str) -> None:
+    assert expected in refusal(override)
+
+
+def test_all_mistakes_are_listed_at_once() -> None:
+    text = refusal("train.lrr=1", "train.steps=abc", "optimiser.lr=2")
+    assert "3 mistakes" in text
+    assert all(key in text for key in ("train.lrr", "train.steps", "optimiser"))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "holds no settings"),
+        ("- 1\n- 2\n", "holds no settings"),
+        ("train: {lr: 1, lr: 2}\n", "key 'lr' is given twice"),
+        ("train: [\n", "not valid YAML"),
+        ("base: mine.yaml\n", "leads back to itself"),
+        ("base: nowhere.yaml\n", "nowhere.yaml: No such file"),
+        ("base: [1]\n", "path of one YAML file"),
+        ("train: {lr: 1.0}\n", "train.steps: missing; set it, or start the file with `base: base.yaml`"),
+        ("train: !!python/object:os.system {}\n", "not valid YAML"),
+    ],
+)
+def test_a_bad_file_is_explained(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(UserError, match=r"mine.yaml|nowhere.yaml") as caught:
+        load_config(write(tmp_path, text))
+    assert expected in str(caught.value)
+
+
+def test_a_missing_file_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read the config"):
+        load_config(tmp_path / "none.yaml")
+
+
+# -------------------------------------------------------------------------------------- inheritance, identity
+
+
+def test_sections_merge_and_values_replace(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, f"base: {CONFIGS / 'digits_unet.yaml'}\nmodel: {{unet: {{block_out_channels: [8, 16]}}}}\n"
+    )
+    ours, theirs = load_config(path), load_config(CONFIGS / "digits_unet.yaml")
+    assert ours.model.unet == {**theirs.model.unet, "block_out_channels": [8, 16]}
+    assert ours.train == theirs.train
+    assert ours.run.name == "mine"
+
+
+def test_the_printed_config_reads_back_the_same(tmp_path: Path) -> None:
+    config = load("train.lr=1e-5", "train.gradient_clip=null")
+    assert load_config(write(tmp_path, config.to_yaml())) == config
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(ValidationError):
+        load().train.lr = 3.0
+
+
+def test_the_hash_follows_the_values() -> None:
+    assert config_hash(load().resolved()) == config_hash(load().resolved())
+    assert config_hash(load().resolved()) != config_hash(load("train.seed=1").resolved())
+
+
+def test_provenance_names_versions() -> None:
+    facts = provenance()
+    assert facts["versions"]["torch"] and facts["versions"]["diffusers"] and facts["python"]
+
+
+# ------------------------------------------------------------------------------ going on under another config
+
+
+def compare(*overrides: str, allowed: tuple[str, ...] = ()) -> list[str]:
+    return check_same_run(load().resolved(), load(*overrides), "runs/x", allowed)
+
+
+def test_the_same_config_goes_on() -> None:
+    assert compare() == []
+
+
+def test_harmless_differences_are_listed() -> None:
+    assert compare("train.save_every=7", "run.dir=elsewhere", "sample.guidance=3.0") == [
+        "run.dir: 'runs' -> 'elsewhere'",
+        "sample.guidance: 1.5 -> 3.0",
+        "train.save_every: 400 -> 7",
+    ]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model.swap=null", "model.unet.layers_per_block=4", "autoencoder=identity", "diffusion.beta_end=0.02"],
+)
+def test_another_architecture_is_refused_whatever_is_allowed(override: str) -> None:
+    key = "autoencoder.spec" if override.startswith("autoencoder") else override.split("=")[0]
+    with pytest.raises(UserError, match="another model or other data") as caught:
+        compare(override, allowed=(key,))
+    assert key in str(caught.value)
+
+
+def test_another_recipe_must_be_allowed_key_by_key() -> None:
+    with pytest.raises(UserError, match=r"--allow-change train.lr train.seed") as caught:
+        compare("train.lr=5e-4", "train.seed=3")
+    assert "train.lr: 0.001 -> 0.0005" in str(caught.value)
+    assert compare("train.lr=5e-4", allowed=("train.lr",)) == ["train.lr: 0.001 -> 0.0005"]
+
+
+def test_more_steps_are_free_under_a_constant_rate_only() -> None:
+    with pytest.raises(UserError, match=r"train\.steps"):
+        compare("train.steps=9000")
+    constant = load("train.lr_schedule=constant")
+    longer = load("train.lr_schedule=constant", "train.steps=9000")
+    assert check_same_run(constant.resolved(), longer, "runs/x") == [
+        f"train.steps: {constant.train.steps} -> 9000"
+    ]
+
+
+def test_settings_given_in_code_meet_the_same_rules() -> None:
+    settings = load().resolved()
+    assert make_config(settings, "other").run.name == "digits_dcn"
+    settings["run"]["name"] = None
+    assert make_config(settings, "other").run.name == "other"
+    settings["train"]["lrr"] = 1
+    with pytest.raises(UserError, match=r"did you mean train\.lr\?"):
+        make_config(settings, "other")

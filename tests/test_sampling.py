@@ -1,0 +1,200 @@
+"""Samplers against oracles, schedulers built from our settings, images independent of the batch."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from ldm_dcn import randomness
+from ldm_dcn.autoencoder import load_autoencoder
+from ldm_dcn.denoiser import Denoiser
+from ldm_dcn.diffusion import Schedule, alpha_bars, coefficients
+from ldm_dcn.errors import UserError
+from ldm_dcn.export import Model
+from ldm_dcn.sampling import SAMPLERS, build_scheduler, generate, guided, sample_latents, sampling_times
+from tiny import UNET
+
+SCHEDULE = Schedule()
+SHAPE = (4, 6, 5)
+
+
+def at(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return coefficients(alpha_bars(SCHEDULE)[t.long()])
+
+
+# ------------------------------------------------------------------------------------------- oracles
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 7, 30, 50, 61])
+def test_the_true_noise_leads_back_to_the_data(sampler: str, steps: int) -> None:
+    """Data far outside [-1, 1]: anything that clips, rescales or stops short of sigma = 0 ends elsewhere."""
+    data = 5 * torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        alpha, sigma = at(t)
+        return (x - alpha * data) / sigma
+
+    got = sample_latents(denoise, SHAPE, [0, 1, 2], schedule=SCHEDULE, sampler=sampler, steps=steps)
+    torch.testing.assert_close(got, data, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("sampler", "tolerance"), [("dpm++", 0.03), ("ddim", 0.06), ("euler", 0.06)])
+def test_the_posterior_mean_of_a_gaussian_leads_to_that_gaussian(sampler: str, tolerance: float) -> None:
+    """x_0 ~ N(mean, std^2) has E[eps | x_t] in closed form; every sampler must give back mean and std.
+
+    The schedule ends at alpha = 0.068, not 0, and sampling starts from pure noise: what is missing of the
+    mean there comes out scaled by the ODE's exact flow, std / sqrt(alpha^2 std^2 + sigma^2). The tolerance is
+    the last step's: from t = 19 it goes to the posterior mean, which has lost the posterior's variance, 2 %
+    of std here.
+    """
+    mean, std = 1.5, 0.6
+    alpha, sigma = (float(c) for c in at(torch.tensor([999])))
+    expected = mean - alpha * mean * std / (alpha**2 * std**2 + sigma**2) ** 0.5
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        alpha, sigma = at(t)
+        return sigma * (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
+
+    got = sample_latents(denoise, SHAPE, range(400), schedule=SCHEDULE, sampler=sampler, steps=50)
+    assert float(got.mean()) == pytest.approx(expected, abs=tolerance)
+    assert float(got.std()) == pytest.approx(std, rel=tolerance)
+
+
+def test_ddim_is_diffusers_ddim_where_that_one_meets_its_own_times() -> None:
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x) * (t / 1000).reshape(-1, 1, 1, 1)
+
+    theirs = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.0120,
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
+    theirs.set_timesteps(50)
+    x = randomness.normal(SHAPE, 0, "image", [3, 9])
+    for t in theirs.timesteps:
+        x = theirs.step(denoise(x, t.expand(2)), t, x).prev_sample
+    ours = sample_latents(denoise, SHAPE, [3, 9], schedule=SCHEDULE, sampler="ddim", steps=50)
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
+
+
+def test_times_begin_where_training_ends_for_every_number_of_steps() -> None:
+    for steps in range(1, 1001):
+        times = sampling_times(1000, steps)
+        assert len(times) == len(set(times)) == steps
+        assert times[0] == 999 and times == sorted(times, reverse=True) and times[-1] >= 0
+    assert sampling_times(1000, 50) == list(range(999, 0, -20))
+
+
+# ------------------------------------------------------------------------------------------- settings
+
+
+def test_a_misspelt_setting_is_refused() -> None:
+    with pytest.raises(UserError, match=r"no setting 'solver_ordr'; did you mean solver_order\?"):
+        build_scheduler("dpm++", SCHEDULE, solver_ordr=3)
+    assert build_scheduler("dpm++", SCHEDULE, solver_order=3).config.solver_order == 3
+
+
+def test_nothing_may_clip_latents() -> None:
+    with pytest.raises(UserError, match="no setting 'clip_sample'"):
+        build_scheduler("ddim", SCHEDULE, clip_sample=True)
+    with pytest.raises(UserError, match="thresholding would cut off latents"):
+        build_scheduler("dpm++", SCHEDULE, thresholding=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"sampler": "dpm"}, "sampler 'dpm' is unknown; use one of dpm[+][+], ddim, euler"),
+        ({"steps": 0}, "0 sampling steps were asked for; use 1 to 1000"),
+        ({"steps": 1001}, "1001 sampling steps"),
+    ],
+)
+def test_wrong_settings_are_refused(options: dict[str, object], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        sample_latents(lambda x, t: x, SHAPE, [0], schedule=SCHEDULE, **options)
+
+
+# ------------------------------------------------------------------------------------------- images
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    torch.manual_seed(0)
+    denoiser = Denoiser(UNet2DConditionModel(**UNET), num_classes=10)
+    torch.nn.init.normal_(denoiser.class_embedding.weight)
+    denoiser.to(memory_format=torch.channels_last)
+    return Model(denoiser, load_autoencoder("identity", image_channels=1), SCHEDULE, (1, 8, 8), "tiny", 0)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_image_does_not_depend_on_the_batch_around_it(model: Model, sampler: str) -> None:
+    labels, seeds = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [5, 3, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6]
+    whole = generate(model, labels, seeds, sampler=sampler, steps=5, batch_size=12)
+    assert whole.shape == (12, 1, 8, 8) and whole.dtype == torch.uint8
+    for batch_size in (1, 5):
+        some = generate(model, labels, seeds, sampler=sampler, steps=5, batch_size=batch_size)
+        difference = (some.int() - whole.int()).abs()
+        assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
+    alone = generate(model, [9], [9], sampler=sampler, steps=5)
+    assert (alone[0].int() - whole[5].int()).abs().max() <= 1
+    assert not torch.equal(whole[3], whole[5])  # label 1 and 9, same seed
+    assert not torch.equal(whole[0], whole[9])  # label 3, seeds 5 and 8
+
+
+def test_progress_counts_images(model: Model) -> None:
+    counts: list[int] = []
+    generate(model, [0] * 7, range(7), steps=1, batch_size=3, progress=counts.append)
+    assert counts == [3, 3, 1]
+
+
+def test_guidance_is_one_forward_of_both_halves(model: Model) -> None:
+    labels = torch.tensor([2, 7])
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([500, 500])
+    with torch.no_grad():
+        conditional = model.denoiser(x, t, labels)
+        null = model.denoiser(x, t, torch.tensor([10, 10]))
+        assert not torch.equal(conditional, null)
+        for scale in (0.0, 1.0, 1.5, 4.0):
+            got = guided(model.denoiser, labels, scale)(x, t)
+            torch.testing.assert_close(got, null + scale * (conditional - null), rtol=1e-4, atol=1e-5)
+
+
+def test_no_labels_draw_from_the_null_class(model: Model) -> None:
+    free = generate(model, None, [0, 1], steps=3, guidance=3.0)
+    null = Model(model.denoiser, model.autoencoder, model.schedule, model.latent_shape, "tiny", 0)
+    assert torch.equal(free, generate(null, None, [0, 1], steps=3, guidance=1.0))
+
+
+@pytest.mark.parametrize("label", [-1, 10, 1000])
+def test_a_label_that_does_not_exist_is_refused(model: Model, label: int) -> None:
+    with pytest.raises(UserError, match=f"label {label} does not exist: tiny knows 10 classes, 0 to 9"):
+        generate(model, [0, label], [0, 1], steps=1)
+
+
+def test_labels_and_seeds_must_match(model: Model) -> None:
+    with pytest.raises(ValueError, match="2 labels came with 3 seeds"):
+        generate(model, [0, 1], [0, 1, 2], steps=1)
+    with pytest.raises(UserError, match="seed -4 is negative"):
+        generate(model, [0], [-4], steps=1)
+
+
+def test_the_denoiser_goes_back_to_training(model: Model) -> None:
+    model.denoiser.train()
+    generate(model, [0], [0], steps=1)
+    assert model.denoiser.training
+    model.denoiser.eval()
+
+
+def test_images_with_nan_are_an_error(model: Model) -> None:
+    def broken(latents: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(latents, float("nan"))
+
+    bad = SimpleNamespace(decode=broken)
+    with pytest.raises(ValueError, match="NaN"):
+        generate(Model(model.denoiser, bad, SCHEDULE, (1, 8, 8), "tiny", 0), [0], [0], steps=1)

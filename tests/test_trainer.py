@@ -1,0 +1,479 @@
+"""Training: what a run does, that it resumes to the bit, and that its division into processes and parts does
+not matter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+import sample
+import train as train_program
+from ldm_dcn import metrics, trainer
+from ldm_dcn.checkpoint import DiskFull
+from ldm_dcn.config import Config, load_config
+from ldm_dcn.errors import UserError
+from ldm_dcn.export import load_model
+from ldm_dcn.sampling import generate
+from ldm_dcn.trainer import learning_rate, open_run, train
+from tiny import ROOT, environment, tiny_config, write_config
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_a_fresh_accelerator() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    torch.set_num_threads(threads)
+
+
+def losses(config: Config) -> list[float]:
+    return [line["loss"] for line in metrics.read(config.folder / "metrics.jsonl")]
+
+
+def weights(config: Config, group: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(config.folder / "checkpoints" / f"step-{config.train.steps}" / f"{group}.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A finished run of 8 steps that others are compared with."""
+    config = tiny_config(tmp_path_factory.mktemp("finished"), "train.sample_every=8")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert train(config) == 0
+    torch.set_num_threads(threads)
+    return config
+
+
+# ------------------------------------------------------------------------------------------ what a run leaves
+
+
+def test_a_run_leaves_what_the_design_says(finished: Config) -> None:
+    folder = finished.folder
+    assert {path.name for path in folder.iterdir()} >= {
+        "config.yaml",
+        "provenance.jsonl",
+        "metrics.jsonl",
+        "samples",
+        "checkpoints",
+        "export",
+    }
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-6", "step-8"]
+    assert load_config(folder / "config.yaml") == finished
+    assert Image.open(folder / "samples" / "step-8.png").size == (
+        2 * 64,
+        10 * 64,
+    )  # 8 pixels are enlarged to 64
+    provenance = json.loads((folder / "provenance.jsonl").read_text().splitlines()[0])
+    assert provenance["versions"]["torch"] == torch.__version__
+
+
+def test_every_line_of_metrics_says_what_it_is(finished: Config) -> None:
+    lines = metrics.read(finished.folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert set(lines[0]) == {
+        "step",
+        "loss",
+        "lr",
+        "ema_decay",
+        "gradient_norm",
+        "samples",
+        "images_per_second",
+    }
+    assert [line["samples"] for line in lines] == [8 * step for step in range(1, 9)]
+
+
+def test_the_loss_falls(tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path, "train.steps=40", "train.lr=5e-3", "train.save_every=0", "train.batch_size=16"
+    )
+    train(config)
+    history = losses(config)
+    assert np.mean(history[-10:]) < 0.7 * np.mean(history[:5])
+
+
+def test_the_same_command_after_the_end_does_nothing(
+    finished: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = losses(finished)
+    assert train(finished) == 0
+    assert losses(finished) == before
+    assert "nothing left to do" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("stop", [3, 6])
+def test_resuming_is_exact_to_the_bit(finished: Config, tmp_path: Path, stop: int) -> None:
+    """`stop` steps, then a new run object that goes on: losses, weights, averages and optimiser state are
+    equal."""
+    config = tiny_config(tmp_path, "train.sample_every=8")
+    with open_run(config) as run:
+        signals = trainer.StopSignals()
+        while run.state.step < stop:
+            run.record(trainer.training_step(run, signals))
+            run.log()
+        run.save()
+        run.record(trainer.training_step(run, signals))  # one step that a crash loses
+        run.log()
+    assert len(losses(config)) == stop + 1
+    assert train(config) == 0
+    assert losses(config) == losses(finished)
+    for group in ("model", "ema", "optimizer"):
+        assert same(weights(config, group), weights(finished, group))
+    assert same(
+        *(
+            load_file(c.folder / "export" / "unet" / "diffusion_pytorch_model.safetensors")
+            for c in (config, finished)
+        )
+    )
+
+
+def test_a_window_of_metrics_survives_a_resume(tmp_path: Path) -> None:
+    """A line is the mean over its window, though the window was cut by a save that fell within it."""
+    whole = tiny_config(tmp_path, "train.log_every=4", name="whole")
+    train(whole)
+    each = tiny_config(tmp_path, name="each")
+    train(each)
+    cut = tiny_config(tmp_path, "train.log_every=4", name="cut")
+    with open_run(cut) as run:
+        for _ in range(6):
+            run.record(trainer.training_step(run, trainer.StopSignals()))
+            if run.due(4):
+                run.log()
+        run.save()
+    train(cut)
+    assert (
+        losses(cut) == losses(whole) == pytest.approx([np.mean(losses(each)[:4]), np.mean(losses(each)[4:])])
+    )
+
+
+def test_going_on_under_another_config_is_refused(finished: Config) -> None:
+    def again(*overrides: str) -> Config:
+        return load_config(finished.folder / "config.yaml", overrides)
+
+    with pytest.raises(
+        UserError, match=r"another model or other data \(model.unet.layers_per_block: 1 -> 2\)"
+    ):
+        train(again("model.unet.layers_per_block=2"))
+    with pytest.raises(UserError, match=r"go on with --allow-change train.lr"):
+        train(again("train.lr=5.0"))
+    assert train(again("train.lr=5.0"), allow_change=["train.lr"]) == 0
+
+
+def test_a_lost_export_is_made_again(finished: Config, tmp_path: Path) -> None:
+    export = finished.folder / "export"
+    before = load_file(export / "unet" / "diffusion_pytorch_model.safetensors")
+    export.rename(tmp_path / "gone")
+    train(finished)
+    assert same(load_file(export / "unet" / "diffusion_pytorch_model.safetensors"), before)
+
+
+def test_a_full_disk_does_not_stop_a_run_that_has_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(tmp_path, "train.save_every=2")
+    real = trainer.checkpoint.save
+
+    def save(root: Path, step: int, *arguments: object) -> object:
+        if step in (4, 6):
+            raise DiskFull("no room to write it")
+        return real(root, step, *arguments)
+
+    monkeypatch.setattr(trainer.checkpoint, "save", save)
+    assert train(config) == 0
+    assert capsys.readouterr().err.count("warning: no room to write it; training goes on") == 2
+    assert [path.name for path in (config.folder / "checkpoints").iterdir() if path.name != "step-8"] == [
+        "step-2"
+    ]
+
+
+# ---------------------------------------------------------------------------------------- parts and processes
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train.gradient_accumulation=2", "train.gradient_accumulation=8", "train.gradient_checkpointing=true"],
+)
+def test_accumulation_and_checkpointing_change_rounding_only(
+    finished: Config, tmp_path: Path, override: str
+) -> None:
+    config = tiny_config(tmp_path, override)
+    train(config)
+    assert losses(config) == pytest.approx(losses(finished), rel=1e-5)
+    for column in ("lr", "ema_decay"):
+        assert [line[column] for line in metrics.read(config.folder / "metrics.jsonl")] == [
+            line[column] for line in metrics.read(finished.folder / "metrics.jsonl")
+        ]
+
+
+def test_two_processes_see_the_same_samples_and_losses_as_one(finished: Config, tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "train.py",
+            str(path),
+        ],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "on 2 x cpu" in run.stderr
+    config = load_config(path)
+    assert losses(config) == pytest.approx(losses(finished), rel=1e-5)
+    ours, theirs = weights(config, "ema"), weights(finished, "ema")
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (2, 1), (1, 4), (4, 2)])
+def test_positions_are_shared_out_without_gap_or_overlap(
+    tmp_path: Path, processes: int, accumulation: int
+) -> None:
+    config = tiny_config(tmp_path, f"train.gradient_accumulation={accumulation}")
+    seen = []
+    for rank in range(processes):
+        accelerator = type("Accelerator", (), {"num_processes": processes, "process_index": rank})
+        run = trainer.Run.__new__(trainer.Run)
+        run.config, run.accelerator = config, accelerator
+        for micro in range(accumulation):
+            seen.extend(run.positions(5, micro))
+    assert sorted(seen) == list(range(40, 48))
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"train.batch_size=8 cannot be shared by 1 processes in 3 .*; use 6 or 9"
+    ):
+        train(tiny_config(tmp_path, "train.gradient_accumulation=3"))
+
+
+# ------------------------------------------------------------------------------------------- the recipe
+
+
+def test_the_learning_rate_is_a_function_of_the_step(tmp_path: Path) -> None:
+    settings = tiny_config(tmp_path, "train.warmup_steps=4", "train.steps=12", "train.lr=1.0").train
+    assert [learning_rate(step, settings) for step in range(6)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+    cosine = settings.model_copy(update={"lr_schedule": "cosine"})
+    linear = settings.model_copy(update={"lr_schedule": "linear"})
+    assert learning_rate(8, cosine) == pytest.approx(0.5) and learning_rate(8, linear) == pytest.approx(0.5)
+    assert learning_rate(6, linear) == pytest.approx(0.75) and learning_rate(6, cosine) == pytest.approx(
+        0.8536, abs=1e-4
+    )
+    assert learning_rate(12, cosine) == pytest.approx(0, abs=1e-12) and learning_rate(12, linear) == 0
+    never = settings.model_copy(update={"warmup_steps": 0})
+    assert learning_rate(0, never) == 1
+
+
+def test_a_batch_holds_what_the_recipe_says(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "train.batch_size=4000", "train.label_dropout=0.25")
+    with open_run(config) as run:
+        batch, again, next_one = run.batch(3, 0), run.batch(3, 0), run.batch(4, 0)
+        null = run.denoiser.null_label
+        ids = run.order[run.positions(3, 0)]
+        kept = batch.labels != null
+        assert null == 10
+        assert float(kept.float().mean()) == pytest.approx(0.75, abs=0.03)
+        assert torch.equal(batch.labels[kept], run.latents.labels[ids][kept])
+        assert batch.times.min() >= 0 and batch.times.max() <= 999
+        assert float(batch.times.float().mean()) == pytest.approx(499.5, abs=20)
+        assert float(batch.noise.std()) == pytest.approx(1, abs=0.01)
+        torch.testing.assert_close(
+            batch.latents, run.latents.moments[ids][:, :1]
+        )  # the identity has no variance
+        assert all(
+            torch.equal(getattr(batch, k), getattr(again, k)) for k in ("latents", "noise", "times", "labels")
+        )
+        assert not torch.equal(batch.noise, next_one.noise)
+
+
+def test_without_classes_every_label_is_the_null_one(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "data.num_classes=0", "train.steps=2", "train.sample_every=2")
+    assert train(config) == 0
+    model = load_model(config.folder)
+    assert model.num_classes == 0
+    assert generate(model, None, [0], steps=1).shape == (1, 1, 8, 8)
+    with pytest.raises(UserError, match="knows no classes"):
+        generate(model, [0], [0], steps=1)
+
+
+def test_clipping_bounds_the_step_and_bf16_and_tensorboard_run(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    config = tiny_config(
+        tmp_path,
+        "train.gradient_clip=1e-6",
+        "train.precision=bf16",
+        "train.tensorboard=true",
+        "train.steps=2",
+    )
+    assert train(config) == 0
+    assert list((config.folder / "tensorboard").iterdir())
+    momentum = {k: v for k, v in weights(config, "optimizer").items() if k.startswith("exp_avg/")}
+    assert 0 < sum(float(v.square().sum()) for v in momentum.values()) ** 0.5 < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.num_classes=4", "has 10 classes and data.num_classes=4; use 10, or null"),
+        (
+            "model.unet.in_channels=4",
+            "takes 4 and gives 1 channels, the latents of autoencoder 'identity' have 1; set ",
+        ),
+        ("model.unet.in_chanels=4", "in_channels"),
+        ("model.swap.include=nowhere", "nowhere"),
+        ("autoencoder=no/folder/here", "no/folder/here"),
+        ("data.source=no/folder/here", "no/folder/here"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(tmp_path: Path, override: str, expected: str) -> None:
+    config = tiny_config(tmp_path, override)
+    with pytest.raises(UserError, match=expected):
+        train(config)
+    assert not (config.folder / "checkpoints").exists()
+
+
+def test_a_swapped_network_trains_resumes_exports_and_draws(tmp_path: Path) -> None:
+    swap = ("model.swap.sites=[resnet, self_attention]", "model.swap.group_channels=4")
+    whole, cut = (tiny_config(tmp_path, *swap, "train.steps=4", name=name) for name in ("whole", "cut"))
+    assert train(whole) == 0
+    with open_run(cut) as run:
+        for _ in range(2):
+            run.record(trainer.training_step(run, trainer.StopSignals()))
+            run.log()
+        run.save()
+    assert train(cut) == 0
+    assert losses(cut) == losses(whole)
+    assert same(weights(cut, "ema"), weights(whole, "ema"))
+    with open_run(whole) as run, run.ema.in_place():
+        expected = generate(run.averaged_model(), [1, 2], [3, 4], steps=2)
+    assert torch.equal(generate(load_model(whole.folder), [1, 2], [3, 4], steps=2), expected)
+
+
+# ------------------------------------------------------------------------------------------- using it
+
+
+def test_the_export_draws_what_the_run_drew(finished: Config, tmp_path: Path) -> None:
+    """The grid of the averaged weights in memory, and the same from the files."""
+    assert (
+        sample.main(
+            [
+                str(finished.folder),
+                "--steps",
+                "2",
+                "--seeds",
+                "0-1",
+                "--grid",
+                str(tmp_path / "grid.png"),
+                "--guidance",
+                str(finished.sample.guidance),
+                "--batch-size",
+                "20",
+            ]
+        )
+        == 0
+    )
+    drawn = np.asarray(Image.open(finished.folder / "samples" / "step-8.png"))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), drawn)
+
+
+def test_a_model_knows_where_it_comes_from(finished: Config, tmp_path: Path) -> None:
+    model = load_model(finished.folder)
+    assert (model.name, model.step, model.num_classes, model.latent_shape) == ("tiny", 8, 10, (1, 8, 8))
+    assert model.config == finished.resolved()
+    assert model.tags["weights"] == "EMA 0.9999" and model.tags["step"] == 8
+    moved = tmp_path / "moved"
+    subprocess.run(["cp", "-r", str(finished.folder / "export"), str(moved)], check=True)
+    again = load_model(moved)
+    assert torch.equal(generate(again, [3], [1], steps=2), generate(model, [3], [1], steps=2))
+
+
+def test_sample_writes_every_kind_of_file(
+    finished: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = str(finished.folder)
+    monkeypatch.chdir(tmp_path)
+    sample.main([run, "--steps", "1"])
+    assert Image.open("grid.png").size == (8 * 64, 10 * 64)
+    sample.main(
+        [
+            run,
+            "--steps",
+            "1",
+            "--n",
+            "7",
+            "--labels",
+            "4,2",
+            "--seeds",
+            "100",
+            "--npz",
+            "n.npz",
+            "--png-dir",
+            "png",
+        ]
+    )
+    with np.load("n.npz") as arrays:
+        images, labels = arrays["arr_0"], arrays["arr_1"]
+    assert images.shape == (7, 8, 8, 3) and images.dtype == np.uint8
+    assert labels.tolist() == [4, 2, 4, 2, 4, 2, 4]
+    assert (images[..., 0] == images[..., 2]).all()
+    files = sorted(Path("png").iterdir())
+    assert [path.name for path in files[:2]] == ["000000_label4_seed100.png", "000001_label2_seed101.png"]
+    assert np.array_equal(np.asarray(Image.open(files[1])), images[1, :, :, 0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--labels", "0-10"], "label 10 does not exist: tiny knows 10 classes, 0 to 9"),
+        (["--labels", "x"], "label 'x' is no number and no range"),
+        (["--seeds", "5-3"], "seed range '5-3' runs backwards; write 3-5"),
+        (["--n", "0"], "ask for at least one image"),
+        (["--n", "3", "--seeds", "1,2"], "--n 3 came with 2 seeds"),
+        (["--sampler", "dpm"], "sampler 'dpm' is unknown"),
+        (["--steps", "0"], "0 sampling steps"),
+    ],
+)
+def test_sample_refuses_what_it_cannot_do(finished: Config, arguments: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        sample.main([str(finished.folder), *arguments])
+
+
+def test_print_config_and_a_typo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", str(path), "train.lr=3e-5", "--print-config"])
+    assert train_program.main() == 0
+    assert "lr: 3.0e-05" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setattr(sys, "argv", ["train.py", str(path), "train.lrr=3e-5"])
+    with pytest.raises(UserError, match=r"train.lrr: unknown setting; did you mean train.lr\?"):
+        train_program.main()

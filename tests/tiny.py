@@ -1,0 +1,75 @@
+"""A run so small that a step takes milliseconds: 8x8 grey digits, pixels as latents, a U-Net of 20,000
+parameters."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ldm_dcn.config import Config, load_config
+
+ROOT = Path(__file__).parent.parent
+UNET = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "cross_attention_dim": 8,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "model": {"unet": UNET},
+    "autoencoder": {"spec": "identity"},
+    "data": {"source": "digits", "image_size": 8, "image_channels": 1, "encode_batch_size": 600},
+    "train": {
+        "steps": 8,
+        "batch_size": 8,
+        "lr": 1e-3,
+        "warmup_steps": 2,
+        "precision": "fp32",
+        "log_every": 1,
+        "save_every": 3,
+        "sample_every": 0,
+    },
+    "sample": {"steps": 2, "images_per_class": 2, "batch_size": 20},
+}
+
+
+def write_config(folder: Path, name: str = "tiny") -> Path:
+    """The tiny config as a file whose runs land in `folder`/runs."""
+    path = folder / f"{name}.yaml"
+    settings = {"base": str(ROOT / "configs" / "base.yaml"), **SETTINGS, "run": {"dir": str(folder / "runs")}}
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
+def tiny_config(folder: Path, *overrides: str, name: str = "tiny") -> Config:
+    return load_config(write_config(folder, name), overrides)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """For subprocesses: one thread, and the package importable wherever they run."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **extra}
+
+
+def start(*command: str, **options: Any) -> subprocess.Popen[str]:
+    """A Python program, such as start("train.py", "tiny.yaml"), with its output in pipes."""
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
