@@ -1,0 +1,51 @@
+"""ONNX export in standard operators, run by onnxruntime on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dcnv4_ext import DCNv4
+from dcnv4_ext.onnx import translation_table
+
+onnxruntime = pytest.importorskip(
+    "onnxruntime", reason="onnxruntime is not installed (pip install '.[onnx]')"
+)
+pytest.importorskip("onnxscript", reason="onnxscript is not installed (pip install '.[onnx]')")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(groups=2),
+        dict(groups=1, kernel_size=5, stride=2, padding=2, dilation=1, offset_scale=0.5, remove_center=True),
+        dict(
+            groups=2,
+            kernel_size=(3, 1),
+            padding=(1, 0),
+            softmax=True,
+            dw_kernel_size=3,
+            center_feature_scale=True,
+        ),
+    ],
+    ids=["plain", "stride_2_without_centre", "softmax_asymmetric"],
+)
+def test_a_module_runs_the_same_in_onnxruntime(options: dict, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = DCNv4(32, out_channels=24, mask_init="uniform", **options).eval()
+    torch.nn.init.normal_(module.offset_mask.weight, std=0.1)
+    n, h, w = (torch.export.Dim(name, min=2, max=64) for name in ("n", "h", "w"))
+    file = tmp_path / "layer.onnx"
+    torch.onnx.export(
+        module, (torch.randn(2, 9, 8, 32),), file, dynamo=True, opset_version=20, verbose=False,
+        dynamic_shapes={"x": {0: n, 1: h, 2: w}}, custom_translation_table=translation_table(),
+    )  # fmt: skip
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    domains = {opset.domain for opset in __import__("onnx").load(file).opset_import}
+    assert domains <= {"", "ai.onnx"}, f"operators that are not standard: {domains}"
+    for shape in ((2, 9, 8, 32), (3, 12, 7, 32)):
+        x = torch.randn(shape)
+        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), module(x).detach(), rtol=1e-4, atol=1e-4)
