@@ -42,7 +42,7 @@ typedef struct {
   int32_t deterministic;  // CUDA: no atomics in an order that changes from run to run
   int32_t threads;        // CPU: threads to use, at least 1
   int32_t device;         // CUDA: device ordinal
-  int32_t reserved;
+  int32_t reserved;       // 0; CUDA tests and benchmarks force a kernel with it (cuda/launch.h)
   double offset_scale;
 } dcnv4_problem;
 

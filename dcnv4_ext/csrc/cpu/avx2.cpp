@@ -98,10 +98,9 @@ struct F32 {
 
   static DCNV4_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static DCNV4_INLINE F32 floor(F32 a) { return {_mm256_floor_ps(a.v)}; }
-  static DCNV4_INLINE Mask greater(F32 a, F32 b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
-  static DCNV4_INLINE Mask less(F32 a, F32 b) { return _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ); }
-  static DCNV4_INLINE Mask and_mask(Mask a, Mask b) { return _mm256_and_ps(a, b); }
-  static DCNV4_INLINE Mask or_mask(Mask a, Mask b) { return _mm256_or_ps(a, b); }
+  static DCNV4_INLINE Mask greater(Mask among, F32 a, F32 b) {
+    return _mm256_and_ps(among, _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ));
+  }
   static DCNV4_INLINE bool any(Mask m) { return _mm256_movemask_ps(m) != 0; }
   static DCNV4_INLINE F32 select(Mask m, F32 a) { return {_mm256_and_ps(m, a.v)}; }
   static DCNV4_INLINE void store_cells(int32_t* out, Mask used, F32 y, F32 x, int32_t first_row, int32_t pitch, int32_t blank) {
@@ -160,10 +159,9 @@ struct F64 {
   }
   static DCNV4_INLINE F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   static DCNV4_INLINE F64 floor(F64 a) { return {_mm256_floor_pd(a.v)}; }
-  static DCNV4_INLINE Mask greater(F64 a, F64 b) { return _mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ); }
-  static DCNV4_INLINE Mask less(F64 a, F64 b) { return _mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ); }
-  static DCNV4_INLINE Mask and_mask(Mask a, Mask b) { return _mm256_and_pd(a, b); }
-  static DCNV4_INLINE Mask or_mask(Mask a, Mask b) { return _mm256_or_pd(a, b); }
+  static DCNV4_INLINE Mask greater(Mask among, F64 a, F64 b) {
+    return _mm256_and_pd(among, _mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ));
+  }
   static DCNV4_INLINE bool any(Mask m) { return _mm256_movemask_pd(m) != 0; }
   static DCNV4_INLINE F64 select(Mask m, F64 a) { return {_mm256_and_pd(m, a.v)}; }
   static DCNV4_INLINE void store_cells(int32_t* out, Mask used, F64 y, F64 x, int32_t first_row, int32_t pitch, int32_t blank) {

@@ -98,10 +98,7 @@ struct F32 {
 
   static DCNV4_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static DCNV4_INLINE F32 floor(F32 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
-  static DCNV4_INLINE Mask greater(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
-  static DCNV4_INLINE Mask less(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
-  static DCNV4_INLINE Mask and_mask(Mask a, Mask b) { return a & b; }
-  static DCNV4_INLINE Mask or_mask(Mask a, Mask b) { return a | b; }
+  static DCNV4_INLINE Mask greater(Mask among, F32 a, F32 b) { return _mm512_mask_cmp_ps_mask(among, a.v, b.v, _CMP_GT_OQ); }
   static DCNV4_INLINE bool any(Mask m) { return m != 0; }
   static DCNV4_INLINE F32 select(Mask m, F32 a) { return {_mm512_maskz_mov_ps(m, a.v)}; }
   static DCNV4_INLINE void store_cells(int32_t* out, Mask used, F32 y, F32 x, int32_t first_row, int32_t pitch, int32_t blank) {
@@ -158,10 +155,7 @@ struct F64 {
   }
   static DCNV4_INLINE F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
   static DCNV4_INLINE F64 floor(F64 a) { return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
-  static DCNV4_INLINE Mask greater(F64 a, F64 b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ); }
-  static DCNV4_INLINE Mask less(F64 a, F64 b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ); }
-  static DCNV4_INLINE Mask and_mask(Mask a, Mask b) { return a & b; }
-  static DCNV4_INLINE Mask or_mask(Mask a, Mask b) { return a | b; }
+  static DCNV4_INLINE Mask greater(Mask among, F64 a, F64 b) { return _mm512_mask_cmp_pd_mask(among, a.v, b.v, _CMP_GT_OQ); }
   static DCNV4_INLINE bool any(Mask m) { return m != 0; }
   static DCNV4_INLINE F64 select(Mask m, F64 a) { return {_mm512_maskz_mov_pd(m, a.v)}; }
   static DCNV4_INLINE void store_cells(int32_t* out, Mask used, F64 y, F64 x, int32_t first_row, int32_t pitch, int32_t blank) {

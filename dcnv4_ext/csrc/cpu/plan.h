@@ -85,6 +85,7 @@ template <class S>
 struct Plan {
   int64_t K, padded_taps;   // taps, and taps rounded up to whole vectors
   int64_t D, packed_width;  // channels a group, and rounded up to whole vectors
+  int at_once;              // vectors of channels taken together
   int64_t pitch;            // cells of a packed row: W + 2
   int64_t center_x, center_y;
   S width, height, scale;

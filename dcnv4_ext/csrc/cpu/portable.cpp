@@ -84,17 +84,8 @@ struct Lanes {
   static DCNV4_INLINE Lanes floor(const Lanes& a) {
     return make([&](int i) { return std::floor(a.v[i]); });
   }
-  static DCNV4_INLINE Mask greater(const Lanes& a, const Lanes& b) {
-    return make_mask([&](int i) { return a.v[i] > b.v[i]; });
-  }
-  static DCNV4_INLINE Mask less(const Lanes& a, const Lanes& b) {
-    return make_mask([&](int i) { return a.v[i] < b.v[i]; });
-  }
-  static DCNV4_INLINE Mask and_mask(const Mask& a, const Mask& b) {
-    return make_mask([&](int i) { return a.lane[i] && b.lane[i]; });
-  }
-  static DCNV4_INLINE Mask or_mask(const Mask& a, const Mask& b) {
-    return make_mask([&](int i) { return a.lane[i] || b.lane[i]; });
+  static DCNV4_INLINE Mask greater(const Mask& among, const Lanes& a, const Lanes& b) {
+    return make_mask([&](int i) { return among.lane[i] && a.v[i] > b.v[i]; });
   }
   static DCNV4_INLINE bool any(const Mask& m) {
     bool found = false;

@@ -1,7 +1,7 @@
 // Gradients of the forward kernel. With s_c the dot product of grad_output and the value at corner c, over the channels of a
-// group (0 for a corner outside the map), `tap_gradient` of sampling.h gives the three numbers of a tap; the gradient of `value`
-// is scattered to the corners by one of three kernels: here corner by corner, in scatter_tiled.cu merged a tile at a time, in
-// scatter_ordered.cu in a fixed order.
+// group (0 for a corner outside the map), `tap_gradient` of sampling.h gives the three numbers of a tap; the gradient of
+// `value` is scattered to the corners by one of three kernels: here corner by corner, in scatter_tiled.cu merged a tile at a
+// time, in scatter_ordered.cu in a fixed order.
 #include "backward.h"
 
 namespace dcnv4 {
@@ -49,8 +49,7 @@ DCNV4_DEVICE void start_softmax(const dcnv4_problem& p, const Tiling& tiling, co
     shared.totals[index] = 0;
     const Item item = item_at(p, tiling, origin, index);
     if (!item.live) continue;
-    const T* run = at_pixel(runs, output_pixel(p, item.ho, item.wo), p.offset_mask_stride) + item.g * 3 * taps;
-    shared.norms[index] = softmax_norm(run, taps);
+    shared.norms[index] = softmax_norm(run_of(p, runs, item, taps), taps);
   }
 }
 
@@ -65,7 +64,7 @@ DCNV4_DEVICE void stage_taps(const dcnv4_problem& p, const Tiling& tiling, const
     Four<Real> place{};
     uint4 cells = make_uint4(0, 0, 0, 0);
     if (item.live) {
-      const T* run = at_pixel(runs, output_pixel(p, item.ho, item.wo), p.offset_mask_stride) + item.g * 3 * taps;
+      const T* run = run_of(p, runs, item, taps);
       const SoftmaxNorm<Real> norm = p.softmax ? shared.norms[index] : SoftmaxNorm<Real>{};
       const Tap<Real> tap = read_tap(p, tiling.by_kernel_h, run, first + k, taps, item.ho, item.wo, norm);
       if (tap.used) {
@@ -77,7 +76,8 @@ DCNV4_DEVICE void stage_taps(const dcnv4_problem& p, const Tiling& tiling, const
         if (bottom && left) weights.v[2] = inside.w10;
         if (bottom && right) weights.v[3] = inside.w11;
         const uint32_t x_low = max(tap.x0, 0), x_high = min(tap.x0 + 1, W - 1);
-        const uint32_t row_low = uint32_t(max(tap.y0, 0)) * uint32_t(W), row_high = uint32_t(min(tap.y0 + 1, H - 1)) * uint32_t(W);
+        const uint32_t row_low = uint32_t(max(tap.y0, 0)) * uint32_t(W),
+                       row_high = uint32_t(min(tap.y0 + 1, H - 1)) * uint32_t(W);
         cells = make_uint4(row_low + x_low, row_low + x_high, row_high + x_low, row_high + x_high);
       }
       // An unused tap has no gradient, however large or undefined its weight is; behind softmax that weight still counts.
@@ -91,7 +91,8 @@ DCNV4_DEVICE void stage_taps(const dcnv4_problem& p, const Tiling& tiling, const
 
 // Sums what the lanes of an item found and turns it into gradients.
 template <class Real>
-DCNV4_DEVICE void finish_taps(const dcnv4_problem& p, const Tiling& tiling, int count, int row_length, const Shared<Real>& shared) {
+DCNV4_DEVICE void finish_taps(const dcnv4_problem& p, const Tiling& tiling, int count, int row_length,
+                              const Shared<Real>& shared) {
   for (int i = threadIdx.x; i < tiling.items * count; i += blockDim.x) {
     const int index = i / count, k = i - index * count;
     Corners<Real> dots{};
@@ -157,8 +158,8 @@ DCNV4_DEVICE void write_padding(const dcnv4_problem& p, const Tiling& tiling, co
   }
 }
 
-// TAPS, N, VECTORS as in forward.cu; with TAPS known an item's channels fit its threads in one pass. With SCATTER the gradient of
-// value is added to `sums`, rows of sums_stride elements or sums_bytes bytes. `grad_offset_mask` may be null.
+// TAPS, N, VECTORS as in forward.cu; with TAPS known an item's channels fit its threads in one pass. With SCATTER the gradient
+// of value is added to `sums`, rows of sums_stride elements or sums_bytes bytes. `grad_offset_mask` may be null.
 template <class T, int N, int VECTORS, int TAPS, bool SCATTER>
 __global__ void __launch_bounds__(kThreads)
     differentiate(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Tiling tiling, uint32_t value_bytes,
@@ -230,7 +231,8 @@ __global__ void __launch_bounds__(kThreads)
                   Real share[N];
 #pragma unroll
                   for (int i = 0; i < N; ++i) share[i] = weights.v[corner] * gradient[e][i];
-                  add_if(is_weight(weights.v[corner]), reinterpret_cast<Real*>(channels + uint64_t(cells[corner]) * sums_bytes), share);
+                  add_if(is_weight(weights.v[corner]), reinterpret_cast<Real*>(channels + uint64_t(cells[corner]) * sums_bytes),
+                         share);
                 }
               }
             }
@@ -291,7 +293,8 @@ int32_t run(const BackwardCall& call, void* sums, int64_t sums_stride) {
   const int64_t enough = 2 * int64_t(multiprocessors(p.device));
   Tiling tiling{};
   for (int threads = sizeof(Real) == 8 ? kThreads / 2 : kThreads; threads >= kWarp; threads /= 2) {
-    const int64_t fit = (kSharedBytes - shared_bytes<Real>(0, threads, chunk)) / (shared_bytes<Real>(1, 0, chunk) - shared_bytes<Real>(0, 0, chunk));
+    const int64_t fit = (kSharedBytes - shared_bytes<Real>(0, threads, chunk)) /
+                        (shared_bytes<Real>(1, 0, chunk) - shared_bytes<Real>(0, 0, chunk));
     tiling = plan_tiling(p, units, lanes, std::min<int64_t>(threads / lanes, fit));
     if (blocks_of(p, tiling) >= enough) break;
   }
@@ -322,6 +325,9 @@ int32_t run_vectors(const BackwardCall& call, void* sums, int64_t sums_stride) {
   if (!vectors) return run<T, 1, 1, 0, SCATTER>(call, sums, sums_stride);
   if constexpr (sizeof(T) == 8) {
     return run<T, N, 1, 0, SCATTER>(call, sums, sums_stride);
+  } else if constexpr (SCATTER) {
+    // What merged tiles cannot do comes here; reductions take so long that pairs of vectors would change little.
+    return run_taps<T, N, 1, SCATTER>(call, sums, sums_stride);
   } else {
     // Pairs of vectors halve the partial sums in shared memory, which bound the threads of a multiprocessor.
     const bool two = p.D % (2 * N) == 0 && p.D > 2 * N && !forced(p, kForceOneVector);
@@ -400,11 +406,16 @@ int32_t dcnv4_cuda_backward(const dcnv4_problem* problem, const void* value, con
     return DCNV4_BAD_PROBLEM;
   const DeviceGuard guard(p.device);
   if (guard.error() != cudaSuccess) return status_of(guard.error());
-  const BackwardCall call{p, value, offset_mask, grad_output, grad_value, grad_offset_mask, workspace, static_cast<cudaStream_t>(stream)};
+  const BackwardCall call{
+      p, value, offset_mask, grad_output, grad_value, grad_offset_mask, workspace, static_cast<cudaStream_t>(stream)};
   switch (p.dtype) {
-    case DCNV4_FLOAT32: return run_type<float>(call);
-    case DCNV4_FLOAT64: return run_type<double>(call);
-    case DCNV4_BFLOAT16: return run_type<bf16>(call);
-    default: return run_type<f16>(call);
+    case DCNV4_FLOAT32:
+      return run_type<float>(call);
+    case DCNV4_FLOAT64:
+      return run_type<double>(call);
+    case DCNV4_BFLOAT16:
+      return run_type<bf16>(call);
+    default:
+      return run_type<f16>(call);
   }
 }

@@ -14,8 +14,8 @@ struct BackwardCall {
   cudaStream_t stream;
 };
 
-// Tile-merged (scatter_tiled.cu): adds into `sums` (fp32, rows of `sums_stride` elements), which the caller has zeroed. D must be
-// a multiple of 4, rows of grad_output and sums aligned for 4 elements.
+// Tile-merged (scatter_tiled.cu): adds into `sums` (fp32, rows of `sums_stride` elements), which the caller has zeroed. D must
+// be a multiple of 4, rows of grad_output and sums aligned for 4 elements.
 bool can_scatter_tiled(const dcnv4_problem& p);
 int32_t scatter_tiled(const BackwardCall& call, float* sums, int64_t sums_stride);
 

@@ -60,8 +60,7 @@ DCNV4_DEVICE void stage_norms(const dcnv4_problem& p, const Tiling& tiling, cons
   for (int index = threadIdx.x; index < tiling.items; index += blockDim.x) {
     const Item item = item_at(p, tiling, origin, index);
     if (!item.live) continue;
-    const T* run = at_pixel(runs, output_pixel(p, item.ho, item.wo), p.offset_mask_stride) + item.g * 3 * taps;
-    shared.norms[index] = softmax_norm(run, taps);
+    shared.norms[index] = softmax_norm(run_of(p, runs, item, taps), taps);
   }
 }
 
@@ -75,7 +74,7 @@ DCNV4_DEVICE void stage_taps(const dcnv4_problem& p, const Tiling& tiling, const
     Four<Real> weights{{no_weight<Real>(), 0, 0, 0}};
     uint4 cells = make_uint4(0, 0, 0, 0);
     if (item.live) {
-      const T* run = at_pixel(runs, output_pixel(p, item.ho, item.wo), p.offset_mask_stride) + item.g * 3 * taps;
+      const T* run = run_of(p, runs, item, taps);
       const SoftmaxNorm<Real> norm = p.softmax ? shared.norms[index] : SoftmaxNorm<Real>{};
       const Tap<Real> tap = read_tap(p, tiling.by_kernel_h, run, first + k, taps, item.ho, item.wo, norm);
       if (tap.used) {
@@ -182,9 +181,9 @@ int32_t run(const Call& call) {
     tiling = plan_tiling(p, units, lanes, std::min<int64_t>(threads / lanes, fit));
     if (blocks_of(p, tiling) >= enough) break;
   }
-  return launch(sample<T, N, VECTORS, TAPS>, blocks_of(p, tiling), threads_of(tiling),
-                shared_bytes<Real>(tiling.items, chunk), call.stream, p, tiling, uint32_t(p.value_stride * sizeof(T)),
-                static_cast<const T*>(call.value), static_cast<const T*>(call.offset_mask), static_cast<T*>(call.output));
+  return launch(sample<T, N, VECTORS, TAPS>, blocks_of(p, tiling), threads_of(tiling), shared_bytes<Real>(tiling.items, chunk),
+                call.stream, p, tiling, uint32_t(p.value_stride * sizeof(T)), static_cast<const T*>(call.value),
+                static_cast<const T*>(call.offset_mask), static_cast<T*>(call.output));
 }
 
 template <class T, int N, int VECTORS>
@@ -227,9 +226,13 @@ int32_t dcnv4_cuda_forward(const dcnv4_problem* problem, const void* value, cons
   if (guard.error() != cudaSuccess) return status_of(guard.error());
   const Call call{*problem, value, offset_mask, output, static_cast<cudaStream_t>(stream)};
   switch (problem->dtype) {
-    case DCNV4_FLOAT32: return run_type<float>(call);
-    case DCNV4_FLOAT64: return run_type<double>(call);
-    case DCNV4_BFLOAT16: return run_type<bf16>(call);
-    default: return run_type<f16>(call);
+    case DCNV4_FLOAT32:
+      return run_type<float>(call);
+    case DCNV4_FLOAT64:
+      return run_type<double>(call);
+    case DCNV4_BFLOAT16:
+      return run_type<bf16>(call);
+    default:
+      return run_type<f16>(call);
   }
 }

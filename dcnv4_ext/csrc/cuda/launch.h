@@ -11,7 +11,9 @@
 namespace dcnv4 {
 
 inline int32_t status_of(cudaError_t error) {
-  return error == cudaSuccess ? int32_t(DCNV4_OK) : int32_t(DCNV4_CUDA_ERROR) + int32_t(error);
+  if (error == cudaSuccess) return DCNV4_OK;
+  cudaGetLastError();  // it is reported here and must not be found again by the next who asks
+  return int32_t(DCNV4_CUDA_ERROR) + int32_t(error);
 }
 
 // Makes `device` current for the life of the guard.
@@ -73,9 +75,7 @@ inline Divisor divisor_of(int64_t divisor) {
   return {uint32_t(divisor), uint32_t(divide_up(int64_t(1) << (31 + shift), divisor)), shift};
 }
 
-inline int64_t element_bytes(int32_t dtype) {
-  return dtype == DCNV4_FLOAT64 ? 8 : dtype == DCNV4_FLOAT32 ? 4 : 2;
-}
+inline int64_t element_bytes(int32_t dtype) { return dtype == DCNV4_FLOAT64 ? 8 : dtype == DCNV4_FLOAT32 ? 4 : 2; }
 
 // Whether rows of `stride` elements from `pointer` on can be read and written `bytes` at a time.
 inline bool aligned(const void* pointer, int64_t stride, int64_t element, int64_t bytes) {
@@ -106,6 +106,9 @@ inline int32_t check_problem(const dcnv4_problem& p) {
   return DCNV4_OK;
 }
 
+// Edge of the pieces, at most `most` long, that cut `size` evenly.
+inline int64_t even_edge(int64_t size, int64_t most) { return divide_up(size, divide_up(size, std::min(size, most))); }
+
 // Units of an item are shared by as few passes of at most a warp's worth of threads as will do, evenly.
 inline int lanes_for(int64_t units) { return int(divide_up(units, divide_up(units, kWarp))); }
 
@@ -118,10 +121,7 @@ inline Tiling plan_tiling(const dcnv4_problem& p, int64_t units, int lanes, int6
   for (int64_t width : widths) {
     width = std::min(width, p.Wo);
     if (width > items) continue;
-    int64_t height = std::min(p.Ho, items / width);
-    height = divide_up(p.Ho, divide_up(p.Ho, height));
-    int64_t groups = std::min(p.G, items / (width * height));
-    groups = divide_up(p.G, divide_up(p.G, groups));
+    const int64_t height = even_edge(p.Ho, items / width), groups = even_edge(p.G, items / (width * height));
     const double blocks = double(divide_up(p.Wo, width)) * double(divide_up(p.Ho, height)) * double(divide_up(p.G, groups));
     const double cost = blocks * (4.0 * double(items) + double((width + 4) * (height + 4) * groups));
     if (best.items != 0 && cost >= best_cost) continue;

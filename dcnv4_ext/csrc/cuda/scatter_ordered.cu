@@ -1,8 +1,9 @@
 // The gradient of `value` in a fixed order: the same bits at every run, without atomics and without zeroing first.
 //
-// First every tap's cell is written down, with a bounding box for each tile of output pixels. Then each block owns a tile of cells, a
-// group and a slice of channels; it goes through the boxes in order, through the taps of the boxes that reach its cells in order, and
-// adds what falls on its cells, in that order, as scatter.h describes. Offsets may lead anywhere: far ones cost time, not memory.
+// First every tap's cell is written down, with a bounding box for each tile of output pixels. Then each block owns a tile of
+// cells, a group and a slice of channels; it goes through the boxes in order, through the taps of the boxes that reach its
+// cells in order, and adds what falls on its cells, in that order, as scatter.h describes. Offsets may lead anywhere: far ones
+// cost time, not memory.
 #include "scatter.h"
 
 namespace dcnv4 {
@@ -10,8 +11,11 @@ namespace {
 
 constexpr int kLanes = 32;  // threads of one class at most
 constexpr int kThreads = kClasses * kLanes;
-constexpr int kEdge = 8;    // of a tile of output pixels, and of one of cells
-constexpr int kTests = 4;   // taps a thread looks at in one step
+constexpr int kEdge = 8;   // of a tile of output pixels, and of one of cells
+constexpr int kTests = 4;  // taps a thread looks at in one step
+// Shares and output gradients are read this many at once: sums in shared memory written between two reads keep the compiler
+// from moving the second up. It divides the threads of a warp, which stage that many.
+constexpr int kAhead = 4;
 constexpr int kFindThreads = 128;
 constexpr int64_t kSumBytes = 32 * 1024;  // of shared memory for the sums of a block
 
@@ -33,28 +37,30 @@ struct alignas(16) Box {
 };
 
 struct Plan {
-  int32_t tile_w, tile_h;          // output pixels
-  int32_t tile_taps;               // of one tile and group, rounded up to kTests
-  int32_t tiles;                   // of one map
-  int32_t owner_w, owner_h;        // cells
-  int32_t lanes, slices, channels; // threads of a class; slices of lanes * channels
+  int32_t tile_w, tile_h;           // output pixels
+  int32_t tile_taps;                // of one tile and group, rounded up to kTests
+  int32_t tiles;                    // of one map
+  int32_t owner_w, owner_h;         // cells
+  int32_t lanes, slices, channels;  // threads of a class; slices of lanes * channels
   Cell16 cells;
-  Divisor by_tiles, tiles_x, groups, by_taps, by_tile_w, by_tile_taps, by_kernel_h, by_lanes, owners_x, owners_y, by_slices, by_owner_w;
+  Divisor by_tiles, tiles_x, groups, by_taps, by_tile_w, by_tile_taps, by_kernel_h, by_lanes, owners_x, owners_y, by_slices,
+      by_owner_w;
 };
 
 // `channels`: of one thread, with sums of `real_bytes` each.
 Plan plan_ordered(const dcnv4_problem& p, int channels, int64_t real_bytes) {
   Plan plan{};
-  plan.tile_w = int32_t(std::min<int64_t>(kEdge, p.Wo));
-  plan.tile_h = int32_t(std::min<int64_t>(kEdge, p.Ho));
+  plan.tile_w = int32_t(even_edge(p.Wo, kEdge));
+  plan.tile_h = int32_t(even_edge(p.Ho, kEdge));
   plan.tile_taps = int32_t(round_up(int64_t(plan.tile_w) * plan.tile_h * taps_of(p), kTests));
   plan.tiles_x = divisor_of(divide_up(p.Wo, plan.tile_w));
   plan.tiles = int32_t(divide_up(p.Wo, plan.tile_w) * divide_up(p.Ho, plan.tile_h));
   plan.by_tiles = divisor_of(plan.tiles);
-  plan.owner_w = int32_t(std::min<int64_t>(kEdge, p.W));
-  plan.owner_h = int32_t(std::min<int64_t>(kEdge, p.H));
+  plan.owner_w = int32_t(even_edge(p.W, kEdge));
+  plan.owner_h = int32_t(even_edge(p.H, kEdge));
   plan.channels = channels;
-  const int64_t units = p.D / channels, most_lanes = std::min<int64_t>(kLanes, kSumBytes / (kEdge * kEdge * channels * real_bytes));
+  const int64_t units = p.D / channels,
+                most_lanes = std::min<int64_t>(kLanes, kSumBytes / (kEdge * kEdge * channels * real_bytes));
   plan.slices = int32_t(divide_up(units, most_lanes));
   plan.lanes = int32_t(divide_up(units, plan.slices));
   while ((std::max(p.W, p.H) + 1) >> plan.cells.shift >= 0xffff) ++plan.cells.shift;
@@ -83,7 +89,8 @@ struct TapAt {
 };
 DCNV4_DEVICE TapAt tap_at(const dcnv4_problem& p, const Plan& plan, int taps, uint32_t id) {
   const uint32_t tile = plan.by_tile_taps.quotient(id), local = id - tile * uint32_t(plan.tile_taps);
-  const uint32_t pixel = plan.by_taps.quotient(local), row = plan.by_tile_w.quotient(pixel), tile_row = plan.tiles_x.quotient(tile);
+  const uint32_t pixel = plan.by_taps.quotient(local), row = plan.by_tile_w.quotient(pixel),
+                 tile_row = plan.tiles_x.quotient(tile);
   TapAt at;
   at.wo = int((tile - tile_row * plan.tiles_x.divisor) * plan.tile_w + pixel - row * plan.tile_w);
   at.ho = int(tile_row * plan.tile_h + row);
@@ -132,8 +139,8 @@ __global__ void __launch_bounds__(kFindThreads)
   if (threadIdx.x == 0) boxes[blockIdx.x] = Box{box[0], box[1], box[2], box[3]};
 }
 
-// Gives every true flag of a block its number, by thread and within a thread in order; returns the first number of this thread's,
-// and in `total` how many there are. `counts` is one number a warp.
+// Gives every true flag of a block its number, by thread and within a thread in order; returns the first number of this
+// thread's, and in `total` how many there are. `counts` is one number a warp.
 template <int FLAGS>
 DCNV4_DEVICE int number_flags(const bool (&flags)[FLAGS], int* counts, int& total) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -157,17 +164,17 @@ DCNV4_DEVICE int number_flags(const bool (&flags)[FLAGS], int* counts, int& tota
 
 template <class Real, int N>
 struct Shared {
-  Share<Real>* shares;   // (threads, classes)
-  Real* sums;            // (owned cells, lanes, N)
-  uint32_t* pixels;      // (threads): whose output gradient a staged tap takes
-  uint32_t* list;        // (2 * threads * kTests): taps found
-  int* tiles;            // (threads): tiles found
-  int* counts;           // (warps)
+  Share<Real>* shares;  // (threads, classes)
+  Real* sums;           // (owned cells + kClasses, lanes, N)
+  uint32_t* pixels;     // (threads): whose output gradient a staged tap takes
+  uint32_t* list;       // (2 * threads * kTests): taps found
+  int* tiles;           // (threads): tiles found
+  int* counts;          // (warps)
 };
 
 template <class Real, int N>
 int64_t shared_bytes(const Plan& plan, int64_t threads) {
-  return int64_t(plan.owner_w) * plan.owner_h * plan.lanes * N * int64_t(sizeof(Real)) +
+  return (int64_t(plan.owner_w) * plan.owner_h + kClasses) * plan.lanes * N * int64_t(sizeof(Real)) +
          threads * int64_t(kClasses * sizeof(Share<Real>) + sizeof(uint32_t) + 2 * kTests * sizeof(uint32_t) + sizeof(int)) +
          threads / kWarp * int64_t(sizeof(int));
 }
@@ -178,19 +185,20 @@ DCNV4_DEVICE Shared<Real, N> carve_shared(const Plan& plan) {
   Shared<Real, N> shared;
   shared.shares = reinterpret_cast<Share<Real>*>(dynamic_shared());
   shared.sums = reinterpret_cast<Real*>(shared.shares + threads * kClasses);
-  shared.pixels = reinterpret_cast<uint32_t*>(shared.sums + plan.owner_w * plan.owner_h * plan.lanes * N);
+  shared.pixels = reinterpret_cast<uint32_t*>(shared.sums + (plan.owner_w * plan.owner_h + kClasses) * plan.lanes * N);
   shared.list = shared.pixels + threads;
   shared.tiles = reinterpret_cast<int*>(shared.list + 2 * threads * kTests);
   shared.counts = shared.tiles + threads;
   return shared;
 }
 
-// One block a tile of cells, slice of channels, group and image. N: channels a thread.
+// One block a tile of cells, slice of channels, group and image. N: channels a thread. gradient_bytes: of one pixel of
+// grad_output.
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads)
     gather_taps(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Plan plan, const T* __restrict__ offset_mask,
-                const T* __restrict__ grad_output, const uint32_t* __restrict__ packed, const Box* __restrict__ boxes,
-                T* __restrict__ grad_value) {
+                const T* __restrict__ grad_output, uint32_t gradient_bytes, const uint32_t* __restrict__ packed,
+                const Box* __restrict__ boxes, T* __restrict__ grad_value) {
   using Real = typename compute_of<T>::type;
   const int taps = taps_of(p), threads = int(blockDim.x), thread = int(threadIdx.x);
   const Shared<Real, N> shared = carve_shared<Real, N>(plan);
@@ -208,18 +216,19 @@ __global__ void __launch_bounds__(kThreads)
   const int parity = plan.by_lanes.quotient(thread), lane = thread - parity * plan.lanes;
   const int unit = int(slice) * plan.lanes + lane, channel = g * int(p.D) + unit * N;
   const bool active = parity < kClasses && unit < int(p.D) / N;
+  Real* own_sums = shared.sums + lane * N;  // of the first cell
   const int64_t first_output = n * p.Ho * p.Wo;
   const T* runs = offset_mask + first_output * p.offset_mask_stride + g * 3 * taps;
-  const T* gradients = grad_output + first_output * p.output_stride + channel;
+  const char* gradients = reinterpret_cast<const char*>(grad_output + first_output * p.output_stride + channel);
   packed += int64_t(map) * plan.tiles * plan.tile_taps;
   boxes += int64_t(map) * plan.tiles;
 
-  const int owned = plan.owner_w * plan.owner_h;
-  for (int i = thread; i < owned * plan.lanes * N; i += threads) shared.sums[i] = 0;
+  const int owned = plan.owner_w * plan.owner_h, cell_length = plan.lanes * N;
+  for (int i = thread; i < (owned + kClasses) * cell_length; i += threads) shared.sums[i] = 0;
 
-  int next_tile = 0;           // the first whose box was not looked at yet
-  int found = 0, t = 0;        // tiles in shared.tiles, the one at work
-  int first = 0;               // its taps before this one are done
+  int next_tile = 0;     // the first whose box was not looked at yet
+  int found = 0, t = 0;  // tiles in shared.tiles, the one at work
+  int first = 0;         // its taps before this one are done
   for (bool more = true; more;) {
     // Find taps, until the next step might find more than there is room for.
     int length = 0;
@@ -265,7 +274,7 @@ __global__ void __launch_bounds__(kThreads)
       if (thread < count) {
         Share<Real>* mine = shared.shares + thread * kClasses;
 #pragma unroll
-        for (int c = 0; c < kClasses; ++c) mine[c] = {0, kNowhere};
+        for (int c = 0; c < kClasses; ++c) mine[c] = {0, uint32_t((owned + c) * cell_length)};
         shared.pixels[thread] = 0;
         if (begin + thread < length) {
           const TapAt at = tap_at(p, plan, taps, shared.list[begin + thread]);
@@ -276,7 +285,7 @@ __global__ void __launch_bounds__(kThreads)
           visit_corners(tap, [&](int c, int x, int y, Real weight) {
             const int in_x = x - owned_x, in_y = y - owned_y;
             if (in_x >= 0 && in_y >= 0 && in_x < plan.owner_w && in_y < plan.owner_h && x < int(p.W) && y < int(p.H))
-              mine[c] = {weight, uint32_t((in_y * plan.owner_w + in_x) * plan.lanes * N)};
+              mine[c] = {weight, uint32_t((in_y * plan.owner_w + in_x) * cell_length)};
           });
         }
       }
@@ -288,11 +297,10 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
           for (int j = 0; j < kAhead; ++j) {
             ahead[j] = shared.shares[(i + j) * kClasses + parity];
-            load<T, N>(at_pixel(gradients, shared.pixels[i + j], p.output_stride), gradient[j]);
+            load<T, N>(gradients + uint64_t(shared.pixels[i + j]) * gradient_bytes, gradient[j]);
           }
 #pragma unroll
-          for (int j = 0; j < kAhead; ++j)
-            if (ahead[j].place != kNowhere) add_share<N>(shared.sums + ahead[j].place + lane * N, ahead[j].weight, gradient[j]);
+          for (int j = 0; j < kAhead; ++j) add_share(own_sums + ahead[j].place, ahead[j].weight, gradient[j]);
         }
       }
       __syncthreads();
@@ -306,7 +314,7 @@ __global__ void __launch_bounds__(kThreads)
     if (x >= int(p.W) || y >= int(p.H)) continue;
     Real sum[N];
 #pragma unroll
-    for (int i = 0; i < N; ++i) sum[i] = shared.sums[(cell * plan.lanes + lane) * N + i];
+    for (int i = 0; i < N; ++i) sum[i] = shared.sums[cell * cell_length + lane * N + i];
     store<T, N>(at_pixel(rows, uint32_t(y) * uint32_t(p.W) + uint32_t(x), p.grad_value_stride), sum);
   }
 }
@@ -322,12 +330,14 @@ int32_t run(const BackwardCall& call) {
   uint32_t* packed = static_cast<uint32_t*>(call.workspace);
   Box* boxes = reinterpret_cast<Box*>(static_cast<char*>(call.workspace) + packed_bytes(p, plan));
   const T* offset_mask = static_cast<const T*>(call.offset_mask);
-  const int32_t status = launch(find_taps<T>, maps * plan.tiles, kFindThreads, sizeof(Box), call.stream, p, plan, offset_mask, packed, boxes);
+  const int32_t status =
+      launch(find_taps<T>, maps * plan.tiles, kFindThreads, sizeof(Box), call.stream, p, plan, offset_mask, packed, boxes);
   if (status != DCNV4_OK) return status;
   const int threads = int(round_up(kClasses * plan.lanes, kWarp));
   return launch(gather_taps<T, N>, maps * plan.slices * plan.owners_x.divisor * plan.owners_y.divisor, threads,
-                shared_bytes<Real, N>(plan, threads), call.stream, p, plan, offset_mask, static_cast<const T*>(call.grad_output),
-                packed, boxes, static_cast<T*>(call.grad_value));
+                shared_bytes<Real, N>(plan, threads), call.stream, p, plan, offset_mask,
+                static_cast<const T*>(call.grad_output), uint32_t(p.output_stride * sizeof(T)), packed, boxes,
+                static_cast<T*>(call.grad_value));
 }
 
 template <class T>
@@ -348,10 +358,14 @@ int64_t ordered_workspace(const dcnv4_problem& p) {
 
 int32_t scatter_ordered(const BackwardCall& call) {
   switch (call.p.dtype) {
-    case DCNV4_FLOAT32: return run_type<float>(call);
-    case DCNV4_FLOAT64: return run_type<double>(call);
-    case DCNV4_BFLOAT16: return run_type<bf16>(call);
-    default: return run_type<f16>(call);
+    case DCNV4_FLOAT32:
+      return run_type<float>(call);
+    case DCNV4_FLOAT64:
+      return run_type<double>(call);
+    case DCNV4_BFLOAT16:
+      return run_type<bf16>(call);
+    default:
+      return run_type<f16>(call);
   }
 }
 

@@ -60,6 +60,12 @@ DCNV4_DEVICE Pointer at_pixel(Pointer image, uint32_t pixel, int64_t stride) {
   return image + uint64_t(pixel) * uint32_t(stride);
 }
 
+// The numbers of an item in an image's offset_mask: K pairs (x, y), then K weights.
+template <class Pointer>
+DCNV4_DEVICE Pointer run_of(const dcnv4_problem& p, Pointer runs, const Item& item, int taps) {
+  return at_pixel(runs, output_pixel(p, item.ho, item.wo), p.offset_mask_stride) + item.g * 3 * taps;
+}
+
 // What softmax divides by: exp(weight - peak) * scale is the normalised weight.
 template <class Real>
 struct SoftmaxNorm {

@@ -131,7 +131,9 @@ DCNV4_DEVICE typename compute_of<T>::type load_one(const T* address) {
 // around the load of `b` as well, which then waits for the loads before it.
 DCNV4_DEVICE float fma_if(bool use, float a, float b, float sum) {
 #if defined(__CUDA_ARCH__)
-  asm("{\n .reg .pred use;\n setp.ne.s32 use, %1, 0;\n @use fma.rn.f32 %0, %2, %3, %0;\n}" : "+f"(sum) : "r"(int(use)), "f"(a), "f"(b));
+  asm("{\n .reg .pred use;\n setp.ne.s32 use, %1, 0;\n @use fma.rn.f32 %0, %2, %3, %0;\n}"
+      : "+f"(sum)
+      : "r"(int(use)), "f"(a), "f"(b));
   return sum;
 #else
   return use ? fmaf(a, b, sum) : sum;
@@ -139,7 +141,9 @@ DCNV4_DEVICE float fma_if(bool use, float a, float b, float sum) {
 }
 DCNV4_DEVICE double fma_if(bool use, double a, double b, double sum) {
 #if defined(__CUDA_ARCH__)
-  asm("{\n .reg .pred use;\n setp.ne.s32 use, %1, 0;\n @use fma.rn.f64 %0, %2, %3, %0;\n}" : "+d"(sum) : "r"(int(use)), "d"(a), "d"(b));
+  asm("{\n .reg .pred use;\n setp.ne.s32 use, %1, 0;\n @use fma.rn.f64 %0, %2, %3, %0;\n}"
+      : "+d"(sum)
+      : "r"(int(use)), "d"(a), "d"(b));
   return sum;
 #else
   return use ? fma(a, b, sum) : sum;
@@ -160,12 +164,14 @@ DCNV4_DEVICE void add_if(bool use, float* address, const float (&values)[N]) {
     if constexpr (step == 4)
       asm volatile(
           "{\n .reg .pred use;\n setp.ne.s32 use, %0, 0;\n @use red.relaxed.gpu.global.add.v4.f32 [%1], {%2, %3, %4, %5};\n}" ::
-              "r"(int(use)), "l"(global), "f"(values[i]), "f"(values[i + 1]), "f"(values[i + 2]), "f"(values[i + 3])
+              "r"(int(use)),
+          "l"(global), "f"(values[i]), "f"(values[i + 1]), "f"(values[i + 2]), "f"(values[i + 3])
           : "memory");
     else
-      asm volatile("{\n .reg .pred use;\n setp.ne.s32 use, %0, 0;\n @use red.relaxed.gpu.global.add.f32 [%1], %2;\n}" ::
-                       "r"(int(use)), "l"(global), "f"(values[i])
-                   : "memory");
+      asm volatile(
+          "{\n .reg .pred use;\n setp.ne.s32 use, %0, 0;\n @use red.relaxed.gpu.global.add.f32 [%1], %2;\n}" ::"r"(int(use)),
+          "l"(global), "f"(values[i])
+          : "memory");
   }
 #else
   for (int i = 0; i < N; ++i)

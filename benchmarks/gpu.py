@@ -1,0 +1,414 @@
+"""The GPU part in one command: build, correctness, compute-sanitizer, benchmark, results.
+
+    python benchmarks/gpu.py                    # on a machine with a GPU, its PyTorch and nvcc; `make gpu` is the same
+    python benchmarks/gpu.py --dry-run          # print the commands
+    python benchmarks/gpu.py --device cpu       # rehearse without a GPU: what needs one is reported as left out
+
+It ends within --minutes. Each stage has a limit of its own, its failure is reported and stops no other stage; the same
+command again skips what has passed with these sources on this device, and goes on with the benchmark where it stopped.
+Results and logs go to the folder $OUT where that is set, else to benchmarks/results; earlier results are looked for in both,
+so copy what came back in $OUT to benchmarks/results before the next run.
+
+The official operator is timed too where its sources lie in .peers/DCNv4 (its folder DCNv4_op, with setup.py in it; ignored by
+git). An executable build.sh beside setup.py is run instead of the usual build, for patches that a new compiler needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STORED = ROOT / "benchmarks" / "results"
+BUILD, REHEARSED = ROOT / "build" / "gpu", ROOT / "build" / "rehearsal"
+OFFICIAL, OFFICIAL_BUILD = ROOT / ".peers" / "DCNv4", ROOT / "build" / "official"
+CLOSING = 15  # seconds kept for the report
+PASSED, FAILED, LEFT_OUT, UNFINISHED = "passed", "failed", "left out", "unfinished"
+
+
+@dataclass
+class Outcome:
+    status: str
+    note: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class Session:
+    """One run of this command."""
+
+    device: str
+    out: Path
+    ends: float  # time.monotonic
+    dry: bool
+    again: bool
+    problems: int
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    background: dict[str, subprocess.Popen] = field(default_factory=dict)
+    logs: set[str] = field(default_factory=set)  # begun in this run
+
+    def remaining(self) -> float:
+        return self.ends - time.monotonic() - CLOSING
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        folders = [str(ROOT), *([str(OFFICIAL_BUILD)] if OFFICIAL_BUILD.exists() else [])]
+        path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
+        return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **extra}
+
+    def start(self, command: list[str], log: str, **extra: str) -> subprocess.Popen:
+        print(f"$ {shlex.join(command)}", flush=True)
+        mode = "a" if log in self.logs else "w"  # logs of stages that are skipped stay
+        self.logs.add(log)
+        with open(self.out / log, mode, encoding="utf-8") as file:
+            file.write(f"$ {shlex.join(command)}\n")
+            file.flush()
+            return subprocess.Popen(
+                command, cwd=ROOT, env=self.environment(**extra), stdout=file, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def run(self, command: list[str], limit: float, log: str, **extra: str) -> int | None:
+        """Exit code of a command, None when it ran past its limit and was stopped. Its output goes to the log."""
+        if self.dry:
+            variables = "".join(f"{key}={value} " for key, value in extra.items())
+            print(f"  {variables}{shlex.join(command)}  [at most {limit:.0f} s, {log}]")
+            return 0
+        return finish(self.start(command, log, **extra), min(limit, self.remaining()))
+
+    def run_all(self, commands: Iterable[list[str]], limit: float, log: str) -> int | None:
+        """Like `run` for commands one after the other, up to the first that fails."""
+        ends = time.monotonic() + limit
+        for command in commands:
+            code = self.run(command, ends - time.monotonic(), log)
+            if code != 0:
+                return code
+        return 0
+
+
+def finish(process: subprocess.Popen, limit: float) -> int | None:
+    """Wait for a process and what it started; stop all of it at the limit."""
+    try:
+        return process.wait(timeout=max(0.1, limit))
+    except subprocess.TimeoutExpired:
+        # SIGTERM first: a benchmark in the middle of writing has nothing to lose, its file is replaced at once or not at all.
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(process.pid, sign)
+                process.wait(timeout=5)
+                break
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+        return None
+
+
+def outcome(code: int | None, limit: float, note: str = "") -> Outcome:
+    if code == 0:
+        return Outcome(PASSED, note)
+    if code is None:
+        return Outcome(UNFINISHED, f"stopped after its {limit:.0f} s")
+    return Outcome(FAILED, note or f"exit code {code}")
+
+
+# ---- stages
+
+
+def build(session: Session, limit: float) -> Outcome:
+    """Both libraries, the CUDA one for this GPU's architecture alone; installed where the package looks."""
+    if shutil.which("nvcc") is None and not session.dry:
+        return Outcome(FAILED, "no nvcc on PATH")
+    architecture = gpu_facts()[1] or "90"
+    configure = [
+        "cmake", "-S", ".", "-B", str(BUILD.relative_to(ROOT)), "-DCMAKE_BUILD_TYPE=Release",
+        f"-DCMAKE_CUDA_ARCHITECTURES={architecture}-real",
+    ]  # fmt: skip
+    if shutil.which("ninja"):
+        configure += ["-G", "Ninja"]
+    compile_ = ["cmake", "--build", str(BUILD.relative_to(ROOT)), "--parallel", str(os.cpu_count() or 1)]
+    commands = [configure, compile_]
+    if session.device == "cuda" or session.dry:  # a rehearsal leaves the libraries of this machine alone
+        commands.append(["cmake", "--install", str(BUILD.relative_to(ROOT)), "--prefix", "."])
+        commands.append([sys.executable, "-m", "dcnv4_ext"])
+    code = session.run_all(commands, limit, "build.log")
+    return outcome(code, limit, f"sm_{architecture}" if code == 0 else "see build.log")
+
+
+def correctness(session: Session, limit: float) -> Outcome:
+    """tests/test_cuda_device.py, with more random problems than the ordinary test run has."""
+    command = [sys.executable, "-m", "pytest", "tests/test_cuda_device.py", "-rs", "--maxfail=20", "-p", "no:cacheprovider"]  # fmt: skip
+    code = session.run(command, limit, "correctness.log", DCNV4_PROBLEMS=str(session.problems))
+    text = last_line(session.out / "correctness.log", r"passed|failed|skipped|error")
+    if code == 0 and " skipped" in text and " passed" not in text:
+        return Outcome(LEFT_OUT, text)
+    return outcome(code, limit, text)
+
+
+def sanitizer(session: Session, limit: float, tool: str, summary: str) -> Outcome:
+    """compute-sanitizer over every kernel; passed when its summary counts no error."""
+    program = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+    if session.device != "cuda":
+        return Outcome(LEFT_OUT, "needs a GPU")
+    if program is None and not session.dry:
+        return Outcome(LEFT_OUT, "no compute-sanitizer on PATH")
+    command = [
+        program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no",
+        sys.executable, "benchmarks/sanitized.py",
+    ]  # fmt: skip
+    code = session.run(command, limit, "sanitizer.log", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    if session.dry:
+        return Outcome(PASSED)
+    text = last_line(session.out / "sanitizer.log", "SUMMARY|not supported|Error:")
+    if "not supported" in text:
+        return Outcome(LEFT_OUT, f"compute-sanitizer does not run on this machine: {text}")
+    if code == 0 and not re.search(summary, text):
+        return Outcome(FAILED, text or "no summary in sanitizer.log")
+    return outcome(code, limit, text if code == 0 else f"{text} (exit code {code})")
+
+
+def memcheck(session: Session, limit: float) -> Outcome:
+    return sanitizer(session, limit, "memcheck", r"ERROR SUMMARY: 0 errors")
+
+
+def racecheck(session: Session, limit: float) -> Outcome:
+    return sanitizer(session, limit, "racecheck", r"RACECHECK SUMMARY: 0 hazards")
+
+
+def start_official(session: Session) -> None:
+    """The official operator's build, beside the other stages."""
+    source = next((f for f in (OFFICIAL, OFFICIAL / "DCNv4_op") if (f / "setup.py").exists()), None)
+    if source is None or session.device != "cuda":
+        return
+    if session.dry:
+        print(
+            f"  copy {source.relative_to(ROOT)} to {OFFICIAL_BUILD.relative_to(ROOT)}, build it there in the background"
+        )
+        return
+    shutil.copytree(source, OFFICIAL_BUILD, dirs_exist_ok=True)
+    own = OFFICIAL_BUILD / "build.sh"
+    command = ["bash", str(own)] if own.exists() else [sys.executable, "setup.py", "build_ext", "--inplace"]
+    architecture = gpu_facts()[1] or "90"
+    session.background["official"] = session.start(
+        ["env", "-C", str(OFFICIAL_BUILD), *command], "official.log", PYTHON=sys.executable, MAX_JOBS="4",
+        TORCH_CUDA_ARCH_LIST=f"{architecture[:-1]}.{architecture[-1]}",
+    )  # fmt: skip
+
+
+def official(session: Session, limit: float) -> Outcome:
+    """Wait for that build."""
+    if session.dry:
+        return Outcome(PASSED)
+    if "official" not in session.background:
+        return Outcome(LEFT_OUT, f"no sources in {OFFICIAL.relative_to(ROOT)}")
+    code = finish(session.background["official"], min(limit, session.remaining()))
+    if code == 0:
+        # As the benchmark imports it: torch first, whose libraries the extension needs.
+        code = session.run([sys.executable, "-c", "import torch, DCNv4"], 60, "official.log")
+    return outcome(code, limit, "" if code == 0 else "see official.log")
+
+
+def benchmark(session: Session, limit: float) -> Outcome:
+    """eval.operators, as far as time allows; the next run goes on."""
+    results, drawing = (
+        session.out / results_name(session.device),
+        session.out / results_name(session.device, ".png"),
+    )
+    stored = STORED / results.name
+    if stored.exists() and not results.exists() and not session.dry:
+        shutil.copy(stored, results)
+    limit = min(limit, session.remaining())
+    command = [sys.executable, "-m", "eval.operators", "--device", session.device, "--json", str(results)]
+    command += ["--chart", str(drawing), "--limit", f"{max(1.0, limit - 30):.0f}"]
+    if not session.again:
+        command.append("--resume")
+    if session.device == "cpu":  # a rehearsal
+        command += ["--rows", "2x8x8x64", "1x7x7x64", "--dtype", "float32", "--seconds", "0.1", "--rounds", "5", "--threads", "1"]  # fmt: skip
+    code = session.run(command, limit, "benchmark.log")
+    results.with_name(results.name + ".part").unlink(missing_ok=True)  # of a write that was stopped
+    if code == 3:
+        return Outcome(UNFINISHED, last_line(session.out / "benchmark.log", "were left"))
+    return outcome(code, limit, "" if code == 0 else last_line(session.out / "benchmark.log", "."))
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    limit: float  # seconds
+    work: Callable[[Session, float], Outcome]
+    repeats: bool = (
+        False  # also when it has passed before: its product may be missing, or costs nothing to check
+    )
+
+
+STAGES = (
+    Stage("build", 150, build, repeats=True),
+    Stage("correctness", 150, correctness),
+    Stage("memcheck", 90, memcheck),
+    Stage("racecheck", 100, racecheck),
+    Stage("official", 120, official, repeats=True),
+    Stage("benchmark", 520, benchmark, repeats=True),
+)
+
+
+# ---- what the stages share
+
+
+def last_line(log: Path, pattern: str) -> str:
+    """The last line of a log that a pattern is found in."""
+    if not log.exists():
+        return ""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.strip(" =") for line in reversed(lines) if re.search(pattern, line)), "")
+
+
+def query(command: list[str]) -> str:
+    """What a short command prints, or nothing."""
+    try:
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+@functools.cache
+def gpu_facts() -> tuple[str, str]:
+    """(name, architecture) of the first GPU, such as ("NVIDIA H200", "90"); empty where torch sees none."""
+    code = "import torch; print(torch.cuda.get_device_name(), *torch.cuda.get_device_capability(), sep='\\n')"
+    name, major, minor = (query([sys.executable, "-c", code]).splitlines() or ["", "", ""])[-3:]
+    return name, major + minor
+
+
+def results_name(device: str, suffix: str = ".json") -> str:
+    slug = (
+        re.sub(r"[^a-z0-9]+", "_", ("cpu" if device == "cpu" else gpu_facts()[0]).lower()).strip("_") or "gpu"
+    )
+    return f"operators_{slug}{suffix}"
+
+
+def sources_hash() -> str:
+    """Of everything the stages depend on."""
+    files = [
+        ROOT / "CMakeLists.txt",
+        *sorted((ROOT / "dcnv4_ext").rglob("*.py")),
+        *sorted((ROOT / "dcnv4_ext" / "csrc").rglob("*.*")),
+        *(ROOT / "tests" / name for name in ("problems.py", "test_operator.py", "test_cuda_device.py")),
+        ROOT / "benchmarks" / "sanitized.py",
+    ]
+    digest = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def read_state(folders: Iterable[Path], known: dict[str, str]) -> dict[str, Outcome]:
+    """Outcomes of earlier runs with the same sources on the same device."""
+    for folder in folders:
+        try:
+            content = json.loads((folder / "gpu.json").read_text(encoding="utf-8"))
+            if content["known"] == known:
+                return {name: Outcome(**entry) for name, entry in content["stages"].items()}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
+
+
+def write_state(session: Session, known: dict[str, str]) -> None:
+    content = {"known": known, "stages": {name: vars(entry) for name, entry in session.outcomes.items()}}
+    (session.out / "gpu.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def report(session: Session) -> None:
+    print("\nstage         outcome      seconds")
+    for name, entry in session.outcomes.items():
+        print(f"{name:<13} {entry.status:<12} {entry.seconds:7.1f}  {entry.note}")
+    print(f"results and logs: {session.out}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--minutes", type=float, default=8.7, help="end within so many minutes (default: 8.7)"
+    )
+    parser.add_argument("--stages", nargs="+", choices=[s.name for s in STAGES], help="only these")
+    parser.add_argument(
+        "--problems", type=int, default=1000, help="random problems of the correctness stage (default: 1000)"
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="run what has passed before, measure everything anew"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    options = parser.parse_args(arguments)
+
+    if options.device == "cuda" and not options.dry_run and not gpu_facts()[0]:
+        print("error: torch sees no GPU; rehearse with --device cpu", file=sys.stderr)
+        return 2
+    rehearsal = options.device == "cpu" or options.dry_run
+    out = Path(os.environ.get("OUT") or (REHEARSED if rehearsal else STORED)).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    session = Session(
+        options.device, out, time.monotonic() + 60 * options.minutes, options.dry_run, options.again, options.problems
+    )  # fmt: skip
+    known = {"device": "cpu" if rehearsal else gpu_facts()[0], "sources": sources_hash()}
+    before = {} if options.again else read_state((out, STORED), known)
+    if not options.stages or {"official", "benchmark"} & set(options.stages):
+        start_official(session)
+    for stage in STAGES:
+        earlier = before.get(stage.name)
+        if options.stages and stage.name not in options.stages:
+            if earlier:
+                session.outcomes[stage.name] = earlier
+            continue
+        if earlier and earlier.status == PASSED and not stage.repeats:
+            session.outcomes[stage.name] = earlier
+            print(f"{stage.name}: passed before", flush=True)
+            continue
+        print(f"== {stage.name}", flush=True)
+        began = time.monotonic()
+        if session.remaining() < 5 and not session.dry:
+            entry = Outcome(UNFINISHED, "no time was left; run the same command again")
+        else:
+            try:
+                entry = stage.work(
+                    session, min(stage.limit, session.remaining()) if not session.dry else stage.limit
+                )
+            except (OSError, subprocess.SubprocessError) as error:
+                entry = Outcome(FAILED, f"{type(error).__name__}: {error}")
+        entry.seconds = round(time.monotonic() - began, 1)
+        session.outcomes[stage.name] = entry
+        if not session.dry:
+            print(f"{stage.name}: {entry.status} {entry.note}", flush=True)
+            write_state(session, known)
+    for process in session.background.values():
+        finish(process, 0.1)
+    if session.dry:
+        return 0
+    show_tail(out / "benchmark.log")
+    report(session)
+    return 0 if all(entry.status in (PASSED, LEFT_OUT) for entry in session.outcomes.values()) else 1
+
+
+def show_tail(log: Path) -> None:
+    """The tables of the benchmark's log, for the end of the output."""
+    if log.exists():
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        print("\n".join(line for line in lines if not line.startswith("["))[-9000:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+// What the tests set and read of the emulation, beside the functions of dcnv4.h.
+#include "host_cuda.h"
+
+extern "C" {
+// Blocks and threads run in an order drawn from the seed; 0 is the natural one.
+__attribute__((visibility("default"))) void emulation_order(uint64_t seed) { host_cuda::settings.seed = seed; }
+__attribute__((visibility("default"))) void emulation_multiprocessors(int32_t count) {
+  host_cuda::settings.multiprocessors = count;
+}
+__attribute__((visibility("default"))) int32_t emulation_device() { return host_cuda::settings.device; }
+__attribute__((visibility("default"))) int64_t emulation_launches() { return host_cuda::settings.launches; }
+}
+
+// ---- Kernels that are wrong on purpose: the emulation must notice.
+namespace {
+
+// Half of the threads never reach the barrier.
+void divergent(int* out) {
+  if (threadIdx.x < 16) __syncthreads();
+  out[threadIdx.x] = 1;
+}
+
+// Threads read what another wrote, without a barrier between.
+void racing(int* out) {
+  int* shared = static_cast<int*>(host_cuda::dynamic_shared());
+  shared[threadIdx.x] = int(threadIdx.x);
+  out[threadIdx.x] = shared[(threadIdx.x + 1) % blockDim.x];
+}
+
+// The same as it should be, and a vote and a shuffle.
+void meeting(int* out) {
+  int* shared = static_cast<int*>(host_cuda::dynamic_shared());
+  shared[threadIdx.x] = int(threadIdx.x);
+  __syncthreads();
+  const unsigned votes = __ballot_sync(~0u, threadIdx.x % 2 == 0);
+  const int neighbour = __shfl_xor_sync(~0u, int(threadIdx.x), 1);
+  out[threadIdx.x] = shared[(threadIdx.x + 1) % blockDim.x] + (votes == 0x55555555u ? 1000 : 0) + 10000 * neighbour;
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) int32_t emulation_try(int32_t kernel, int32_t* out) {
+  cudaLaunchConfig_t config;
+  config.blockDim = dim3(32);
+  config.dynamicSmemBytes = 32 * sizeof(int);
+  void (*const kernels[])(int*) = {divergent, racing, meeting};
+  return cudaLaunchKernelEx(&config, kernels[kernel], out);
+}

@@ -1,0 +1,336 @@
+"""The operator benchmark: peers compute what they are called, results can be resumed, the one command for a GPU rehearses."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from dcnv4_ext import dcnv4, dcnv4_reference
+from eval import operators, peers, stopwatch
+from eval.peers import PEERS, Case, Shape
+from problems import between_cells
+
+ROOT = Path(__file__).parent.parent
+PLAIN = [name for name in PEERS if PEERS[name].package is None]  # importable everywhere
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few small buffer sets and single calls: these tests look at results, not at times."""
+    monkeypatch.setattr(operators, "MOST_SETS", 3)
+    monkeypatch.setattr(operators, "copy_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(operators, "host_cost", lambda device: {"forward, no_grad": 1e-5})
+    monkeypatch.setattr(stopwatch, "CPU_TURN", 0.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def smooth_case(shape: str, dtype: torch.dtype = torch.float32) -> Case:
+    """A case whose offsets keep away from lattice points, where grid_sample's round trip picks another cell."""
+    case = Case(Shape.parse(shape), dtype, 2.0, "cpu")
+    offset_mask = case.map("offset_mask", 0)
+    groups = offset_mask[..., : 27 * case.shape.groups].unflatten(-1, (case.shape.groups, 27))
+    offsets = groups[..., :18]
+    offsets.copy_(between_cells(tuple(offsets.shape), torch.Generator().manual_seed(0), 2))
+    return case
+
+
+def outputs_of(case: Case, name: str) -> torch.Tensor:
+    """(N, H, W, C) of a peer on the first buffer set."""
+    peer = PEERS[name](case).to(case.dtype)
+    with torch.no_grad(), peer.context():
+        return peer.lay_back(peer(*peer.lay_out(*(case.map(kind, 0) for kind in peer.takes))))
+
+
+@pytest.mark.parametrize("shape", ["2x7x9x64", "1x28x24x32"])
+def test_grid_sample_is_the_operators_twin(shape: str) -> None:
+    case = smooth_case(shape)
+    torch.testing.assert_close(
+        outputs_of(case, "grid_sample"), outputs_of(case, "dcnv4"), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_grid_sample_has_the_operators_gradients() -> None:
+    case = smooth_case("2x6x5x64")
+    gradients = []
+    for name in ("dcnv4", "grid_sample"):
+        leaves = [case.map(kind, 0).clone().requires_grad_() for kind in ("value", "offset_mask")]
+        gradients.append(torch.autograd.grad(PEERS[name](case)(*leaves).square().sum(), leaves))
+    for ours, twin in zip(*gradients, strict=True):
+        torch.testing.assert_close(twin, ours, rtol=1e-3, atol=1e-3)
+
+
+def test_low_precision_twin_is_the_fp32_twin_rounded() -> None:
+    case = smooth_case("1x5x6x32", torch.bfloat16)
+    torch.testing.assert_close(
+        outputs_of(case, "grid_sample").float(), outputs_of(case, "dcnv4").float(), rtol=2**-6, atol=2**-6
+    )
+
+
+def test_dcnv3_rule_is_a_softmax() -> None:
+    case = smooth_case("1x5x6x64")
+    want = dcnv4_reference(case.map("value", 0), case.map("offset_mask", 0), groups=2, softmax=True)
+    torch.testing.assert_close(outputs_of(case, "dcnv3_rule"), want, rtol=1e-4, atol=1e-5)
+
+
+def plain_attention(m: torch.Tensor, groups: int) -> torch.Tensor:
+    """Self-attention over the positions of (N, L, C), a head a group."""
+    heads = m.unflatten(-1, (groups, -1)).transpose(1, 2)  # (N, G, L, D)
+    weights = (heads @ heads.transpose(-1, -2) / heads.shape[-1] ** 0.5).softmax(-1)
+    return (weights @ heads).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("name", ["attention_math", "attention_flash"])
+def test_attention_is_global(name: str) -> None:
+    case = Case(Shape.parse("2x5x6x64"), torch.float32, 1.0, "cpu")
+    want = plain_attention(case.map("value", 0).flatten(1, 2), 2).view(2, 5, 6, 64)
+    torch.testing.assert_close(outputs_of(case, name), want, rtol=1e-4, atol=1e-5)
+
+
+def test_window_attention_stays_in_its_windows() -> None:
+    case = Case(Shape.parse("2x14x7x64"), torch.float32, 1.0, "cpu")
+    value = case.map("value", 0)
+    halves = [plain_attention(half.flatten(1, 2), 2).view(2, 7, 7, 64) for half in value.split(7, dim=1)]
+    torch.testing.assert_close(
+        outputs_of(case, "attention_window"), torch.cat(halves, 1), rtol=1e-4, atol=1e-5
+    )
+    assert outputs_of(Case(Shape.parse("1x8x8x32"), torch.float32, 1.0, "cpu"), "attention_window").shape == (1, 8, 8, 32)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["depthwise_onednn", "depthwise_native", "conv3x3"])
+def test_convolutions(name: str) -> None:
+    case = Case(Shape.parse("2x9x8x32"), torch.float32, 1.0, "cpu")
+    torch.manual_seed(0)
+    got = outputs_of(case, name)
+    torch.manual_seed(0)
+    weight = PEERS[name](case).weight.detach().contiguous()
+    padding, groups = weight.shape[-1] // 2, 32 // weight.shape[1]
+    want = F.conv2d(
+        case.map("value", 0).permute(0, 3, 1, 2).contiguous(), weight, padding=padding, groups=groups
+    )
+    torch.testing.assert_close(got, want.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_torchvisions_layout() -> None:
+    """What deform_conv2d is given samples where dcnv4 samples: a scalar loop over taps in its own order."""
+    case = smooth_case("1x4x5x32")
+    value, offsets, weights = PEERS["deform_conv2d"](case).lay_out(
+        case.map("value", 0), case.map("offset_mask", 0)
+    )
+    want = dcnv4(case.map("value", 0), case.map("offset_mask", 0), groups=1)[0, 2, 3]
+    got = torch.zeros(32)
+    for row in range(3):
+        for column in range(3):
+            tap = 3 * row + column
+            y, x = (
+                2 - 1 + row + float(offsets[0, 2 * tap, 2, 3]),
+                3 - 1 + column + float(offsets[0, 2 * tap + 1, 2, 3]),
+            )
+            point = torch.tensor([(2 * x + 1) / 5 - 1, (2 * y + 1) / 4 - 1]).view(1, 1, 1, 2)
+            got += weights[0, tap, 2, 3] * F.grid_sample(value, point, align_corners=False).flatten()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in PLAIN if n not in ("depthwise_cudnn", "deterministic")])
+def test_every_block_keeps_the_shape_and_trains(name: str) -> None:
+    case = Case(Shape.parse("1x6x5x64"), torch.float32, 2.0, "cpu")
+    peer = PEERS[name](case)
+    block = peer.block(case)
+    with peer.context():
+        output = block(case.map("value", 0))
+        gradients = torch.autograd.grad(output.square().sum(), list(block.parameters()))
+    assert output.shape == (1, 6, 5, 64)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+STAND_IN = """
+import os
+from dcnv4_ext import dcnv4
+
+class DCNv4Function:
+    # The official argument order.
+    @staticmethod
+    def apply(input, offset_mask, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group,
+              group_channels, offset_scale, im2col_step, remove_center):
+        if input.shape[0] == 3:
+            os.abort()
+        if input.shape[0] == 5:
+            raise ValueError("invalid d_stride")
+        assert group * group_channels == input.shape[-1] and im2col_step == 256 and remove_center == 0
+        return dcnv4(input, offset_mask, groups=group, kernel_size=(kernel_h, kernel_w), stride=(stride_h, stride_w),
+                     padding=(pad_h, pad_w), dilation=(dilation_h, dilation_w), offset_scale=offset_scale)
+"""
+
+
+def test_official_operator_is_tried_in_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in that takes the official arguments, and aborts where the official one would."""
+    if PEERS["official"].importable():
+        pytest.skip("the official package is installed")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "DCNv4.py").write_text(STAND_IN)
+    importlib.invalidate_caches()
+    assert PEERS["official"].importable()
+    case = smooth_case("2x4x5x64")
+    assert PEERS["official"].unavailable(case, backward=False) == "CUDA only"
+    torch.testing.assert_close(outputs_of(case, "official"), outputs_of(case, "dcnv4"), rtol=0, atol=0)
+    found = [peers.tried_elsewhere(Shape(n, 4, 5, 64), torch.float32, "cpu", True) for n in (2, 3, 5, 4)]
+    assert found == [None, "it aborts the process", "ValueError: invalid d_stride", None]
+    peers._workers.pop().shutdown()
+    sys.modules.pop("DCNv4", None)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 8.0])
+def test_module_offsets_have_the_spread_that_was_asked_for(sigma: float) -> None:
+    case = Case(Shape.parse("4x8x8x128"), torch.float32, sigma, "cpu")
+    block = PEERS["dcnv4"](case).block(case)
+    with torch.no_grad():
+        columns = block.offset_mask(case.map("value", 0))[..., : 27 * 4].unflatten(-1, (4, 27))
+    assert float(columns[..., :18].std()) == pytest.approx(sigma, rel=0.1)
+    assert float(case.map("offset_mask", 0)[..., :108].unflatten(-1, (4, 27))[..., :18].std()) == pytest.approx(sigma, rel=0.1)  # fmt: skip
+
+
+def command(file: Path, *more: str) -> list[str]:
+    return ["--device", "cpu", "--rows", "8x5x7x64", "--dtype", "float32", "--sigma", "0.5", "2", "--seconds", "0.01",
+            "--rounds", "2", "--json", str(file), *more]  # fmt: skip
+
+
+def test_results_file_resume_and_chart(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, drawing = tmp_path / "speed.json", tmp_path / "speed.png"
+    assert operators.main(command(file, "--level", "op", "--chart", str(drawing))) == 0
+    content = json.loads(file.read_text())
+    assert set(content) >= {
+        "identity",
+        "environment",
+        "measurements",
+        "copy_bandwidth",
+        "cache_bytes",
+        "host_cost",
+    }
+    assert set(content["identity"]) == {"device", "threads", "torch", "dcnv4_ext", "kernels"}
+    assert (
+        content["environment"]["command"] and content["environment"]["versions"]["torch"] == torch.__version__
+    )
+    assert [operators.key_of(record) for record in content["measurements"]] == [
+        ("4x5x7x64", "float32", sigma, "op", direction)
+        for sigma in (2.0, 0.5)
+        for direction in ("forward", "backward")
+    ]
+    main, other = content["measurements"][0], content["measurements"][2]
+    assert main["row"] == "8x5x7x64" and main["groups"] == 2
+    # fp32: value, offset_mask and output once each
+    assert (
+        main["floor_bytes"] == 4 * 4 * 5 * 7 * (64 + 56 + 64) and main["floor"] == main["floor_bytes"] / 1e10
+    )
+    assert set(main["times"]) | set(main["skipped"]) == set(PEERS)
+    assert main["skipped"]["depthwise_cudnn"] == "CUDA only"
+    assert set(main["times"]) >= {
+        "dcnv4",
+        "dcnv3_rule",
+        "grid_sample",
+        "attention_math",
+        "depthwise_onednn",
+        "conv3x3",
+    }
+    assert "conv3x3" not in other["times"] and "grid_sample" in other["times"]
+    for record in content["measurements"]:
+        for figures in record["times"].values():
+            assert figures["median"] > 0 and figures["spread"] >= 0 and figures["timer"] == "clock"
+    assert main["times"]["grid_sample"]["difference"] < 1e-3
+    with Image.open(drawing) as image:
+        image.load()
+        assert (
+            image.format == "PNG" and image.width > 600 and len(image.convert("RGB").getcolors(1 << 16)) > 5
+        )
+    printed = capsys.readouterr().out
+    assert "op, float32, sigma 2, forward" in printed and "geometric mean" in printed and "x floor" in printed
+
+    # Nothing is measured twice; what is missing is added.
+    with monkeypatch.context() as patch:
+        patch.setattr(operators, "measure", lambda *arguments: pytest.fail("measured again"))
+        assert operators.main(command(file, "--level", "op", "--resume")) == 0
+    assert "4 of 4 measurements are in" in capsys.readouterr().out
+    assert operators.main(command(file, "--resume", "--limit", "0")) == 3
+    assert "4 measurements were left" in capsys.readouterr().out
+
+    # Results of another build are not mixed with these.
+    content["identity"]["kernels"] = "another"
+    file.write_text(json.dumps(content))
+    assert operators.open_results(file, True, "cpu")["measurements"] == []
+    assert "kernels: another, here" in capsys.readouterr().out
+
+
+def test_a_peer_that_fails_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def broken(self, *operands):
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setattr(peers.Dense, "forward", broken)
+    arguments = command(tmp_path / "speed.json", "--level", "module", "--peers", "conv3x3")
+    assert operators.main([*arguments, "--sigma", "2"]) == 0
+    records = json.loads((tmp_path / "speed.json").read_text())["measurements"]
+    assert all(record["skipped"]["conv3x3"] == "RuntimeError: no kernel" for record in records)
+    assert all("dcnv4" in record["times"] and record["floor"] is None for record in records)
+    assert "conv 3x3: RuntimeError: no kernel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--rows", "64x56x56"], "--rows 64x56x56: neither a set"),
+        (["--resume"], "give --json FILE"),
+        (["--batch", "0"], "--batch must be at least 1"),
+        pytest.param(
+            ["--device", "cuda"],
+            "sees no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU"),
+        ),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments: list[str], text: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        operators.main(["--device", "cpu", *arguments] if "--device" not in arguments else arguments)
+    assert stop.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+def test_rows_are_those_of_the_tables() -> None:
+    rows = operators.parse_rows(["all"])
+    assert len(rows) == 14 and all(Shape.parse(row).c % 32 == 0 for row in rows)
+    plans = operators.plans(rows, None, ["float32"], [0.5, 2.0, 8.0], ["op", "module"], list(PEERS))
+    assert len(plans) == 14 * 3 * 2 * 2 and len({plan.key() for plan in plans}) == len(plans)
+    assert {plan.sigma for plan in plans[: 2 * 2 * 14]} == {2.0}
+    # The published table's first row, fp32: 295 MB forward, 488 MB backward.
+    assert [round(size / 1e6) for size in Shape.parse(rows[0]).least_bytes(4)] == [295, 488]
+
+
+def test_rehearsal_of_the_gpu_command(tmp_path: Path) -> None:
+    """Its stages in order, none stopped by another's failure; what needs a GPU is left out, not passed."""
+    environment = {**os.environ, "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    gpu = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu"]
+    dry = subprocess.run([*gpu, "--dry-run"], env=environment, capture_output=True, text=True, timeout=60)
+    assert dry.returncode == 0 and dry.stdout.index("cmake") < dry.stdout.index("eval.operators"), dry.stderr
+    stages = ["memcheck", "racecheck", "official"]
+    real = subprocess.run(
+        [*gpu, "--stages", *stages], env=environment, capture_output=True, text=True, timeout=60
+    )
+    state = json.loads((tmp_path / "gpu.json").read_text())
+    assert {stage: state["stages"][stage]["status"] for stage in stages} == dict.fromkeys(
+        stages, "left out"
+    ), real.stdout
+    assert real.returncode == 0
