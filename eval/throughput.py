@@ -1,0 +1,377 @@
+"""Speed, size and memory of a model beside its baseline, measured in turns in one run: `python -m eval.throughput`.
+
+    python -m eval.throughput configs/digits_dcn.yaml --baseline configs/digits_unet.yaml
+    python -m eval.throughput runs/digits_dcn --baseline runs/digits_unet --batch-size 64 --json speed.json
+
+Forward and training step run on random latents: no data loading, no autoencoder. A training step is noising, forward, backward,
+AdamW and the moving average. Sampling counts both halves of guidance. Each round times every model once, so that whatever else
+the machine does hits all alike; the table gives the median over rounds, half the interquartile range, and the median ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm_dcn.config import load_config
+from ldm_dcn.data import open_dataset
+from ldm_dcn.denoiser import Denoiser
+from ldm_dcn.diffusion import Schedule, add_noise, alpha_bars, coefficients, noise_loss
+from ldm_dcn.ema import EMA
+from ldm_dcn.errors import UserError, exit_on_user_error
+from ldm_dcn.export import Model, load_model
+from ldm_dcn.sampling import generate, guided, sample_latents
+from ldm_dcn.unet import build_unet
+
+from .environment import environment
+
+DEFAULT_CONFIG = "configs/digits_dcn.yaml"
+DEFAULT_BASELINE = "configs/digits_unet.yaml"
+LARGEST_DEFAULT_BATCH = 64
+WARM_UP = 3  # untimed calls before the first round: allocator, kernel selection
+PIXELS_PER_LATENT = 8  # assumed where the autoencoder is not at hand: Stable Diffusion's
+
+
+@dataclass(frozen=True)
+class Settings:
+    batch_size: int
+    precision: str  # fp32 | bf16, by autocast
+    device: str
+    rounds: int
+    sampler: str
+    sampler_steps: int
+    guidance: float
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network to be measured; `autoencoder` is None in `model` where it is not at hand."""
+
+    name: str
+    model: Model
+
+
+@dataclass
+class Timing:
+    """Seconds of one activity, a value a round."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the interquartile range."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / 2
+
+    def ratio(self, baseline: Timing) -> float:
+        """Median over rounds of this time over the baseline's in the same round."""
+        return statistics.median(a / b for a, b in zip(self.seconds, baseline.seconds, strict=True))
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of one subject. Memory in bytes; MACs of one forward of one image."""
+
+    name: str
+    parameters: int
+    macs: int
+    state_bytes: int  # weights, gradients, two moments of AdamW, moving average
+    activation_bytes: int  # kept by autograd for backward, at the batch size
+    peak_bytes: int | None  # of a training step, from CUDA's allocator; None on the CPU
+    timings: dict[str, Timing]
+
+
+# activity -> (title, whether it is counted in images)
+ACTIVITIES = {
+    "forward": "forward",
+    "training": "training step",
+    "sampling": "sampling, latents only",
+    "drawing": "sampling with autoencoder",
+}
+
+
+def open_subject(path: str, overrides: Sequence[str] = (), device: str = "cpu") -> Subject:
+    """A network from a config file (fresh weights) or from a run, export or hub id."""
+    if not path.endswith((".yaml", ".yml")):
+        return Subject(Path(path).name, load_model(path, device=device))
+    config = load_config(path, overrides)
+    autoencoder = _autoencoder_if_at_hand(config)
+    torch.manual_seed(0)
+    unet = build_unet(config.model.preset or config.model.unet, swap=config.model.swap)
+    classes = config.data.num_classes
+    if classes is None:
+        classes = open_dataset(config.data.source, image_size=config.data.image_size,
+                               image_channels=config.data.image_channels).num_classes  # fmt: skip
+    denoiser = Denoiser(unet, classes).to(device=device, memory_format=torch.channels_last)
+    side = config.data.image_size // (autoencoder.factor if autoencoder else PIXELS_PER_LATENT)
+    model = Model(denoiser, autoencoder, Schedule(**config.diffusion.model_dump()), (unet.config.in_channels, side, side),
+                  Path(path).stem, 0, config.resolved())  # fmt: skip
+    return Subject(Path(path).stem, model)
+
+
+def compare(subjects: Sequence[Subject], settings: Settings, progress: bool = True) -> list[Figures]:
+    """Measure all subjects, in turns."""
+    activities = [_activities(subject, settings) for subject in subjects]
+    counted = [_count(subject, settings) for subject in subjects]
+    timings = [{name: Timing() for name in own} for own in activities]
+    names = list(dict.fromkeys(name for own in activities for name in own))
+    with tqdm(total=len(names) * (settings.rounds + 1), desc="measuring", disable=not progress, leave=False) as bar:
+        for name in names:
+            turns = [(own[name], timing[name]) for own, timing in zip(activities, timings, strict=True) if name in own]
+            slow = name in ("sampling", "drawing")
+            for activity, _ in turns:
+                for _ in range(1 if slow else WARM_UP):
+                    activity()
+            bar.update()
+            for turn in range(settings.rounds):
+                for activity, timing in turns if turn % 2 == 0 else turns[::-1]:  # nobody always comes first
+                    timing.seconds.append(_time(activity, settings.device))
+                bar.update()
+    return [Figures(subject.name, **count, timings=timing)
+            for subject, count, timing in zip(subjects, counted, timings, strict=True)]  # fmt: skip
+
+
+def table(figures: Sequence[Figures], baseline: int | None, settings: Settings) -> str:
+    """All figures as one table; with a baseline, times are also given as multiples of its."""
+    base = figures[baseline] if baseline is not None else None
+    header = ["", *(f.name for f in figures)]
+    rows = [["parameters", *(f"{f.parameters:,}" for f in figures)],
+            ["MACs of a forward, one image", *(f"{f.macs / 1e6:,.2f} M" for f in figures)]]  # fmt: skip
+    for name, title in ACTIVITIES.items():
+        if not any(name in f.timings for f in figures):
+            continue
+        with_ratio = base is not None and name in base.timings and len(figures) > 1
+        cells = [_timing_cells(f.timings.get(name), base.timings[name] if with_ratio else None, settings) for f in figures]
+        rows += [[f"{title}, ms", *(cell[0] for cell in cells)], [f"{title}, images/s", *(cell[1] for cell in cells)]]
+        if with_ratio:
+            rows.append([f"{title}, time / {base.name}'s", *(cell[2] for cell in cells)])
+    rows.append(["weights, gradients, AdamW, EMA", *(_size(f.state_bytes) for f in figures)])
+    rows.append(["activations kept for backward", *(_size(f.activation_bytes) for f in figures)])
+    if any(f.peak_bytes is not None for f in figures):
+        rows.append(["peak memory of a training step", *(_size(f.peak_bytes or 0) for f in figures)])
+    cells = [header, *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))])
+             for row in cells]  # fmt: skip
+    lines.insert(1, "-" * len(lines[0]))
+    made_with = environment()
+    where = made_with["gpu"] if settings.device.startswith("cuda") else f"{made_with['cpu']}, {made_with['threads']} threads"
+    lines += ["", f"batch {settings.batch_size}, {settings.precision}, {settings.rounds} rounds in turns, median and half the "
+              f"interquartile range; {settings.sampler} {settings.sampler_steps} steps at guidance {settings.guidance:g}",
+              f"{where}, torch {torch.__version__}"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _timing_cells(timing: Timing | None, base: Timing | None, settings: Settings) -> tuple[str, str, str]:
+    if timing is None:
+        return "-", "-", "-"
+    ratio = f"{timing.ratio(base):.2f}" if base is not None else "-"
+    return (f"{1e3 * timing.median:,.1f} ± {1e3 * timing.spread:,.1f}", f"{settings.batch_size / timing.median:,.1f}", ratio)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def _activities(subject: Subject, settings: Settings) -> dict[str, Callable[[], object]]:
+    """What is timed, by name; inputs are made once, weights change as in training."""
+    model, denoiser = subject.model, subject.model.denoiser
+    x, _, times, labels = _inputs(model, settings)
+    seeds = range(settings.batch_size)
+
+    def forward() -> None:
+        denoiser.eval()
+        with torch.no_grad(), settings.autocast():
+            denoiser(x, times, labels)
+
+    def sampling() -> None:
+        denoiser.eval()
+        with settings.autocast():
+            sample_latents(guided(denoiser, labels, settings.guidance), model.latent_shape, seeds, schedule=model.schedule,
+                           sampler=settings.sampler, steps=settings.sampler_steps, device=settings.device)  # fmt: skip
+
+    def drawing() -> None:
+        with settings.autocast():
+            generate(model, labels.cpu() if model.num_classes else None, seeds, sampler=settings.sampler,
+                     steps=settings.sampler_steps, guidance=settings.guidance, batch_size=settings.batch_size)  # fmt: skip
+
+    activities = {"forward": forward, "training": _training(subject, settings), "sampling": sampling}
+    if model.autoencoder is not None:
+        activities["drawing"] = drawing
+    return activities
+
+
+def _training(subject: Subject, settings: Settings) -> Callable[[], None]:
+    """One optimiser step as `ldm_dcn.trainer` takes it."""
+    model, denoiser = subject.model, subject.model.denoiser
+    x, noise, times, labels = _inputs(model, settings)
+    table = alpha_bars(model.schedule).to(settings.device)
+    denoiser.requires_grad_(True)
+    optimiser = torch.optim.AdamW(denoiser.parameters(), lr=1e-5, weight_decay=0.03, fused=True)
+    average = EMA(denoiser)
+
+    def step() -> None:
+        denoiser.train()
+        alpha, sigma = coefficients(table[times])
+        with settings.autocast():
+            loss = noise_loss(denoiser(add_noise(x, noise, alpha, sigma), times, labels), noise)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        average.update(0.999)
+
+    return step
+
+
+def _inputs(model: Model, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (settings.batch_size, *model.latent_shape)
+    x, noise = (torch.randn(shape, generator=generator).to(settings.device, memory_format=torch.channels_last) for _ in range(2))
+    times = torch.randint(model.schedule.num_steps, shape[:1], generator=generator).to(settings.device)
+    labels = torch.randint(max(1, model.num_classes), shape[:1], generator=generator).to(settings.device)
+    return x, noise, times, labels
+
+
+def _count(subject: Subject, settings: Settings) -> dict[str, int | None]:
+    """Everything that is counted, not timed."""
+    model, denoiser = subject.model, subject.model.denoiser
+    x, _, times, labels = _inputs(model, settings)
+    parameters = list(denoiser.parameters())
+    kept: dict[int, int] = {}  # storage address -> bytes: a tensor saved twice counts once
+    own = {p.untyped_storage().data_ptr() for p in parameters}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    denoiser.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), settings.autocast():
+        prediction = denoiser(x, times, labels)
+    del prediction
+    peak = None
+    if settings.device.startswith("cuda"):
+        step = _training(subject, settings)
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+        del step
+        denoiser.zero_grad(set_to_none=True)
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "macs": count_macs(denoiser, x[:1], times[:1], labels[:1]),
+        "state_bytes": sum(5 * 4 * p.numel() for p in parameters),
+        "activation_bytes": sum(kept.values()),
+        "peak_bytes": peak,
+    }
+
+
+def count_macs(denoiser: torch.nn.Module, *inputs: Tensor) -> int:
+    """Multiply-accumulates of one forward: half of the FLOPs of matrix products, convolutions, attention and DCNv4.
+
+    Raises `UserError` where DCNv4 runs and has no formula, rather than leaving it out.
+    """
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+    from dcnv4_ext import DCNv4
+
+    swapped = any(isinstance(module, DCNv4) for module in denoiser.modules())
+    if swapped and torch.ops.dcnv4_ext.forward not in flop_registry:
+        raise UserError("DCNv4 has no formula in torch.utils.flop_counter, its MACs would be left out; update dcnv4_ext")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        denoiser(*inputs)
+    return counter.get_total_flops() // 2
+
+
+def _time(activity: Callable[[], object], device: str) -> float:
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    activity()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _autoencoder_if_at_hand(config: Any) -> Any:
+    from ldm_dcn.autoencoder import load_autoencoder
+
+    try:
+        return load_autoencoder(config.autoencoder.spec, dtype=config.autoencoder.dtype,
+                                image_channels=config.data.image_channels)  # fmt: skip
+    except UserError:  # a config's autoencoder may lie on another machine; then sampling is measured without it
+        return None
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m eval.throughput", description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"config, run, export or hub id (default: {DEFAULT_CONFIG})")
+    parser.add_argument("--baseline", help=f"what to compare with, likewise (default: {DEFAULT_BASELINE} for the default model)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings to change in all configs")
+    parser.add_argument("--batch-size", type=int, help=f"default: the first model's, at most {LARGEST_DEFAULT_BATCH}")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: the first model's")
+    parser.add_argument("--rounds", type=int, default=9, help="timed turns (default: %(default)s)")
+    parser.add_argument("--sampler", default="dpm++", help="dpm++, ddim or euler (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=1.5, help="default: %(default)s")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="file to write")
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    with exit_on_user_error():
+        paths = options.models or [DEFAULT_CONFIG]
+        baseline = options.baseline or (None if options.models else DEFAULT_BASELINE)
+        if baseline:
+            paths = [*paths, baseline]
+        missing = [path for path in paths if path.endswith((".yaml", ".yml")) and not os.path.exists(path)]
+        if missing:
+            raise UserError(f"{missing[0]} does not exist; give a config, a run or an export")
+        subjects = [open_subject(path, options.set, options.device) for path in paths]
+        train = subjects[0].model.config.get("train", {})
+        settings = Settings(
+            batch_size=options.batch_size or min(train.get("batch_size", LARGEST_DEFAULT_BATCH), LARGEST_DEFAULT_BATCH),
+            precision=options.precision or train.get("precision", "fp32"),
+            device=options.device,
+            rounds=options.rounds,
+            sampler=options.sampler,
+            sampler_steps=options.steps,
+            guidance=options.guidance,
+        )
+        figures = compare(subjects, settings)
+        print(table(figures, len(figures) - 1 if baseline else None, settings))
+        if options.json:
+            write_json(figures, settings, options.json)
+
+
+def write_json(figures: Sequence[Figures], settings: Settings, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"settings": asdict(settings), "figures": [asdict(f) for f in figures], "environment": environment()}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

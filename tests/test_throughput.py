@@ -1,0 +1,131 @@
+"""Throughput: counted figures are exact, timed ones are taken in turns, and the table says what they were made with."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from eval import throughput
+from eval.throughput import Settings, Timing, count_macs
+from ldm_dcn.errors import UserError
+
+CONFIG = """
+base: {base}
+model:
+  unet: {{sample_size: 8, in_channels: 4, out_channels: 4, block_out_channels: [16, 16], layers_per_block: 1,
+         down_block_types: [DownBlock2D, CrossAttnDownBlock2D], up_block_types: [CrossAttnUpBlock2D, UpBlock2D],
+         cross_attention_dim: 16, attention_head_dim: 2, norm_num_groups: 8}}
+  swap: {swap}
+autoencoder: digits
+data: {{source: digits, image_size: 32, image_channels: 1}}
+train: {{batch_size: 3, precision: fp32}}
+"""
+
+
+@pytest.fixture
+def configs(tmp_path, request) -> tuple[str, str]:
+    base = request.config.rootpath / "configs" / "base.yaml"
+    (tmp_path / "dcn.yaml").write_text(CONFIG.format(base=base, swap="{sites: [resnet], group_channels: 16}"))
+    (tmp_path / "unet.yaml").write_text(CONFIG.format(base=base, swap="null"))
+    return str(tmp_path / "dcn.yaml"), str(tmp_path / "unet.yaml")
+
+
+def settings(**changes) -> Settings:
+    values = {"batch_size": 2, "precision": "fp32", "device": "cpu", "rounds": 2, "sampler": "dpm++", "sampler_steps": 2,
+              "guidance": 1.5}  # fmt: skip
+    return Settings(**(values | changes))
+
+
+def test_macs_are_those_of_the_textbook():
+    convolution = nn.Conv2d(3, 5, 3, padding=1)
+    assert count_macs(convolution, torch.zeros(1, 3, 8, 6)) == 8 * 6 * 5 * 3 * 9
+    assert count_macs(nn.Linear(7, 11), torch.zeros(1, 13, 7)) == 13 * 7 * 11
+
+
+def test_dcnv4_is_counted():
+    from dcnv4_ext import DCNv4
+
+    module = DCNv4(32, groups=1)
+    products = 4 * 4 * (32 * 32 + 32 * module.offset_mask.out_features + 32 * 32)  # value, offsets and weights, output
+    sampling = count_macs(module, torch.randn(1, 4, 4, 32)) - products
+    assert sampling >= 4 * 4 * 32 * 9 * 4  # at least four corners a tap
+    assert sampling <= 4 * 4 * 32 * 9 * 8
+
+
+def test_a_dcnv4_without_a_formula_is_not_passed_over(monkeypatch):
+    import torch.utils.flop_counter
+
+    from dcnv4_ext import DCNv4
+
+    monkeypatch.setattr(torch.utils.flop_counter, "flop_registry", {})
+    with pytest.raises(UserError, match="no formula"):
+        count_macs(DCNv4(16), torch.randn(1, 4, 4, 16))
+
+
+def test_timing_is_robust_and_paired():
+    timing = Timing([1.0, 1.1, 1.2, 9.0, 1.1])
+    assert timing.median == 1.1 and timing.spread == pytest.approx(0.05)
+    assert timing.ratio(Timing([0.5, 0.55, 0.6, 4.5, 0.55])) == pytest.approx(2)  # one slow round hits both
+    assert Timing([1.0]).spread == 0
+
+
+def test_models_take_turns_and_the_counts_are_exact(configs):
+    subjects = [throughput.open_subject(path) for path in configs]
+    order: list[str] = []
+    for subject in subjects:
+        subject.model.denoiser.register_forward_pre_hook(lambda *_, name=subject.name: order.append(name))
+    dcn, unet = throughput.compare(subjects, settings(rounds=3), progress=False)
+    turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert len(turns) > 3 * 3  # nobody is measured in one block
+    for figures, subject in ((dcn, subjects[0]), (unet, subjects[1])):
+        assert figures.parameters == sum(p.numel() for p in subject.model.denoiser.parameters())
+        assert figures.state_bytes == 20 * figures.parameters and figures.activation_bytes > 0
+        assert set(figures.timings) == {"forward", "training", "sampling", "drawing"}
+        assert all(len(timing.seconds) == 3 and min(timing.seconds) > 0 for timing in figures.timings.values())
+    assert dcn.parameters < unet.parameters and dcn.macs < unet.macs
+    assert unet.peak_bytes is None  # CUDA's allocator alone knows
+
+
+def test_kept_activations_are_counted_once():
+    class Twice(nn.Module):
+        num_classes = 0
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 8, 8))
+
+        def forward(self, x, times, labels):
+            y = x * self.weight  # keeps x
+            return y * y  # keeps y, twice
+
+    class Stub:
+        denoiser, latent_shape, num_classes = Twice(), (4, 8, 8), 0
+
+        class schedule:
+            num_steps = 10
+
+    counted = throughput._count(throughput.Subject("stub", Stub()), settings(batch_size=2))
+    assert counted["activation_bytes"] == 2 * (2 * 4 * 8 * 8 * 4)
+
+
+def test_the_command_prints_one_table_and_writes_json(configs, tmp_path, capsys):
+    throughput.main([configs[0], "--baseline", configs[1], "--rounds", "1", "--steps", "1", "--batch-size", "2", "--device",
+                     "cpu", "--json", str(tmp_path / "speed.json")])  # fmt: skip
+    text = capsys.readouterr().out
+    for row in ("parameters", "MACs", "training step, images/s", "training step, time / unet's", "activations"):
+        assert row in text
+    assert f"torch {torch.__version__}" in text and "batch 2, fp32, 1 rounds" in text
+    result = json.loads((tmp_path / "speed.json").read_text())
+    assert [figures["name"] for figures in result["figures"]] == ["dcn", "unet"]
+    assert result["environment"]["cpu"] and result["settings"]["sampler_steps"] == 1
+
+
+def test_mistakes_leave_with_code_2(configs, capsys):
+    for arguments, named in ((["nowhere.yaml"], "nowhere.yaml"), ([configs[0], "--set", "train.lrr=1"], "train.lr")):
+        with pytest.raises(SystemExit) as left:
+            throughput.main(arguments)
+        error = capsys.readouterr().err
+        assert left.value.code == 2 and named in error and error.count("\n") == 1
