@@ -56,7 +56,8 @@ class FeatureExtractor(nn.Module):
 class DigitsClassifier(FeatureExtractor):
     """A convolutional classifier of 32x32 grey digits, "digits-v1". Any other size is resized, colour is averaged.
 
-    Made by `python -m eval.make_digits_classifier`. Features are 64 batch-normalised values before the last non-linearity.
+    Made by `python -m eval.make_digits_classifier`. Features are the last 64 activations, after their non-linearity, as the
+    Inception's of FID are.
     """
 
     name = "digits-v1"
@@ -67,11 +68,10 @@ class DigitsClassifier(FeatureExtractor):
     def __init__(self) -> None:
         super().__init__()
         widths = (1, 16, 32, 64)
-        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False)
-                                          for a, b in itertools.pairwise(widths))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths)
+        )
         self.project = nn.Linear(widths[-1] * (self.side // 8) ** 2, self.num_features)
-        self.norm = nn.BatchNorm1d(self.num_features)
         self.head = nn.Linear(self.num_features, 10)
         self.fingerprint = "untrained"
 
@@ -87,19 +87,25 @@ class DigitsClassifier(FeatureExtractor):
         return x
 
     def features(self, x: Tensor) -> Tensor:
-        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            x = F.relu(norm(convolution(x)))
-        return self.norm(self.project(x.flatten(1)))
+        """(N, 1, 32, 32) in [-1, 1] to (N, 64), not negative."""
+        for convolution in self.convolutions:
+            x = F.relu(convolution(x))
+        return F.relu(self.project(x.flatten(1)))
 
     def logits(self, features: Tensor) -> Tensor:
-        return self.head(F.relu(features.to(self.head.weight.dtype)))
+        return self.head(features.to(self.head.weight.dtype))
 
 
 class ForeignExtractor(FeatureExtractor):
     """Any module or callable from uint8 (N, c, H, W) to (N, d)."""
 
-    def __init__(self, network: Callable[[Tensor], Tensor], name: str, fingerprint: str,
-                 num_features: int | None = None) -> None:
+    def __init__(
+        self,
+        network: Callable[[Tensor], Tensor],
+        name: str,
+        fingerprint: str,
+        num_features: int | None = None,
+    ) -> None:
         super().__init__()
         self.network = network
         self.name = name
@@ -112,9 +118,13 @@ class ForeignExtractor(FeatureExtractor):
     def forward(self, images: Tensor) -> Tensor:
         features = self.network(images)
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
-            got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
-            raise UserError(f"extractor {self.name} gave {got} for {len(images)} images; "
-                            "it must return a tensor (N, features)")
+            got = (
+                f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+            )
+            raise UserError(
+                f"extractor {self.name} gave {got} for {len(images)} images; "
+                "it must return a tensor (N, features)"
+            )
         self.num_features = features.shape[1]
         return features
 
@@ -144,8 +154,11 @@ def load_extractor(spec: str, device: str | torch.device = "cpu") -> FeatureExtr
 def hash_file(path: str | os.PathLike[str]) -> str:
     """sha256 of a file, in hex."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
-            hashlib.sha256(file.read()).hexdigest()
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )
 
 
 def _load_digits(path: Path) -> DigitsClassifier:
@@ -154,11 +167,14 @@ def _load_digits(path: Path) -> DigitsClassifier:
     extractor = DigitsClassifier()
     try:
         weights = load_file(path)
-        extractor.load_state_dict({name: value.float() if value.is_floating_point() else value
-                                   for name, value in weights.items()})
+        extractor.load_state_dict(
+            {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+        )
     except Exception as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:160]}); make it again with "
-                        "python -m eval.make_digits_classifier") from error
+        raise UserError(
+            f"{path} cannot be read ({' '.join(str(error).split())[:160]}); make it again with "
+            "python -m eval.make_digits_classifier"
+        ) from error
     extractor.fingerprint = hash_file(path)[:16]
     return extractor
 
@@ -168,12 +184,16 @@ def _load_import(module: str, factory: str) -> FeatureExtractor:
     try:
         made = getattr(importlib.import_module(module), factory)()
     except (ImportError, AttributeError) as error:
-        raise UserError(f"extractor import:{name} cannot be had ({error}); check the module (is it on PYTHONPATH?) "
-                        "and the name of the factory") from error
+        raise UserError(
+            f"extractor import:{name} cannot be had ({error}); check the module (is it on PYTHONPATH?) "
+            "and the name of the factory"
+        ) from error
     if isinstance(made, FeatureExtractor):
         return made
     if not callable(made):
-        raise UserError(f"extractor import:{name} made a {type(made).__name__}; it must make a module or callable")
+        raise UserError(
+            f"extractor import:{name} made a {type(made).__name__}; it must make a module or callable"
+        )
     return ForeignExtractor(made, getattr(made, "name", name), _hash_module(made))
 
 
@@ -183,8 +203,10 @@ def _load_torchscript(path: str) -> FeatureExtractor:
     try:
         network = torch.jit.load(path, map_location="cpu")
     except Exception as error:
-        raise UserError(f"extractor torchscript:{path} cannot be read ({' '.join(str(error).split())[:160]}); "
-                        "give a file that torch.jit.save wrote") from error
+        raise UserError(
+            f"extractor torchscript:{path} cannot be read ({' '.join(str(error).split())[:160]}); "
+            "give a file that torch.jit.save wrote"
+        ) from error
     return ForeignExtractor(network.eval(), Path(path).stem, hash_file(path)[:16])
 
 

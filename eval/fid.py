@@ -102,7 +102,9 @@ class Table:
         lines.insert(1, "-" * len(lines[0]))
         lines += ["", f"reference  {_in_words(self.reference)}", f"extractor  {_in_words(self.extractor)}"]
         lines += [f"{column.name}  {_in_words(column.tags)}" for column in self.columns]
-        lines.append(f"Lower {self.metric} is better; it falls as images are added, so compare at equal numbers of images.")
+        lines.append(
+            f"Lower {self.metric} is better; it falls as images are added, so compare at equal numbers of images."
+        )
         return "\n".join(lines)
 
 
@@ -123,12 +125,16 @@ def evaluate(inputs: Sequence[str], *, extractor: str = "digits", reference: str
     nearest_in_pixels = torch.tensor(real_source.shape).prod() <= MOST_VALUES
 
     def measure(source: Source) -> Measured:
-        return _measure(source, scorer, real_source.shape if nearest_in_pixels else None, batch_size, device, progress)
+        return _measure(
+            source, scorer, real_source.shape if nearest_in_pixels else None, batch_size, device, progress
+        )
 
     sources: list[Source] = []
     for path in inputs:  # all doors are tried before the first image is drawn
         if path not in models:
-            sources.append(open_file_or_folder(path, image_channels=real_source.shape[0], image_size=image_size))
+            sources.append(
+                open_file_or_folder(path, image_channels=real_source.shape[0], image_size=image_size)
+            )
             continue
         count = num or min(len(real_source), MOST_IMAGES)
         chosen = choose_labels(labels, count, models[path].num_classes, real_source.labels, seed)
@@ -150,7 +156,9 @@ def evaluate(inputs: Sequence[str], *, extractor: str = "digits", reference: str
     return Table(scorer.metric_name, columns, about_reference, about_extractor, environment())
 
 
-def _open_reference(reference: str | None, model: Model | None, extractor: str, image_size: int | None) -> Source:
+def _open_reference(
+    reference: str | None, model: Model | None, extractor: str, image_size: int | None
+) -> Source:
     if model is not None:
         data = model.config.get("data", {})
         reference = reference or data.get("source")
@@ -191,7 +199,9 @@ def _as_reference(images: Tensor, shape: tuple[int, int, int]) -> Tensor | None:
     return images.flatten(1)
 
 
-def _column(name: str, images: Measured, real: Measured, scorer: FeatureExtractor, tags: dict[str, Any]) -> Column:
+def _column(
+    name: str, images: Measured, real: Measured, scorer: FeatureExtractor, tags: dict[str, Any]
+) -> Column:
     """The scores of `images` against `real`."""
     kid, spread = kernel_distance(images.features.values, real.features.values)
     scores = {
@@ -237,15 +247,27 @@ def write_json(table: Table, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.fid", description=__doc__.splitlines()[0])
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="run or export folder, hub id, folder of images, or npz")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="run or export folder, hub id, folder of images, or npz"
+    )
     parser.add_argument("--extractor", default="digits", help=f"{KINDS} (default: %(default)s)")
-    parser.add_argument("--reference", help="folder of images, npz, or digits (default: what the first run learned from)")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="one column each (default: 1.0)")
+    parser.add_argument(
+        "--reference", help="folder of images, npz, or digits (default: what the first run learned from)"
+    )
+    parser.add_argument(
+        "--guidance", type=float, nargs="+", default=[1.0], help="one column each (default: 1.0)"
+    )
     parser.add_argument("--sampler", default="dpm++", help="dpm++, ddim or euler (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i (default: %(default)s)")
-    parser.add_argument("--num", type=int, help="images to draw (default: as many as the reference has, at most 50000)")
-    parser.add_argument("--labels", choices=LABEL_RULES, default="reference", help="classes to draw (default: %(default)s's)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="image i is drawn from seed + i (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num", type=int, help="images to draw (default: as many as the reference has, at most 50000)"
+    )
+    parser.add_argument(
+        "--labels", choices=LABEL_RULES, default="reference", help="classes to draw (default: %(default)s's)"
+    )
     parser.add_argument("--image-size", type=int, help="crop and resize folders of images to this size")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -80,18 +80,24 @@ def load_inception(path: str | os.PathLike[str], sha256: str = SHA256_PREFIX) ->
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
-        raise UserError(f"extractor inception:{path}: no such file; give weights-inception-2015-12-05-6726825d.pth (from "
-                        "torch-fidelity's or pytorch-fid's releases)")
+        raise UserError(
+            f"extractor inception:{path}: no such file; give weights-inception-2015-12-05-6726825d.pth (from "
+            "torch-fidelity's or pytorch-fid's releases)"
+        )
     digest = hash_file(path)
     if not digest.startswith(sha256):
-        raise UserError(f"{path} is not the FID Inception: its sha256 starts with {digest[:8]}, not {sha256}; "
-                        "download weights-inception-2015-12-05-6726825d.pth again")
+        raise UserError(
+            f"{path} is not the FID Inception: its sha256 starts with {digest[:8]}, not {sha256}; "
+            "download weights-inception-2015-12-05-6726825d.pth again"
+        )
     network = Inception()
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
-        raise UserError(f"{path} cannot be loaded as the FID Inception ({' '.join(str(error).split())[:120]}); "
-                        "download weights-inception-2015-12-05-6726825d.pth again") from error
+        raise UserError(
+            f"{path} cannot be loaded as the FID Inception ({' '.join(str(error).split())[:120]}); "
+            "download weights-inception-2015-12-05-6726825d.pth again"
+        ) from error
     network.fingerprint = digest[:16]
     return network.eval()
 

@@ -19,7 +19,9 @@ from ldm_dcn.errors import UserError
 from .extractors import FeatureExtractor
 
 KID_SUBSETS = 50
-KID_SUBSET_SIZE = 500  # at most; the estimate is unbiased whatever the size, and the cost goes with its square
+KID_SUBSET_SIZE = (
+    500  # at most; the estimate is unbiased whatever the size, and the cost goes with its square
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class Features:
 
 
 @torch.no_grad()
-def extract(extractor: FeatureExtractor, batches: Iterable[Tensor], device: str | torch.device = "cpu") -> Features:
+def extract(
+    extractor: FeatureExtractor, batches: Iterable[Tensor], device: str | torch.device = "cpu"
+) -> Features:
     """Features of batches of uint8 images (B, c, H, W).
 
     Raises `ValueError` for images that are not uint8 and for features that are not finite, naming the images.
@@ -45,8 +49,10 @@ def extract(extractor: FeatureExtractor, batches: Iterable[Tensor], device: str 
     values, logits, seen = [], [], 0
     for images in batches:
         if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; give uint8 (N, c, H, W), made by "
-                             "ldm_dcn.autoencoder.to_uint8")
+            raise ValueError(
+                f"images are {images.dtype} {tuple(images.shape)}; give uint8 (N, c, H, W), made by "
+                "ldm_dcn.autoencoder.to_uint8"
+            )
         features = extractor(images.to(device))
         _check_finite(features, f"features of extractor {extractor.name}", seen)
         values.append(features.to("cpu", torch.float64))
@@ -79,9 +85,12 @@ def kernel_distance(a: Tensor, b: Tensor, seed: int = 0) -> tuple[float, float]:
     _check_pair(a, b)
     size = min(KID_SUBSET_SIZE, len(a), len(b))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*will save all extracted features")  # we have them in memory already
+        warnings.filterwarnings(
+            "ignore", message=".*will save all extracted features"
+        )  # we have them in memory already
         kid = _torchmetrics("kid").KernelInceptionDistance(
-            feature=_Passthrough(a.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+            feature=_Passthrough(a.shape[1]), subsets=KID_SUBSETS, subset_size=size
+        )
     kid.update(a.double(), real=True)
     kid.update(b.double(), real=False)
     with torch.random.fork_rng(devices=[]):
@@ -125,7 +134,9 @@ def _check_pair(a: Tensor, b: Tensor) -> None:
         if features.ndim != 2:
             raise ValueError(f"features have shape {tuple(features.shape)}; give (N, d)")
         if len(features) < 2:
-            raise ValueError(f"a distance between distributions needs at least 2 images on each side, got {len(features)}")
+            raise ValueError(
+                f"a distance between distributions needs at least 2 images on each side, got {len(features)}"
+            )
         _check_finite(features, "features", 0)
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"features have {a.shape[1]} and {b.shape[1]} values; use one extractor for both")
@@ -135,8 +146,10 @@ def _check_finite(features: Tensor, what: str, first: int) -> None:
     finite = torch.isfinite(features).flatten(1).all(dim=1)
     if not bool(finite.all()):
         indices = [first + i for i in (~finite).nonzero().flatten().tolist()]
-        raise ValueError(f"{what} of {len(indices)} images are NaN or infinite, first of images {indices[:8]}; "
-                         "look at those images")
+        raise ValueError(
+            f"{what} of {len(indices)} images are NaN or infinite, first of images {indices[:8]}; "
+            "look at those images"
+        )
 
 
 def _torchmetrics(name: str) -> ModuleType:

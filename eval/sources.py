@@ -79,8 +79,10 @@ class NpzSource(Source):
         try:
             with np.load(path, allow_pickle=False) as file:
                 if "arr_0" not in file.files:
-                    raise UserError(f"{path} holds {', '.join(file.files) or 'nothing'} and no arr_0; "
-                                    "give an npz with images (N, H, W, 3) as arr_0")
+                    raise UserError(
+                        f"{path} holds {', '.join(file.files) or 'nothing'} and no arr_0; "
+                        "give an npz with images (N, H, W, 3) as arr_0"
+                    )
                 array = file["arr_0"]
                 labels = file["arr_1"] if "arr_1" in file.files else None
         except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
@@ -90,7 +92,9 @@ class NpzSource(Source):
         self.name = Path(path).stem
         self.tags = {"source": path}
         self.shape = (array.shape[3], array.shape[1], array.shape[2])
-        self.labels = None if labels is None or labels.shape != array.shape[:1] else torch.from_numpy(labels).long()
+        self.labels = (
+            None if labels is None or labels.shape != array.shape[:1] else torch.from_numpy(labels).long()
+        )
         self._array = array
 
     def __len__(self) -> int:
@@ -125,11 +129,25 @@ class NoiseSource(Source):
 class SampleSource(Source):
     """Images that a model draws when asked: image i from seed + i and labels[i]."""
 
-    def __init__(self, model: Model, name: str, labels: Tensor | None, count: int, *, label_rule: str, guidance: float,
-                 sampler: str, steps: int, seed: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        name: str,
+        labels: Tensor | None,
+        count: int,
+        *,
+        label_rule: str,
+        guidance: float,
+        sampler: str,
+        steps: int,
+        seed: int,
+    ) -> None:
         self.name = name
         self.labels = labels
-        self.shape = (model.autoencoder.image_channels, *(side * model.autoencoder.factor for side in model.latent_shape[1:]))
+        self.shape = (
+            model.autoencoder.image_channels,
+            *(side * model.autoencoder.factor for side in model.latent_shape[1:]),
+        )
         # the run's own tags say "step" for its training step
         self.tags = {"guidance": guidance, "sampler": sampler, "sampler_steps": steps, "seed": seed, "labels": label_rule,
                      "run": model.name, "step": model.step, **model.tags}  # fmt: skip
@@ -147,7 +165,9 @@ class SampleSource(Source):
             began = time.perf_counter()
             images = generate(self._model, labels, range(self._seed + start, self._seed + stop), batch_size=batch_size,
                               **self._settings)  # fmt: skip
-            self.seconds += time.perf_counter() - began  # generate ends with the images on the CPU: nothing is left running
+            self.seconds += (
+                time.perf_counter() - began
+            )  # generate ends with the images on the CPU: nothing is left running
             yield images
 
 
@@ -169,7 +189,9 @@ def open_file_or_folder(path: str, *, image_channels: int, image_size: int | Non
     return DatasetSource(open_dataset(path, image_size=size, image_channels=image_channels), Path(path).name)
 
 
-def choose_labels(rule: str, count: int, num_classes: int, reference: Tensor | None, seed: int) -> Tensor | None:
+def choose_labels(
+    rule: str, count: int, num_classes: int, reference: Tensor | None, seed: int
+) -> Tensor | None:
     """Labels (count,) to draw for: the reference's own, repeated; each class alike; or random ones. None without classes.
 
     Raises `UserError` where the reference has classes that the model does not know, or none.
@@ -185,11 +207,16 @@ def choose_labels(rule: str, count: int, num_classes: int, reference: Tensor | N
     if reference is None:
         raise UserError("the reference has no classes to take labels from; use --labels balanced")
     if int(reference.max()) >= num_classes:
-        raise UserError(f"the reference has label {int(reference.max())}, the model {num_classes} classes; "
-                        "use --labels balanced, or the reference it was trained on")
+        raise UserError(
+            f"the reference has label {int(reference.max())}, the model {num_classes} classes; "
+            "use --labels balanced, or the reference it was trained on"
+        )
     # for fewer images than the reference has: every k-th, so that sorted classes are all met
-    return reference[torch.arange(count) % len(reference)] if count >= len(reference) else \
-        reference[(torch.arange(count) * len(reference)) // count]
+    return (
+        reference[torch.arange(count) % len(reference)]
+        if count >= len(reference)
+        else reference[(torch.arange(count) * len(reference)) // count]
+    )
 
 
 def _common_size(folder: str) -> int:
@@ -202,13 +229,17 @@ def _common_size(folder: str) -> int:
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{file} cannot be read ({_one_line(error)}); delete or repair it") from error
         if size[0] != size[1]:
-            raise UserError(f"{file} is {size[0]}x{size[1]}, not square; give --image-size to crop all images alike")
+            raise UserError(
+                f"{file} is {size[0]}x{size[1]}, not square; give --image-size to crop all images alike"
+            )
         if first is None:
             first = (file, size)
         elif size != first[1]:
-            raise UserError(f"{folder} holds images of different sizes ({os.path.basename(first[0])} "
-                            f"{first[1][0]}x{first[1][1]}, {os.path.basename(file)} {size[0]}x{size[1]}); "
-                            "score one size at a time, or give --image-size to crop them alike")
+            raise UserError(
+                f"{folder} holds images of different sizes ({os.path.basename(first[0])} "
+                f"{first[1][0]}x{first[1][1]}, {os.path.basename(file)} {size[0]}x{size[1]}); "
+                "score one size at a time, or give --image-size to crop them alike"
+            )
     assert first is not None  # list_pictures refuses an empty folder
     return first[1][0]
 

@@ -54,7 +54,9 @@ class Settings:
     guidance: float
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(
+            torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"
+        )
 
 
 @dataclass(frozen=True)
@@ -135,9 +137,15 @@ def compare(subjects: Sequence[Subject], settings: Settings, progress: bool = Tr
     counted = [_count(subject, settings) for subject in subjects]
     timings = [{name: Timing() for name in own} for own in activities]
     names = list(dict.fromkeys(name for own in activities for name in own))
-    with tqdm(total=len(names) * (settings.rounds + 1), desc="measuring", disable=not progress, leave=False) as bar:
+    with tqdm(
+        total=len(names) * (settings.rounds + 1), desc="measuring", disable=not progress, leave=False
+    ) as bar:
         for name in names:
-            turns = [(own[name], timing[name]) for own, timing in zip(activities, timings, strict=True) if name in own]
+            turns = [
+                (own[name], timing[name])
+                for own, timing in zip(activities, timings, strict=True)
+                if name in own
+            ]
             slow = name in ("sampling", "drawing")
             for activity, _ in turns:
                 for _ in range(1 if slow else WARM_UP):
@@ -161,8 +169,14 @@ def table(figures: Sequence[Figures], baseline: int | None, settings: Settings) 
         if not any(name in f.timings for f in figures):
             continue
         with_ratio = base is not None and name in base.timings and len(figures) > 1
-        cells = [_timing_cells(f.timings.get(name), base.timings[name] if with_ratio else None, settings) for f in figures]
-        rows += [[f"{title}, ms", *(cell[0] for cell in cells)], [f"{title}, images/s", *(cell[1] for cell in cells)]]
+        cells = [
+            _timing_cells(f.timings.get(name), base.timings[name] if with_ratio else None, settings)
+            for f in figures
+        ]
+        rows += [
+            [f"{title}, ms", *(cell[0] for cell in cells)],
+            [f"{title}, images/s", *(cell[1] for cell in cells)],
+        ]
         if with_ratio:
             rows.append([f"{title}, time / {base.name}'s", *(cell[2] for cell in cells)])
     rows.append(["weights, gradients, AdamW, EMA", *(_size(f.state_bytes) for f in figures)])
@@ -175,7 +189,11 @@ def table(figures: Sequence[Figures], baseline: int | None, settings: Settings) 
              for row in cells]  # fmt: skip
     lines.insert(1, "-" * len(lines[0]))
     made_with = environment()
-    where = made_with["gpu"] if settings.device.startswith("cuda") else f"{made_with['cpu']}, {made_with['threads']} threads"
+    where = (
+        made_with["gpu"]
+        if settings.device.startswith("cuda")
+        else f"{made_with['cpu']}, {made_with['threads']} threads"
+    )
     lines += ["", f"batch {settings.batch_size}, {settings.precision}, {settings.rounds} rounds in turns, median and half the "
               f"interquartile range; {settings.sampler} {settings.sampler_steps} steps at guidance {settings.guidance:g}",
               f"{where}, torch {torch.__version__}"]  # fmt: skip
@@ -186,7 +204,11 @@ def _timing_cells(timing: Timing | None, base: Timing | None, settings: Settings
     if timing is None:
         return "-", "-", "-"
     ratio = f"{timing.ratio(base):.2f}" if base is not None else "-"
-    return (f"{1e3 * timing.median:,.1f} ± {1e3 * timing.spread:,.1f}", f"{settings.batch_size / timing.median:,.1f}", ratio)
+    return (
+        f"{1e3 * timing.median:,.1f} ± {1e3 * timing.spread:,.1f}",
+        f"{settings.batch_size / timing.median:,.1f}",
+        ratio,
+    )
 
 
 def _size(count: int) -> str:
@@ -246,7 +268,10 @@ def _training(subject: Subject, settings: Settings) -> Callable[[], None]:
 def _inputs(model: Model, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     shape = (settings.batch_size, *model.latent_shape)
-    x, noise = (torch.randn(shape, generator=generator).to(settings.device, memory_format=torch.channels_last) for _ in range(2))
+    x, noise = (
+        torch.randn(shape, generator=generator).to(settings.device, memory_format=torch.channels_last)
+        for _ in range(2)
+    )
     times = torch.randint(model.schedule.num_steps, shape[:1], generator=generator).to(settings.device)
     labels = torch.randint(max(1, model.num_classes), shape[:1], generator=generator).to(settings.device)
     return x, noise, times, labels
@@ -301,7 +326,9 @@ def count_macs(denoiser: torch.nn.Module, *inputs: Tensor) -> int:
 
     swapped = any(isinstance(module, DCNv4) for module in denoiser.modules())
     if swapped and torch.ops.dcnv4_ext.forward not in flop_registry:
-        raise UserError("DCNv4 has no formula in torch.utils.flop_counter, its MACs would be left out; update dcnv4_ext")
+        raise UserError(
+            "DCNv4 has no formula in torch.utils.flop_counter, its MACs would be left out; update dcnv4_ext"
+        )
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         denoiser(*inputs)
     return counter.get_total_flops() // 2
@@ -324,16 +351,30 @@ def _autoencoder_if_at_hand(config: Any) -> Any:
     try:
         return load_autoencoder(config.autoencoder.spec, dtype=config.autoencoder.dtype,
                                 image_channels=config.data.image_channels)  # fmt: skip
-    except UserError:  # a config's autoencoder may lie on another machine; then sampling is measured without it
+    except (
+        UserError
+    ):  # a config's autoencoder may lie on another machine; then sampling is measured without it
         return None
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.throughput", description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"config, run, export or hub id (default: {DEFAULT_CONFIG})")
-    parser.add_argument("--baseline", help=f"what to compare with, likewise (default: {DEFAULT_BASELINE} for the default model)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings to change in all configs")
-    parser.add_argument("--batch-size", type=int, help=f"default: the first model's, at most {LARGEST_DEFAULT_BATCH}")
+    parser.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help=f"config, run, export or hub id (default: {DEFAULT_CONFIG})",
+    )
+    parser.add_argument(
+        "--baseline",
+        help=f"what to compare with, likewise (default: {DEFAULT_BASELINE} for the default model)",
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings to change in all configs"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, help=f"default: the first model's, at most {LARGEST_DEFAULT_BATCH}"
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: the first model's")
     parser.add_argument("--rounds", type=int, default=9, help="timed turns (default: %(default)s)")
     parser.add_argument("--sampler", default="dpm++", help="dpm++, ddim or euler (default: %(default)s)")
@@ -353,7 +394,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
         subjects = [open_subject(path, options.set, options.device) for path in paths]
         train = subjects[0].model.config.get("train", {})
         settings = Settings(
-            batch_size=options.batch_size or min(train.get("batch_size", LARGEST_DEFAULT_BATCH), LARGEST_DEFAULT_BATCH),
+            batch_size=options.batch_size
+            or min(train.get("batch_size", LARGEST_DEFAULT_BATCH), LARGEST_DEFAULT_BATCH),
             precision=options.precision or train.get("precision", "fp32"),
             device=options.device,
             rounds=options.rounds,
@@ -369,7 +411,11 @@ def main(arguments: Iterable[str] | None = None) -> None:
 
 def write_json(figures: Sequence[Figures], settings: Settings, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"settings": asdict(settings), "figures": [asdict(f) for f in figures], "environment": environment()}
+    content = {
+        "settings": asdict(settings),
+        "figures": [asdict(f) for f in figures],
+        "environment": environment(),
+    }
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

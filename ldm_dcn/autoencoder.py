@@ -42,9 +42,15 @@ def to_uint8(images: Tensor) -> Tensor:
     """
     levels = images.detach().to(torch.float32).mul(127.5).add(127.5)
     if not bool(torch.isfinite(levels).all()):
-        broken = (~torch.isfinite(levels)).flatten(1).any(1).nonzero().flatten().tolist() if levels.ndim > 1 else [0]
-        raise ValueError(f"images {broken[:8]} of a batch of {len(levels)} hold NaN or infinity; "
-                         "look for the step that made them (training diverged, or float16 overflowed)")
+        broken = (
+            (~torch.isfinite(levels)).flatten(1).any(1).nonzero().flatten().tolist()
+            if levels.ndim > 1
+            else [0]
+        )
+        raise ValueError(
+            f"images {broken[:8]} of a batch of {len(levels)} hold NaN or infinity; "
+            "look for the step that made them (training diverged, or float16 overflowed)"
+        )
     return levels.round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -89,15 +95,18 @@ class Autoencoder(ABC):
                 raise UserError(
                     f"autoencoder {self.spec} is not the one these latents were made with: its {key} is "
                     f"{_short(own.get(key))}, theirs {_short(fingerprint.get(key))}; "
-                    f"use autoencoder={fingerprint.get('spec')}, or encode and train again")
+                    f"use autoencoder={fingerprint.get('spec')}, or encode and train again"
+                )
 
     def _check_images(self, images: Tensor) -> None:
         _, c, h, w = images.shape
         if c != self.image_channels:
             raise ValueError(f"images have {c} channels, autoencoder {self.spec} takes {self.image_channels}")
         if h % self.factor or w % self.factor:
-            raise ValueError(f"images are {h}x{w}, which {self.factor} (pixels per latent) does not divide; "
-                             f"use multiples of {self.factor}")
+            raise ValueError(
+                f"images are {h}x{w}, which {self.factor} (pixels per latent) does not divide; "
+                f"use multiples of {self.factor}"
+            )
 
 
 class IdentityAutoencoder(Autoencoder):
@@ -129,8 +138,9 @@ class IdentityAutoencoder(Autoencoder):
 class KLAutoencoder(Autoencoder):
     """A diffusers `AutoencoderKL`, frozen, with what its config says about latents."""
 
-    def __init__(self, model: torch.nn.Module, spec: str, dtype: str = "auto",
-                 device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, model: torch.nn.Module, spec: str, dtype: str = "auto", device: str | torch.device = "cpu"
+    ) -> None:
         config = model.config
         self.spec = spec
         self.image_channels = int(config.in_channels)
@@ -185,16 +195,25 @@ class KLAutoencoder(Autoencoder):
 
     def _run(self, network: Any, x: Tensor) -> Tensor:
         x = x.to(device=self.device, dtype=self.dtype, memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, enabled=False):  # autocast overflows SD's autoencoder in float16
+        with torch.autocast(
+            self.device.type, enabled=False
+        ):  # autocast overflows SD's autoencoder in float16
             y = network(x).to(torch.float32)
         if not bool(torch.isfinite(y).all()):
-            raise UserError(f"autoencoder {self.spec} gives NaN or infinity in {str(self.dtype).removeprefix('torch.')}; "
-                            "use float32 or bfloat16, or look at its weights")
+            raise UserError(
+                f"autoencoder {self.spec} gives NaN or infinity in {str(self.dtype).removeprefix('torch.')}; "
+                "use float32 or bfloat16, or look at its weights"
+            )
         return y
 
 
-def load_autoencoder(spec: str | os.PathLike[str], *, dtype: str = "auto", device: str | torch.device = "cpu",
-                     image_channels: int = 3) -> Autoencoder:
+def load_autoencoder(
+    spec: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    device: str | torch.device = "cpu",
+    image_channels: int = 3,
+) -> Autoencoder:
     """Load the autoencoder that `spec` names.
 
     spec             hub id | folder | weights file (.safetensors, .ckpt, .pth, .pt, .bin) | "digits" | "identity"
@@ -218,8 +237,10 @@ def load_autoencoder(spec: str | os.PathLike[str], *, dtype: str = "auto", devic
     elif HUB_ID.fullmatch(spec) and not spec.startswith("."):
         model = _from_hub(spec)
     else:
-        raise UserError(f"autoencoder {spec!r} does not exist; give a folder, a weights file, a hub id (owner/name), "
-                        "'digits' or 'identity'")
+        raise UserError(
+            f"autoencoder {spec!r} does not exist; give a folder, a weights file, a hub id (owner/name), "
+            "'digits' or 'identity'"
+        )
     return KLAutoencoder(model, spec, dtype, device)
 
 
@@ -229,15 +250,24 @@ def _from_folder(folder: str) -> torch.nn.Module:
     if not os.path.isfile(os.path.join(folder, "config.json")):
         inner = os.path.join(folder, "vae")
         if not os.path.isfile(os.path.join(inner, "config.json")):
-            raise UserError(f"autoencoder folder {folder} has no config.json (nor vae/config.json); give a folder that "
-                            "AutoencoderKL.save_pretrained wrote, or a weights file")
+            raise UserError(
+                f"autoencoder folder {folder} has no config.json (nor vae/config.json); give a folder that "
+                "AutoencoderKL.save_pretrained wrote, or a weights file"
+            )
         folder = inner
     _read_config(folder)
     if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
-        raise UserError(f"autoencoder folder {folder} has a config.json and no .safetensors weights; copy "
-                        "diffusion_pytorch_model.safetensors into it, or name a weights file itself")
-    return _load_pretrained(AutoencoderKL, folder, f"autoencoder folder {folder}",
-                            "copy diffusion_pytorch_model.safetensors there again", local_files_only=True)
+        raise UserError(
+            f"autoencoder folder {folder} has a config.json and no .safetensors weights; copy "
+            "diffusion_pytorch_model.safetensors into it, or name a weights file itself"
+        )
+    return _load_pretrained(
+        AutoencoderKL,
+        folder,
+        f"autoencoder folder {folder}",
+        "copy diffusion_pytorch_model.safetensors there again",
+        local_files_only=True,
+    )
 
 
 def _from_hub(spec: str) -> torch.nn.Module:
@@ -258,8 +288,12 @@ def _from_hub(spec: str) -> torch.nn.Module:
 def _load_pretrained(cls: Any, path: str, what: str, mend: str, **options: Any) -> torch.nn.Module:
     with _quiet_diffusers():
         try:
-            model, report = cls.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
-        except Exception as error:  # OSError, ValueError, SafetensorError, hub errors: all mean it cannot be had
+            model, report = cls.from_pretrained(
+                path, use_safetensors=True, output_loading_info=True, **options
+            )
+        except (
+            Exception
+        ) as error:  # OSError, ValueError, SafetensorError, hub errors: all mean it cannot be had
             raise UserError(f"{what} cannot be loaded ({_first_line(error)}); {mend}") from error
     missing = report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]
     if missing:
@@ -274,18 +308,25 @@ def _from_file(path: str) -> torch.nn.Module:
     own_config = _config_class(folder) == "AutoencoderKL"
     config_folder = folder if own_config else str(SD_CONFIG_FOLDER)
     weights = _read_weights(path)
-    mend = ("give an autoencoder's weights, or put the config.json it was made with beside it" if not own_config else
-            "give the weights that belong to the config.json beside it")
+    mend = (
+        "give an autoencoder's weights, or put the config.json it was made with beside it"
+        if not own_config
+        else "give the weights that belong to the config.json beside it"
+    )
     with _quiet_diffusers():
         try:
             model = AutoencoderKL.from_single_file(weights, config=config_folder, local_files_only=True)
         except Exception as error:  # KeyError, ValueError, RuntimeError, by what does not fit
-            raise UserError(f"autoencoder file {path} does not fit {_config_name(own_config)} ({_first_line(error)}); "
-                            f"{mend}") from error
+            raise UserError(
+                f"autoencoder file {path} does not fit {_config_name(own_config)} ({_first_line(error)}); "
+                f"{mend}"
+            ) from error
     lacking = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if lacking:
-        raise UserError(f"autoencoder file {path} does not fit {_config_name(own_config)}: it lacks {lacking[0]} and "
-                        f"{len(lacking) - 1} others; {mend}")
+        raise UserError(
+            f"autoencoder file {path} does not fit {_config_name(own_config)}: it lacks {lacking[0]} and "
+            f"{len(lacking) - 1} others; {mend}"
+        )
     return _cast(model, dtype=torch.float32)
 
 
@@ -298,13 +339,19 @@ def _read_weights(path: str) -> dict[str, Tensor]:
             weights = load_file(path)
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch remarks on the pickle protocol of what it is about to refuse
+                warnings.simplefilter(
+                    "ignore"
+                )  # torch remarks on the pickle protocol of what it is about to refuse
                 weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"autoencoder file {path} is no checkpoint of tensors alone, and nothing else is unpickled here; "
-                        "copy it again if it should be one, or save its state dict as .safetensors") from error
+        raise UserError(
+            f"autoencoder file {path} is no checkpoint of tensors alone, and nothing else is unpickled here; "
+            "copy it again if it should be one, or save its state dict as .safetensors"
+        ) from error
     except Exception as error:
-        raise UserError(f"autoencoder file {path} cannot be read ({_first_line(error)}); copy or download it again") from error
+        raise UserError(
+            f"autoencoder file {path} cannot be read ({_first_line(error)}); copy or download it again"
+        ) from error
     while isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
         weights = weights["state_dict"]
     if not isinstance(weights, dict) or not any(isinstance(value, Tensor) for value in weights.values()):
@@ -343,8 +390,9 @@ def _choose_dtype(spec: str, config: Any, dtype: str) -> torch.dtype:
         own = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
         dtype = own if own in DTYPES and not config.get("force_upcast") else "float32"
     elif dtype == "float16" and config.get("force_upcast"):
-        raise UserError(f"autoencoder {spec} overflows in float16 (its config says force_upcast); "
-                        "use float32 or bfloat16")
+        raise UserError(
+            f"autoencoder {spec} overflows in float16 (its config says force_upcast); use float32 or bfloat16"
+        )
     return DTYPES[dtype]
 
 
@@ -353,7 +401,9 @@ def _affine(config: Any) -> tuple[list[float], list[float]]:
     (z - mean) * scaling / std; otherwise (z - shift) * scaling."""
     mean, std = config.get("latents_mean"), config.get("latents_std")
     scaling, channels = float(config.scaling_factor), int(config.latent_channels)
-    shift = [float(m) for m in mean] if mean is not None else [float(config.get("shift_factor") or 0)] * channels
+    shift = (
+        [float(m) for m in mean] if mean is not None else [float(config.get("shift_factor") or 0)] * channels
+    )
     return shift, [scaling / float(s) for s in std] if std is not None else [scaling] * channels
 
 

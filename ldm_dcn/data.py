@@ -46,8 +46,15 @@ class Images(ABC):
     classes: then every label is 0), `bad` (the pictures that could not be read so far), `max_bad`.
     """
 
-    def __init__(self, source: str, image_size: int, image_channels: int, labels: Tensor, class_names: Sequence[str],
-                 max_bad: float = 0) -> None:
+    def __init__(
+        self,
+        source: str,
+        image_size: int,
+        image_channels: int,
+        labels: Tensor,
+        class_names: Sequence[str],
+        max_bad: float = 0,
+    ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size is {image_size}; use 1 or more")
         if image_channels not in (1, 3):
@@ -117,8 +124,10 @@ class Images(ABC):
         named = "; ".join(f"{bad.path} ({bad.reason})" for bad in first)
         more = f"; and {len(self.bad) - len(first)} more" if len(self.bad) > len(first) else ""
         count = len(self.bad)
-        return (f"{count} of {len(self)} images of {self.source} cannot be read: {named}{more}; delete or repair "
-                f"{'it' if count == 1 else 'them'}, or allow {count} with data.max_bad={count}")
+        return (
+            f"{count} of {len(self)} images of {self.source} cannot be read: {named}{more}; delete or repair "
+            f"{'it' if count == 1 else 'them'}, or allow {count} with data.max_bad={count}"
+        )
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -126,8 +135,14 @@ def to_float(pixels: Tensor) -> Tensor:
     return pixels.to(torch.float32) / 127.5 - 1
 
 
-def open_dataset(source: str | os.PathLike[str], *, image_size: int = 32, image_channels: int = 3, split: str = "all",
-                 max_bad: float = 0) -> Images:
+def open_dataset(
+    source: str | os.PathLike[str],
+    *,
+    image_size: int = 32,
+    image_channels: int = 3,
+    split: str = "all",
+    max_bad: float = 0,
+) -> Images:
     """Open `"digits"` or a folder of pictures.
 
     `split` is "all", "train" or "held-out": of each class every fourth image is held out. `max_bad` is how many broken pictures are left out
@@ -152,7 +167,9 @@ class _Digits(Images):
         with np.load(DIGITS_FILE, allow_pickle=False) as file:
             levels, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
         chosen = split_indices(labels, split)
-        super().__init__("digits", image_size, image_channels, labels[chosen], [str(digit) for digit in range(10)])
+        super().__init__(
+            "digits", image_size, image_channels, labels[chosen], [str(digit) for digit in range(10)]
+        )
         small = levels[chosen, None].float() / 8 - 1  # 0..16 -> [-1, 1]
         large = F.interpolate(small, size=(image_size, image_size), mode="bicubic", align_corners=False)
         self._pixels = to_uint8(large).expand(-1, image_channels, -1, -1)
@@ -173,10 +190,19 @@ class _Folder(Images):
         path = self.files[index]
         try:
             return _load_picture(path, self.image_size, self.image_channels)
-        except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            EOFError,
+            MemoryError,
+            Image.DecompressionBombError,
+        ) as error:
             # Pillow raises SyntaxError for a broken PNG chunk and ValueError for some truncated headers.
             reason = " ".join(str(error).replace(path, "the file").split()) or type(error).__name__
-            return BadImage(path, "empty file" if os.path.exists(path) and not os.path.getsize(path) else reason)
+            return BadImage(
+                path, "empty file" if os.path.exists(path) and not os.path.getsize(path) else reason
+            )
 
     def _read_all(self, indices: list[int]) -> list[Tensor | BadImage]:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding leaves the interpreter lock
@@ -186,7 +212,11 @@ class _Folder(Images):
 def split_indices(labels: Tensor, split: str) -> Tensor:
     """Indices (ascending, int64) of "all", "train" or "held-out": of each class every fourth image is held out."""
     held_out = rank_in_class(labels) % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
-    return {"all": torch.ones_like(held_out), "train": ~held_out, "held-out": held_out}[split].nonzero().flatten()
+    return (
+        {"all": torch.ones_like(held_out), "train": ~held_out, "held-out": held_out}[split]
+        .nonzero()
+        .flatten()
+    )
 
 
 def rank_in_class(labels: Tensor) -> Tensor:
@@ -206,12 +236,17 @@ def list_pictures(source: str) -> tuple[list[str], list[int], list[str]]:
         raise UserError(f"data.source {source!r} is {what}; give 'digits' or a folder of images")
     entries = sorted(entry.name for entry in os.scandir(source) if not entry.name.startswith("."))
     flat = [os.path.join(source, name) for name in entries if _is_picture(os.path.join(source, name))]
-    classes = {name: _pictures_below(os.path.join(source, name)) for name in entries
-               if os.path.isdir(os.path.join(source, name))}
+    classes = {
+        name: _pictures_below(os.path.join(source, name))
+        for name in entries
+        if os.path.isdir(os.path.join(source, name))
+    }
     filled = {name: files for name, files in classes.items() if files}
     if flat and filled:
-        raise UserError(f"{source} holds images ({os.path.basename(flat[0])}, ...) beside class folders "
-                        f"({next(iter(filled))}, ...); move the images into class folders, or the folders away")
+        raise UserError(
+            f"{source} holds images ({os.path.basename(flat[0])}, ...) beside class folders "
+            f"({next(iter(filled))}, ...); move the images into class folders, or the folders away"
+        )
     if not flat and not filled:
         raise UserError(f"{source} holds no images ({', '.join(sorted(SUFFIXES))}); give a folder that does")
     if filled and len(filled) < len(classes):
@@ -254,7 +289,9 @@ def _to_8_bit(picture: Image.Image, mode: str) -> Image.Image:
     if picture.mode.startswith("I"):
         levels = np.asarray(picture).astype(np.int64)
         if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError("whole numbers outside 0..65535, whose range is unknown; save it with 8 or 16 bits")
+            raise ValueError(
+                "whole numbers outside 0..65535, whose range is unknown; save it with 8 or 16 bits"
+            )
         picture = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     elif picture.mode == "F":
         raise ValueError("floating-point pixels, whose range is unknown; save it with 8 or 16 bits")
@@ -272,7 +309,9 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    picture = picture.resize(
+        (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC
+    )
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return picture.crop((left, top, left + size, top + size))
 
@@ -290,15 +329,21 @@ class Latents:
         return len(self.labels)
 
 
-def encode_dataset(images: Images, autoencoder: Autoencoder, batch_size: int = 64, progress: Progress | None = None,
-                   ) -> Latents:
+def encode_dataset(
+    images: Images,
+    autoencoder: Autoencoder,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> Latents:
     """Encode all of `images` that can be read, in order. `progress(count)` is called after each batch.
 
     Raises `UserError` when more than `images.max_bad` pictures are broken, or the channels do not fit the autoencoder.
     """
     if images.image_channels != autoencoder.image_channels:
-        raise UserError(f"the images have {images.image_channels} channels, the autoencoder {autoencoder.spec} takes "
-                        f"{autoencoder.image_channels}; set data.image_channels={autoencoder.image_channels}")
+        raise UserError(
+            f"the images have {images.image_channels} channels, the autoencoder {autoencoder.spec} takes "
+            f"{autoencoder.image_channels}; set data.image_channels={autoencoder.image_channels}"
+        )
     moments, labels = [], []
     for start in range(0, len(images), batch_size):
         indices = range(start, min(start + batch_size, len(images)))

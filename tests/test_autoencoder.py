@@ -74,7 +74,12 @@ def ldm_layout(model: AutoencoderKL) -> dict[str, torch.Tensor]:
 def test_uint8_undoes_the_float_scale_for_every_level_and_clamps():
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(levels.float() / 127.5 - 1), levels)
-    assert to_uint8(torch.tensor([1.2, -1.2, 0.0, 0.9999])).tolist() == [255, 0, 128, 255]  # no wrapping, no truncation
+    assert to_uint8(torch.tensor([1.2, -1.2, 0.0, 0.9999])).tolist() == [
+        255,
+        0,
+        128,
+        255,
+    ]  # no wrapping, no truncation
     assert to_uint8(torch.tensor([0.5], dtype=torch.bfloat16)).tolist() == [191]
 
 
@@ -116,7 +121,9 @@ def test_every_layout_is_the_same_autoencoder(small, folder, images, tmp_path):
         loaded = load_autoencoder(path)
         moments = loaded.encode(images)
         assert moments.shape == (2, 8, 8, 12) and moments.dtype == torch.float32
-        torch.testing.assert_close(moments, expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            moments, expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
         hashes.add(loaded.fingerprint()["sha256"])
     assert len(hashes) == 1
 
@@ -178,7 +185,10 @@ def test_dtype_comes_from_the_config_and_overflow_is_refused(folder, images, tmp
         load_autoencoder(folder, dtype="float16")
     own = tmp_path / "own"
     shutil.copytree(folder, own)
-    config = json.loads((own / "config.json").read_text()) | {"force_upcast": False, "torch_dtype": "bfloat16"}
+    config = json.loads((own / "config.json").read_text()) | {
+        "force_upcast": False,
+        "torch_dtype": "bfloat16",
+    }
     (own / "config.json").write_text(json.dumps(config))
     assert load_autoencoder(own).dtype == torch.bfloat16
     assert load_autoencoder(own).fingerprint()["dtype"] == "bfloat16"
@@ -196,7 +206,12 @@ def test_a_mismatch_is_refused_by_name(folder, tmp_path):
     remembered = json.loads(json.dumps(own.fingerprint()))  # as a run stores it
     own.check(remembered)
     own.check(remembered | {"spec": "somewhere/else"})
-    for key, value in (("scaling_factor", 0.18215), ("shift_factor", 0.1), ("dtype", "bfloat16"), ("sha256", "0" * 64)):
+    for key, value in (
+        ("scaling_factor", 0.18215),
+        ("shift_factor", 0.1),
+        ("dtype", "bfloat16"),
+        ("sha256", "0" * 64),
+    ):
         with pytest.raises(UserError, match=key):
             own.check(remembered | {key: value})
     with pytest.raises(UserError, match="autoencoder=digits"):
@@ -287,14 +302,18 @@ def test_shipped_digits_autoencoder_keeps_the_digits():
     autoencoder = load_autoencoder("digits")
     assert (autoencoder.image_channels, autoencoder.latent_channels, autoencoder.factor) == (1, 4, 4)
     moments = autoencoder.encode(images)
-    latents = autoencoder.latents(moments, torch.randn(len(images), 4, 8, 8, generator=torch.Generator().manual_seed(0)))
+    latents = autoencoder.latents(
+        moments, torch.randn(len(images), 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    )
     assert latents.shape == (len(images), 4, 8, 8)
     assert abs(latents.std().item() - 1) < 0.05
     back = autoencoder.decode(latents)
     assert (back - images).square().mean().item() < 0.004  # 30 dB
     classifier = load_extractor("digits")
     with torch.no_grad():
-        right = (classifier.logits(classifier(to_uint8(back))).argmax(1) == digits.labels).float().mean().item()
+        right = (
+            (classifier.logits(classifier(to_uint8(back))).argmax(1) == digits.labels).float().mean().item()
+        )
     assert right >= 0.96
 
 

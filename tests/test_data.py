@@ -39,13 +39,17 @@ def test_digits_are_all_there():
     images = digits.images([0, 5, 1796])
     assert images.shape == (3, 1, 32, 32) and images.dtype == torch.float32
     assert images.min() == -1 and images.max() <= 1
-    assert torch.equal(to_float(to_uint8(images)), images)  # on the 8-bit grid, as whatever is compared with them
+    assert torch.equal(
+        to_float(to_uint8(images)), images
+    )  # on the 8-bit grid, as whatever is compared with them
     colour = open_dataset("digits", image_size=16, image_channels=3).images([7])
     assert colour.shape == (1, 3, 16, 16) and torch.equal(colour[:, 0], colour[:, 2])
 
 
 def test_splits_share_nothing_and_hold_every_class():
-    digits = {split: open_dataset("digits", image_channels=1, split=split) for split in ("all", "train", "held-out")}
+    digits = {
+        split: open_dataset("digits", image_channels=1, split=split) for split in ("all", "train", "held-out")
+    }
     labels = digits["all"].labels
     train, held_out = split_indices(labels, "train"), split_indices(labels, "held-out")
     assert torch.equal(torch.cat([train, held_out]).sort().values, torch.arange(1797))
@@ -77,11 +81,16 @@ def test_every_kind_of_picture_is_read_alike(tmp_path):
         "alpha.png": (save("alpha.png", half), 0),
         "upper.JPEG": (save("upper.JPEG", picture(), format="JPEG", quality=98, subsampling=0), 4),
         "cmyk.jpg": (save("cmyk.jpg", picture(mode="CMYK"), quality=98), 8),
-        "first_frame.gif": (save("first_frame.gif", picture(), save_all=True, append_images=[Image.new("RGB", (20, 16))]), 60),
+        "first_frame.gif": (
+            save("first_frame.gif", picture(), save_all=True, append_images=[Image.new("RGB", (20, 16))]),
+            60,
+        ),
         "lossless.webp": (save("lossless.webp", picture(), lossless=True), 0),
         "bmp.bmp": (save("bmp.bmp", picture()), 0),
     }
-    turned = picture().transpose(Image.Transpose.ROTATE_90)  # as a camera held upright stores it, with a note to turn back
+    turned = picture().transpose(
+        Image.Transpose.ROTATE_90
+    )  # as a camera held upright stores it, with a note to turn back
     exif = Image.Exif()
     exif[0x0112] = 6
     cases["exif.jpg"] = (save("exif.jpg", turned, exif=exif, quality=98, subsampling=0), 4)
@@ -115,7 +124,9 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
 def test_grey_and_colour_come_as_asked(tmp_path):
     picture(mode="L").save(tmp_path / "grey.png")
     colour = read(tmp_path / "grey.png", channels=3)
-    assert torch.equal(colour[0], colour[1]) and torch.equal(colour[0], read(tmp_path / "grey.png", channels=1)[0])
+    assert torch.equal(colour[0], colour[1]) and torch.equal(
+        colour[0], read(tmp_path / "grey.png", channels=1)[0]
+    )
 
 
 def test_crop_is_central_and_keeps_proportions():
@@ -125,7 +136,10 @@ def test_crop_is_central_and_keeps_proportions():
     small = np.array(centre_crop(image, 10))  # one halving, then bicubic by 2/3
     assert small.shape == (10, 10) and small[:, 1:-1].min() >= 250
     checks = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
-    assert set(np.unique(np.array(centre_crop(checks, 16))).tolist()) <= {127, 128}  # boxes average; bicubic alone would alias
+    assert set(np.unique(np.array(centre_crop(checks, 16))).tolist()) <= {
+        127,
+        128,
+    }  # boxes average; bicubic alone would alias
     assert centre_crop(picture(7, 5), 16).size == (16, 16)  # smaller ones are enlarged
     assert centre_crop(picture(500, 333), 48).size == (48, 48)
 
@@ -224,7 +238,10 @@ def test_one_too_many_is_refused(damaged):
 def test_a_picture_of_too_many_pixels_is_broken(tmp_path, monkeypatch):
     picture(40, 40).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(UserError, match=r"bomb\.png.*more than 1,000"):
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(UserError, match=r"bomb\.png.*more than 1,000"),
+    ):
         open_dataset(tmp_path, image_size=8).images([0])
 
 
@@ -240,7 +257,9 @@ def test_encoding_keeps_order_and_reports_progress():
     assert latents.moments.shape == (445, 8, 8, 8) and latents.moments.dtype == torch.float32
     assert torch.equal(latents.labels, digits.labels) and len(latents) == 445
     assert latents.fingerprint == autoencoder.fingerprint()
-    torch.testing.assert_close(latents.moments[101:103], autoencoder.encode(digits.images([101, 102])), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        latents.moments[101:103], autoencoder.encode(digits.images([101, 102])), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_channels_that_do_not_fit_are_refused():

@@ -45,7 +45,9 @@ def test_weights_come_in_by_their_hash_only(weights, tmp_path):
 
 def test_features_do_not_depend_on_batch_or_colour_layout(weights):
     network = load_inception(weights, "")
-    grey = torch.randint(0, 256, (2, 1, 20, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    grey = torch.randint(
+        0, 256, (2, 1, 20, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         both, one = network(grey), network(grey[1:].expand(-1, 3, -1, -1))
     assert both.shape == (2, 2048) and torch.isfinite(both).all() and network.logits(both) is None

@@ -43,14 +43,18 @@ def test_frechet_distance_has_its_closed_forms():
     assert frechet_distance(x, x + shift) == pytest.approx((shift**2).sum().item(), rel=1e-9)
     assert frechet_distance(x * scale, x) == pytest.approx(((scale - 1) ** 2).sum().item(), rel=1e-9)
     far = 1e4  # float32 sums would lose these digits
-    assert frechet_distance(x + far, x * scale + far) == pytest.approx(((scale - 1) ** 2).sum().item(), rel=1e-6)
+    assert frechet_distance(x + far, x * scale + far) == pytest.approx(
+        ((scale - 1) ** 2).sum().item(), rel=1e-6
+    )
 
 
 def test_frechet_distance_equals_the_matrix_square_root():
     linalg = pytest.importorskip("scipy.linalg")
     a, b = normal(300, 6) @ torch.randn(6, 6, dtype=torch.float64), normal(250, 6, 1) + 0.3
     ca, cb = np.cov(a.numpy().T), np.cov(b.numpy().T)
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum().item() + np.trace(ca + cb - 2 * linalg.sqrtm(ca @ cb).real)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum().item() + np.trace(
+        ca + cb - 2 * linalg.sqrtm(ca @ cb).real
+    )
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
 
 
@@ -62,7 +66,9 @@ def test_kernel_distance_is_the_unbiased_estimate_and_repeats(monkeypatch):
         return (x @ y / 3 + 1) ** 3
 
     n = len(a)
-    expected = sum(k(a[i], a[j]) + k(b[i], b[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    expected = sum(k(a[i], a[j]) + k(b[i], b[j]) for i in range(n) for j in range(n) if i != j) / (
+        n * (n - 1)
+    )
     expected -= 2 * sum(k(a[i], b[j]) for i in range(n) for j in range(n)) / n**2
     mean, spread = kernel_distance(a, b)  # fewer than a subset: every subset is everything
     assert mean == pytest.approx(expected.item(), rel=1e-9) and spread == pytest.approx(0, abs=1e-9)
@@ -238,7 +244,9 @@ def test_inputs_that_cannot_be_scored_are_refused(tmp_path, digits):
             fid.evaluate([path], progress=False)
         assert Path(path).name in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match="--reference"):
-        fid.evaluate([npz("fine.npz", arr_0=grey)], extractor="import:eval.extractors:DigitsClassifier", progress=False)
+        fid.evaluate(
+            [npz("fine.npz", arr_0=grey)], extractor="import:eval.extractors:DigitsClassifier", progress=False
+        )
 
 
 # --------------------------------------------------------------------------------------------------- the table
@@ -261,7 +269,9 @@ def test_folder_and_npz_of_the_same_images_score_alike(tmp_path, digits, small_r
     flat.mkdir()
     for i in range(300, 445):
         Image.fromarray(images[i, 0].numpy()).save(flat / f"{i:03}.png")
-    array = images[300:].permute(0, 2, 3, 1).repeat(1, 1, 1, 3).numpy()  # grey as RGB, as ADM's layout wants it
+    array = (
+        images[300:].permute(0, 2, 3, 1).repeat(1, 1, 1, 3).numpy()
+    )  # grey as RGB, as ADM's layout wants it
     np.savez(tmp_path / "samples.npz", array, labels[300:].numpy())
     json_file = tmp_path / "out" / "scores.json"
     fid.main([str(flat), str(tmp_path / "samples.npz"), "--reference", str(small_reference), "--json", str(json_file),
@@ -269,13 +279,21 @@ def test_folder_and_npz_of_the_same_images_score_alike(tmp_path, digits, small_r
     text = capsys.readouterr().out
     assert "FD-digits-v1" in text and " FID" not in text
     result = json.loads(json_file.read_text())
-    assert [column["name"] for column in result["columns"]] == ["flat", "samples", "real held-out", "real half", "noise"]
+    assert [column["name"] for column in result["columns"]] == [
+        "flat",
+        "samples",
+        "real held-out",
+        "real half",
+        "noise",
+    ]
     by_name = {column["name"]: column["scores"] for column in result["columns"]}
     for key in ("fd", "kid_x1000", "nearest_neighbour"):
         assert by_name["flat"][key] == pytest.approx(by_name["samples"][key], rel=1e-3, abs=1e-3)
     assert "class_accuracy" not in by_name["flat"] and by_name["samples"]["class_accuracy"] > 0.95
     assert by_name["noise"]["fd_of_noise"] == 1 and by_name["noise"]["fd"] > 20 * by_name["samples"]["fd"]
-    assert by_name["samples"]["fd_of_noise"] == pytest.approx(by_name["samples"]["fd"] / by_name["noise"]["fd"])
+    assert by_name["samples"]["fd_of_noise"] == pytest.approx(
+        by_name["samples"]["fd"] / by_name["noise"]["fd"]
+    )
     assert all(column["tags"]["N"] == column["scores"]["images"] for column in result["columns"])
     assert result["extractor"]["weights"] == load_extractor("digits").fingerprint
     assert result["reference"]["images"] == 300 and result["environment"]["versions"]["torch"]
@@ -309,7 +327,22 @@ def export(tmp_path_factory) -> Path:
 
 
 def test_a_run_is_drawn_from_once_for_each_guidance(export, capsys):
-    fid.main([str(export), "--guidance", "1", "1.5", "--num", "30", "--steps", "2", "--batch-size", "16", "--seed", "5"])
+    fid.main(
+        [
+            str(export),
+            "--guidance",
+            "1",
+            "1.5",
+            "--num",
+            "30",
+            "--steps",
+            "2",
+            "--batch-size",
+            "16",
+            "--seed",
+            "5",
+        ]
+    )
     text = capsys.readouterr().out
     assert "untrained g=1 " in text and "untrained g=1.5" in text and "EMA 0.99" in text
     result = json.loads((export / "fid.json").read_text())
@@ -320,11 +353,18 @@ def test_a_run_is_drawn_from_once_for_each_guidance(export, capsys):
     assert first["scores"]["images_per_second"] > 0 and first["scores"]["fd"] != second["scores"]["fd"]
     assert "means nothing" in first["tags"]["warning"]  # 30 images in 64 dimensions
     again = fid.evaluate([str(export)], num=30, steps=2, batch_size=7, seed=5, progress=False)
-    assert again.columns[0].scores["fd"] == pytest.approx(first["scores"]["fd"], rel=1e-3)  # whatever the batch
+    assert again.columns[0].scores["fd"] == pytest.approx(
+        first["scores"]["fd"], rel=1e-3
+    )  # whatever the batch
 
 
 def test_mistakes_leave_with_code_2_and_one_line(capsys):
     with pytest.raises(SystemExit) as left:
         fid.main(["/no/such/run"])
     error = capsys.readouterr().err
-    assert left.value.code == 2 and error.startswith("error: ") and "/no/such/run" in error and error.count("\n") == 1
+    assert (
+        left.value.code == 2
+        and error.startswith("error: ")
+        and "/no/such/run" in error
+        and error.count("\n") == 1
+    )

@@ -49,7 +49,9 @@ def test_dcnv4_is_counted():
     from dcnv4_ext import DCNv4
 
     module = DCNv4(32, groups=1)
-    products = 4 * 4 * (32 * 32 + 32 * module.offset_mask.out_features + 32 * 32)  # value, offsets and weights, output
+    products = (
+        4 * 4 * (32 * 32 + 32 * module.offset_mask.out_features + 32 * 32)
+    )  # value, offsets and weights, output
     sampling = count_macs(module, torch.randn(1, 4, 4, 32)) - products
     assert sampling >= 4 * 4 * 32 * 9 * 4  # at least four corners a tap
     assert sampling <= 4 * 4 * 32 * 9 * 8
@@ -84,7 +86,9 @@ def test_models_take_turns_and_the_counts_are_exact(configs):
         assert figures.parameters == sum(p.numel() for p in subject.model.denoiser.parameters())
         assert figures.state_bytes == 20 * figures.parameters and figures.activation_bytes > 0
         assert set(figures.timings) == {"forward", "training", "sampling", "drawing"}
-        assert all(len(timing.seconds) == 3 and min(timing.seconds) > 0 for timing in figures.timings.values())
+        assert all(
+            len(timing.seconds) == 3 and min(timing.seconds) > 0 for timing in figures.timings.values()
+        )
     assert dcn.parameters < unet.parameters and dcn.macs < unet.macs
     assert unet.peak_bytes is None  # CUDA's allocator alone knows
 
@@ -115,7 +119,13 @@ def test_the_command_prints_one_table_and_writes_json(configs, tmp_path, capsys)
     throughput.main([configs[0], "--baseline", configs[1], "--rounds", "1", "--steps", "1", "--batch-size", "2", "--device",
                      "cpu", "--json", str(tmp_path / "speed.json")])  # fmt: skip
     text = capsys.readouterr().out
-    for row in ("parameters", "MACs", "training step, images/s", "training step, time / unet's", "activations"):
+    for row in (
+        "parameters",
+        "MACs",
+        "training step, images/s",
+        "training step, time / unet's",
+        "activations",
+    ):
         assert row in text
     assert f"torch {torch.__version__}" in text and "batch 2, fp32, 1 rounds" in text
     result = json.loads((tmp_path / "speed.json").read_text())
@@ -124,7 +134,10 @@ def test_the_command_prints_one_table_and_writes_json(configs, tmp_path, capsys)
 
 
 def test_mistakes_leave_with_code_2(configs, capsys):
-    for arguments, named in ((["nowhere.yaml"], "nowhere.yaml"), ([configs[0], "--set", "train.lrr=1"], "train.lr")):
+    for arguments, named in (
+        (["nowhere.yaml"], "nowhere.yaml"),
+        ([configs[0], "--set", "train.lrr=1"], "train.lr"),
+    ):
         with pytest.raises(SystemExit) as left:
             throughput.main(arguments)
         error = capsys.readouterr().err
