@@ -42,7 +42,21 @@ def train(steps: int = STEPS, seed: int = SEED, progress: bool = True) -> Digits
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
+    normalise(model, images)
     return model
+
+
+@torch.no_grad()
+def normalise(model: DigitsClassifier, images: torch.Tensor) -> None:
+    """Scale the features of `images` (N, 1, 32, 32) to a mean square of 1, and the head by the inverse.
+
+    The classifier stays the same function, because what is rectified may be scaled before or after; but distances, which grow
+    with the square of the features' scale (the cubic kernel of KID with its sixth power), become numbers one can read.
+    """
+    scale = torch.cat([model.features(part) for part in images.split(256)]).square().mean().sqrt()
+    model.project.weight /= scale
+    model.project.bias /= scale
+    model.head.weight *= scale
 
 
 @torch.no_grad()
