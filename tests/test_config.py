@@ -262,7 +262,7 @@ def test_harmless_differences_are_listed() -> None:
     assert compare("train.save_every=7", "run.dir=elsewhere", "sample.guidance=3.0") == [
         "run.dir: 'runs' -> 'elsewhere'",
         "sample.guidance: 1.5 -> 3.0",
-        "train.save_every: 400 -> 7",
+        "train.save_every: 500 -> 7",
     ]
 
 
@@ -280,8 +280,8 @@ def test_another_architecture_is_refused_whatever_is_allowed(override: str) -> N
 def test_another_recipe_must_be_allowed_key_by_key() -> None:
     with pytest.raises(UserError, match=r"--allow-change train.lr train.seed") as caught:
         compare("train.lr=5e-4", "train.seed=3")
-    assert "train.lr: 0.001 -> 0.0005" in str(caught.value)
-    assert compare("train.lr=5e-4", allowed=("train.lr",)) == ["train.lr: 0.001 -> 0.0005"]
+    assert "train.lr: 0.004 -> 0.0005" in str(caught.value)
+    assert compare("train.lr=5e-4", allowed=("train.lr",)) == ["train.lr: 0.004 -> 0.0005"]
 
 
 def test_more_steps_are_free_under_a_constant_rate_only() -> None:
