@@ -40,13 +40,10 @@ class Contender:
 
 
 @dataclass
-class Timing:
-    """Seconds a call, one entry a round. `timer` is "clock", "graph" or "events"; `host` is None on the CPU."""
+class Rounds:
+    """Seconds of one activity, one entry a round."""
 
-    timer: str
-    calls: int  # in a turn
-    host: float | None = None
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list, kw_only=True)
 
     @property
     def median(self) -> float:
@@ -59,6 +56,15 @@ class Timing:
             return 0.0
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return (high - low) / 2
+
+
+@dataclass
+class Timing(Rounds):
+    """Seconds a call. `timer` is "clock", "graph" or "events"; `host` is None on the CPU."""
+
+    timer: str
+    calls: int  # in a turn
+    host: float | None = None
 
 
 class _CpuLane:

@@ -16,7 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from ldm_dcn.sampling import generate, guided, sample_latents
 from ldm_dcn.unet import build_unet
 
 from .environment import environment
+from .stopwatch import Rounds
 
 DEFAULT_CONFIG = "configs/digits_dcn.yaml"
 DEFAULT_BASELINE = "configs/digits_unet.yaml"
@@ -68,22 +69,8 @@ class Subject:
 
 
 @dataclass
-class Timing:
-    """Seconds of one activity, a value a round."""
-
-    seconds: list[float] = field(default_factory=list)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def spread(self) -> float:
-        """Half the interquartile range."""
-        if len(self.seconds) < 2:
-            return 0.0
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return (high - low) / 2
+class Timing(Rounds):
+    """Seconds of one activity of one network."""
 
     def ratio(self, baseline: Timing) -> float:
         """Median over rounds of this time over the baseline's in the same round."""

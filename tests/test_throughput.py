@@ -68,10 +68,12 @@ def test_a_dcnv4_without_a_formula_is_not_passed_over(monkeypatch):
 
 
 def test_timing_is_robust_and_paired():
-    timing = Timing([1.0, 1.1, 1.2, 9.0, 1.1])
+    timing = Timing(seconds=[1.0, 1.1, 1.2, 9.0, 1.1])
     assert timing.median == 1.1 and timing.spread == pytest.approx(0.05)
-    assert timing.ratio(Timing([0.5, 0.55, 0.6, 4.5, 0.55])) == pytest.approx(2)  # one slow round hits both
-    assert Timing([1.0]).spread == 0
+    assert timing.ratio(Timing(seconds=[0.5, 0.55, 0.6, 4.5, 0.55])) == pytest.approx(
+        2
+    )  # one slow round hits both
+    assert Timing(seconds=[1.0]).spread == 0
 
 
 def test_models_take_turns_and_the_counts_are_exact(configs):

@@ -281,7 +281,6 @@ struct TapGrid {
     plan.at_once = int(at_once);
     plan.packed_width = (vectors + at_once - 1) / at_once * at_once * V::width;
     plan.pitch = p.W + 2;
-    plan.center_x = (p.dilation_w * (p.kernel_w - 1)) / 2;
     plan.center_y = (p.dilation_h * (p.kernel_h - 1)) / 2;
     plan.width = S(p.W);
     plan.height = S(p.H);
