@@ -9,6 +9,8 @@ import pickle
 import resource
 import signal
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,10 @@ from ldm_dcn import checkpoint
 from ldm_dcn.checkpoint import Damaged, DiskFull, committed_folder, newest, recover, save, sweep, verify
 from ldm_dcn.errors import UserError
 
-fork = multiprocessing.get_context("fork")  # a child that starts at once and can be killed
+# Children that start at once and can be killed. They are forked from a server without threads: a fork of this process
+# would inherit an OpenMP pool whose threads are gone, and wait for them for ever.
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["torch", "ldm_dcn.checkpoint"])
 
 
 def groups(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -86,29 +91,29 @@ def test_only_safetensors_and_json_are_written(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- kill -9
 
 
-def killed_at(call: int, name: str, work: Callable[[], object]) -> int:
-    """Run `work` in a child that kills itself with SIGKILL at its `call`-th use of os.`name`; returns the
+def killed_at(call: int, name: str, work: Callable[..., object], *arguments: object) -> int:
+    """Run `work(*arguments)` in a child that kills itself with SIGKILL at its `call`-th use of os.`name`; returns the
     exit code."""
-
-    def child() -> None:
-        real, count = getattr(os, name), 0
-
-        def counted(*arguments: object, **options: object) -> object:
-            nonlocal count
-            count += 1
-            if count == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*arguments, **options)
-
-        setattr(os, name, counted)
-        work()
-        os._exit(0)
-
-    process = fork.Process(target=child)
+    process = server.Process(target=kill_itself, args=(call, name, work, arguments), daemon=True)
     process.start()
-    process.join(30)
+    process.join(60)
     assert process.exitcode is not None
     return process.exitcode
+
+
+def kill_itself(call: int, name: str, work: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    real, count = getattr(os, name), 0
+
+    def counted(*arguments: object, **options: object) -> object:
+        nonlocal count
+        count += 1
+        if count == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+
+    setattr(os, name, counted)
+    work(*arguments)
+    os._exit(0)
 
 
 @pytest.mark.parametrize("steps", [(20,), (10,)], ids=["a new step", "the same step again"])
@@ -121,7 +126,7 @@ def test_a_kill_anywhere_in_a_save_leaves_a_good_checkpoint(
     for call in range(1, 60):
         root = tmp_path / f"{call}"
         write(root, 5, 10)
-        exitcode = killed_at(call, name, lambda root=root: write(root, *steps, keep=2))
+        exitcode = killed_at(call, name, partial(write, keep=2), root, *steps)
         sweep(root)
         found = newest(root, complain)
         assert found is not None
@@ -209,24 +214,24 @@ def test_pickles_are_never_read(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------- full disks, errors
 
 
+def save_with_files_of_at_most_20_kb(root: Path, told: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        save(root, 20, {"model": {"w": torch.zeros(100_000)}}, {}, 1)
+    except DiskFull as error:
+        told.send(str(error))
+
+
 def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path: Path) -> None:
     write(tmp_path, 10)
-
-    def child(connection: object) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        try:
-            save(tmp_path, 20, {"model": {"w": torch.zeros(100_000)}}, {}, 1)
-        except DiskFull as error:
-            connection.send(str(error))
-        os._exit(0)
-
-    here, there = fork.Pipe()
-    process = fork.Process(target=child, args=(there,))
+    here, there = server.Pipe()
+    process = server.Process(target=save_with_files_of_at_most_20_kb, args=(tmp_path, there), daemon=True)
     process.start()
-    assert here.poll(30)
+    assert here.poll(60)
     assert "no room to write" in here.recv()
-    process.join(10)
+    process.join(60)
+    assert process.exitcode == 0
     assert names(tmp_path) == ["step-10"]
 
 
@@ -268,7 +273,7 @@ def test_a_replacement_cut_in_the_middle_is_taken_back(tmp_path: Path) -> None:
 def test_a_small_file_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     checkpoint.replace_file(path, "old")
-    assert killed_at(1, "fsync", lambda: checkpoint.replace_file(path, "new")) == -signal.SIGKILL
+    assert killed_at(1, "fsync", checkpoint.replace_file, path, "new") == -signal.SIGKILL
     assert path.read_text() == "old"
     checkpoint.replace_file(path, "new")
     assert path.read_text() == "new"
