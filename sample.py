@@ -3,6 +3,7 @@
 python sample.py runs/digits_dcn                            grid.png: a row a class, a column a seed
 python sample.py runs/digits_dcn --labels 3 7 --seeds 0-9   two rows of ten
 python sample.py RUN --n 50000 --npz samples.npz            50,000 images, classes in turn, seeds from 0
+python sample.py RUN --prompts "a red fox" "a blue bird"    of a model trained on captions: a row a prompt
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ import re
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldm_dcn.errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from ldm_dcn.export import Model
 
 COLUMNS = 8  # seeds a class where neither --seeds nor --n says how many
 ROWS = 20  # classes at most in a grid where --labels does not say which
@@ -32,17 +37,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(arguments.model, device=device, autoencoder=arguments.autoencoder)
-    labels, seeds, columns = _plan(labels, seeds, arguments.n, model.num_classes)
+    prompts = _checked_prompts(arguments, model)
+    kinds = len(prompts) if prompts else model.num_classes
+    labels, seeds, columns = _plan(labels, seeds, arguments.n, kinds)
+    conditions = labels if model.num_classes else None
+    if prompts:
+        conditions = model.encode_prompts(prompts, arguments.text_encoder)[torch.tensor(labels)]
     grid = arguments.grid or (None if arguments.npz or arguments.png_dir else Path("grid.png"))
 
     with tqdm(total=len(seeds), desc=model.name, unit="image") as bar:
         images = generate(
             model,
-            labels if model.num_classes else None,
+            conditions,
             seeds,
             sampler=arguments.sampler,
             steps=arguments.steps,
             guidance=arguments.guidance,
+            guidance_interval=tuple(arguments.guidance_interval),
             batch_size=arguments.batch_size,
             progress=bar.update,
         )
@@ -50,11 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         save_grid(images, columns, grid)
         print(f"{grid}: {len(images)} images, {columns} a row")
     if arguments.npz:
-        save_adm_npz(images, torch.tensor(labels) if model.num_classes else None, arguments.npz)
-        print(
-            f"{arguments.npz}: arr_0 {len(images)} RGB images"
-            + (", arr_1 their labels" if model.num_classes else "")
-        )
+        save_adm_npz(images, torch.tensor(labels) if kinds else None, arguments.npz)
+        print(f"{arguments.npz}: arr_0 {len(images)} RGB images" + (", arr_1 their labels" if kinds else ""))
     if arguments.png_dir:
         arguments.png_dir.mkdir(parents=True, exist_ok=True)
         for number, (image, label, seed) in enumerate(zip(images, labels, seeds, strict=True)):
@@ -83,6 +91,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--guidance", type=float, default=1.5, help="s in u + s (c - u); 1 is none (default: 1.5)"
     )
+    parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("LOW", "HIGH"),
+        help="shares of the times, 0 being the data's end, between which guidance works (default: 0 1)",
+    )
+    parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="of a model trained on captions")
     parser.add_argument("--batch-size", type=int, default=64, help="images at once; does not change them")
     parser.add_argument(
         "--grid", type=Path, metavar="PNG", help="default: grid.png, where no other output is asked for"
@@ -94,8 +111,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--autoencoder", metavar="SPEC", help="where the autoencoder lies, when not where the run had it"
     )
+    parser.add_argument("--text-encoder", metavar="SPEC", help="where the text encoder lies, likewise")
     parser.add_argument("--device", help="such as cuda:1 (default: a GPU where there is one)")
     return parser
+
+
+def _checked_prompts(arguments: argparse.Namespace, model: Model) -> list[str]:
+    """The prompts; [""] where a text model gets none."""
+    if model.text_encoder is None and arguments.prompts:
+        raise UserError(f"{model.name} takes no prompts; it knows {model.num_classes} classes, see --labels")
+    if model.text_encoder is None:
+        return []
+    if arguments.labels:
+        raise UserError(f"{model.name} takes prompts, not labels; give --prompts")
+    return arguments.prompts or [""]
 
 
 def _plan(

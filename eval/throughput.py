@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from tqdm import tqdm
 from ldm_dcn.config import load_config
 from ldm_dcn.data import open_dataset
 from ldm_dcn.denoiser import Denoiser
-from ldm_dcn.diffusion import Schedule, add_noise, alpha_bars, coefficients, noise_loss
-from ldm_dcn.ema import EMA
+from ldm_dcn.diffusion import Schedule, add_noise, at, levels, loss, target
+from ldm_dcn.ema import EMA, Constant
 from ldm_dcn.errors import UserError, exit_on_user_error
 from ldm_dcn.export import Model, load_model
 from ldm_dcn.sampling import generate, guided, sample_latents
@@ -234,20 +235,21 @@ def _training(subject: Subject, settings: Settings) -> Callable[[], None]:
     """One optimiser step as `ldm_dcn.trainer` takes it."""
     model, denoiser = subject.model, subject.model.denoiser
     x, noise, times, labels = _inputs(model, settings)
-    table = alpha_bars(model.schedule).to(settings.device)
+    table = tuple(level.to(settings.device) for level in levels(model.schedule))
+    prediction = model.schedule.prediction
     denoiser.requires_grad_(True)
     optimiser = torch.optim.AdamW(denoiser.parameters(), lr=1e-5, weight_decay=0.03, fused=True)
-    average = EMA(denoiser)
+    average, steps = EMA(denoiser, Constant(0.999)), count(1)
 
     def step() -> None:
         denoiser.train()
-        alpha, sigma = coefficients(table[times])
+        alpha, sigma = at(table, times)
         with settings.autocast():
-            loss = noise_loss(denoiser(add_noise(x, noise, alpha, sigma), times, labels), noise)
-        loss.backward()
+            output = denoiser(add_noise(x, noise, alpha, sigma), times, labels)
+        loss(output, target(prediction, x, noise, alpha, sigma)).backward()
         optimiser.step()
         optimiser.zero_grad()
-        average.update(0.999)
+        average.update(next(steps))
 
     return step
 

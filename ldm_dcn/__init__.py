@@ -1,6 +1,6 @@
 """Latent diffusion with DCNv4 in the U-Net.
 
-    from ldm_dcn import build_unet, plan_swap, apply_swap, swap_table, load_unet
+    from ldm_dcn import build_unet, plan_swap, apply_swap, swap_table, load_unet, LatentDiffusion
 
 Importing this package imports nothing else: each name comes with its file, when it is first asked for.
 """
@@ -11,12 +11,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ldm_dcn.pipeline import LatentDiffusion
     from ldm_dcn.swap import DCNUNet2DConditionModel, DCNUNet2DModel, Site, apply_swap, plan_swap, swap_table
     from ldm_dcn.unet import build_unet, load_unet
 
 _HOME = {
     "DCNUNet2DConditionModel": "swap",
     "DCNUNet2DModel": "swap",
+    "LatentDiffusion": "pipeline",
     "Site": "swap",
     "apply_swap": "swap",
     "build_unet": "unet",
@@ -28,6 +30,7 @@ _HOME = {
 __all__ = [
     "DCNUNet2DConditionModel",
     "DCNUNet2DModel",
+    "LatentDiffusion",
     "Site",
     "apply_swap",
     "build_unet",

@@ -203,14 +203,25 @@ def save(
             "train.keep_checkpoints=1"
         )
     with committed_folder(final) as folder:
-        for group, named in tensors.items():
-            save_file(
-                {n: t.detach().cpu().contiguous() for n, t in named.items()}, folder / f"{group}.safetensors"
-            )
+        _write_groups(folder, tensors)
         write_json(folder / "state.json", {"step": step, **state})
     for old in _steps(root)[keep:]:
         discard(root / f"step-{old}")
     return final
+
+
+def save_tensors(final: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Write a folder with one safetensors file for each group of named tensors, whole or not at all."""
+    with committed_folder(final) as folder:
+        _write_groups(folder, tensors)
+
+
+def _write_groups(folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    for group, named in tensors.items():
+        # one group at a time: contiguous copies of channels_last weights are as large as the model
+        save_file(
+            {n: t.detach().cpu().contiguous() for n, t in named.items()}, folder / f"{group}.safetensors"
+        )
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:

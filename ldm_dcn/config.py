@@ -31,6 +31,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
+Width = Annotated[float, Field(gt=0, lt=0.28)]  # of a power-function average
 
 
 def _as_tuple(value: Any) -> Any:
@@ -43,16 +44,22 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    """The denoiser: a preset of `build_unet`, or `UNet2DConditionModel` settings; and what to swap in it."""
+    """The denoiser: a preset of `build_unet`, `UNet2DConditionModel` settings, or a trained U-Net; and what to swap in it.
+
+    `pretrained` is a folder in diffusers layout or a hub id, of a U-Net or of a pipeline with one in unet/.
+    """
 
     preset: Name | None = None
     unet: dict[str, Any] | None = None
+    pretrained: Name | None = None
     swap: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
-        if (self.preset is None) == (self.unet is None):
-            raise ValueError("give exactly one of model.preset and model.unet (set the other to null)")
+        if [self.preset, self.unet, self.pretrained].count(None) != 2:
+            raise ValueError(
+                "give exactly one of model.preset, model.unet and model.pretrained (set the others to null)"
+            )
         return self
 
 
@@ -64,29 +71,32 @@ class AutoencoderConfig(_Section):
 
 
 class DataConfig(_Section):
-    """The images to learn from (`ldm_dcn.data.open_dataset`).
+    """The images to learn from: a latent cache (`ldm_dcn.encode`), or what `ldm_dcn.data.open_dataset` opens.
 
     `num_classes` null takes the number the source has; 0 trains without labels. `max_bad` broken images (a
-    count, or a share below 1) are left out before it is an error.
+    count, or a share below 1) are left out before it is an error. `text_encoder` is needed where prompts are
+    to be drawn whose tokens no cache holds; null takes the cache's.
     """
 
     source: Name
     split: Literal["all", "train", "held-out"]
     image_size: Count
     image_channels: Literal[1, 3]
+    condition: Literal["labels", "text"]
     num_classes: Annotated[int, Field(ge=0)] | None
+    flip: bool | None
     max_bad: NonNegative
     encode_batch_size: Count
 
 
 class DiffusionConfig(_Section):
-    """The noise schedule and what the network predicts (`ldm_dcn.diffusion.Schedule`)."""
+    """The noise schedule and what the network predicts (`ldm_dcn.diffusion.Schedule`); `flow` has no betas."""
 
     num_steps: Count
     beta_schedule: Literal["scaled_linear", "linear"]
     beta_start: Annotated[float, Field(gt=0, lt=1)]
     beta_end: Annotated[float, Field(gt=0, lt=1)]
-    prediction: Literal["noise"]
+    prediction: Literal["noise", "v", "x0", "flow"]
 
 
 class TrainConfig(_Section):
@@ -102,15 +112,31 @@ class TrainConfig(_Section):
     weight_decay: NonNegative
     gradient_clip: Positive | None
     label_dropout: Fraction
+    times: Literal["uniform", "lognormal"]
+    times_mean: Annotated[float, Field(allow_inf_nan=False)]
+    times_std: Positive
+    stratified_times: bool
+    min_snr_gamma: Positive | None
+    ema: Literal["constant", "power"]
     ema_decay: Beta
-    precision: Literal["fp32", "bf16"]
+    ema_widths: Annotated[tuple[Width, Width], BeforeValidator(_as_tuple)]
+    ema_snapshot_every: Every
+    precision: Literal["fp32", "bf16", "fp16"]
+    tf32: bool
+    compile: bool
+    attention: Literal["sdpa", "flash", "xformers"]
+    parallel: Literal["ddp", "fsdp"]
     gradient_accumulation: Count
     gradient_checkpointing: bool
+    match_steps: Every
+    new_only_steps: Every
+    skip_non_finite: Every
     log_every: Count
     save_every: Every
     sample_every: Every
+    score_every: Every
     keep_checkpoints: Count
-    tensorboard: bool
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_as_tuple)]
 
 
 class SampleConfig(_Section):
@@ -119,8 +145,11 @@ class SampleConfig(_Section):
     sampler: Literal["dpm++", "ddim", "euler"]
     steps: Count
     guidance: NonNegative
+    guidance_interval: Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_tuple)]
     batch_size: Count
     images_per_class: Count
+    prompts: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+    score_images: Count
 
 
 class RunConfig(_Section):
@@ -333,6 +362,7 @@ ARCHITECTURE = (
     "autoencoder.",
     "diffusion.",
     "data.image",
+    "data.condition",
     "data.num_classes",
     "data.source",
     "data.split",
@@ -344,11 +374,17 @@ FREE = (
     "data.encode_batch_size",
     "train.gradient_accumulation",
     "train.gradient_checkpointing",
+    "train.compile",
+    "train.attention",
+    "train.parallel",
+    "train.skip_non_finite",
     "train.log_every",
     "train.save_every",
     "train.sample_every",
+    "train.score_every",
     "train.keep_checkpoints",
-    "train.tensorboard",
+    "train.ema_snapshot_every",
+    "train.trackers",
 )
 
 

@@ -1,138 +1,58 @@
-"""Images: the shipped digits, folders of pictures, and their encoding into latents.
+"""The data sets: the shipped digits, folders of pictures, archives, and their encoding into latents in memory.
 
-A folder holds one subfolder a class, or pictures only. Pictures are turned upright (EXIF), brought to 8-bit grey or RGB,
-shrunk by halving boxes, then bicubically, and cropped at the centre: ADM's and U-ViT's preprocessing. A picture that cannot be
-read is noted by name and left out; more than `max_bad` of them is an error.
+A folder holds one subfolder a class, or pictures only; tar shards; or what Hugging Face `datasets` saved (`archives.py`). How a
+picture becomes pixels stands in `images.py`; latents on disk, for what does not fit into memory, in `cache.py`.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor
 
+from . import archives
 from .autoencoder import Autoencoder, to_uint8
 from .errors import UserError
+from .images import (
+    CAPTION_FIELDS,
+    SUFFIXES,
+    BadImage,
+    Images,
+    as_captions,
+    centre_crop,
+    split_lines,
+    to_float,
+)
+
+__all__ = [
+    "BadImage",
+    "Images",
+    "Latents",
+    "centre_crop",
+    "encode_dataset",
+    "list_pictures",
+    "open_dataset",
+    "rank_in_class",
+    "split_indices",
+    "to_float",
+]
 
 DIGITS_FILE = Path(__file__).parent / "assets" / "digits.npz"
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 SPLITS = ("all", "train", "held-out")
 HOLD_OUT_EVERY = 4
-BAD_NAMED = 3  # broken files that an error names; the rest are counted
-LOOK_ON = 2000  # files still looked at after one too many was broken, so that one run finds them all in a small folder
+METADATA = (
+    "metadata.jsonl"  # captions in Hugging Face's image folders: one {"file_name": ..., "text": ...} a line
+)
 
 Progress = Callable[[int], object]  # told how many images were just done, as tqdm's `update`
-
-
-@dataclass(frozen=True)
-class BadImage:
-    path: str
-    reason: str
-
-
-class Images(ABC):
-    """Labelled square images of one size, read when asked for.
-
-    Attributes: `source`, `image_size`, `image_channels` (1 or 3), `labels` (N,) int64, `class_names` (empty when there are no
-    classes: then every label is 0), `bad` (the pictures that could not be read so far), `max_bad`.
-    """
-
-    def __init__(
-        self,
-        source: str,
-        image_size: int,
-        image_channels: int,
-        labels: Tensor,
-        class_names: Sequence[str],
-        max_bad: float = 0,
-    ) -> None:
-        if image_size < 1:
-            raise ValueError(f"image_size is {image_size}; use 1 or more")
-        if image_channels not in (1, 3):
-            raise ValueError(f"image_channels is {image_channels}; use 1 (grey) or 3 (RGB)")
-        self.source = source
-        self.image_size = image_size
-        self.image_channels = image_channels
-        self.labels = labels
-        self.class_names = tuple(class_names)
-        self.max_bad = max_bad
-        self.bad: dict[int, BadImage] = {}
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    @property
-    def bad_allowed(self) -> int:
-        """`max_bad` as a count: below 1 it is a share of all images."""
-        return int(self.max_bad * len(self)) if self.max_bad < 1 else int(self.max_bad)
-
-    @abstractmethod
-    def _read(self, index: int) -> Tensor | BadImage:
-        """Image `index` as uint8 (c, H, W), or why there is none."""
-
-    def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        """The readable ones of `indices` as uint8 (B', c, H, W), and their indices (B',) int64.
-
-        Raises `UserError`, naming the first broken files, when more than `max_bad` were broken so far.
-        """
-        indices = [int(i) for i in indices]
-        kept, pixels = [], []
-        for index, result in zip(indices, self._read_all(indices), strict=True):
-            if isinstance(result, BadImage):
-                self.bad[index] = result
-            else:
-                kept.append(index)
-                pixels.append(result)
-        if len(self.bad) > self.bad_allowed:
-            self._look_on(max(indices) + 1)
-            raise UserError(self._complaint())
-        shape = (0, self.image_channels, self.image_size, self.image_size)
-        stacked = torch.stack(pixels) if pixels else torch.empty(shape, dtype=torch.uint8)
-        return stacked, torch.tensor(kept, dtype=torch.int64)
-
-    def images(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Images as float32 (B, c, H, W) in [-1, 1]. Raises `UserError` where one of them is broken."""
-        pixels, kept = self.read(indices)
-        if len(kept) < len(indices):
-            raise UserError(self._complaint())
-        return to_float(pixels)
-
-    def _read_all(self, indices: list[int]) -> list[Tensor | BadImage]:
-        return [self._read(index) for index in indices]
-
-    def _look_on(self, start: int) -> None:
-        rest = list(range(start, min(start + LOOK_ON, len(self))))
-        for index, result in zip(rest, self._read_all(rest), strict=True):
-            if isinstance(result, BadImage):
-                self.bad[index] = result
-
-    def _complaint(self) -> str:
-        first = [self.bad[index] for index in sorted(self.bad)[:BAD_NAMED]]
-        named = "; ".join(f"{bad.path} ({bad.reason})" for bad in first)
-        more = f"; and {len(self.bad) - len(first)} more" if len(self.bad) > len(first) else ""
-        count = len(self.bad)
-        return (
-            f"{count} of {len(self)} images of {self.source} cannot be read: {named}{more}; delete or repair "
-            f"{'it' if count == 1 else 'them'}, or allow {count} with data.max_bad={count}"
-        )
-
-
-def to_float(pixels: Tensor) -> Tensor:
-    """uint8 (..., H, W) to float32 in [-1, 1]: x / 127.5 - 1, which `to_uint8` undoes exactly."""
-    return pixels.to(torch.float32) / 127.5 - 1
 
 
 def open_dataset(
@@ -143,12 +63,12 @@ def open_dataset(
     split: str = "all",
     max_bad: float = 0,
 ) -> Images:
-    """Open `"digits"` or a folder of pictures.
+    """Open `"digits"`, a folder of pictures, a tar shard or a folder of them, or a Hugging Face data set on disk.
 
     `split` is "all", "train" or "held-out": of each class every fourth image is held out. `max_bad` is how many broken pictures are left out
     before it is an error: a count, or a share of all when below 1.
 
-    Raises `UserError` for a source that is neither, holds no pictures, or mixes the two layouts.
+    Raises `UserError` for a source that is none of these, holds no pictures, or mixes layouts.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; use one of {', '.join(SPLITS)}")
@@ -157,6 +77,14 @@ def open_dataset(
     source = os.fspath(source)
     if source == "digits":
         return _Digits(image_size, image_channels, split)
+
+    def choose(labels: Tensor) -> Tensor:
+        return split_indices(labels, split)
+
+    if archives.is_saved_dataset(source):
+        return archives.SavedDataset(source, image_size, image_channels, choose, max_bad)
+    if tars := archives.find_tars(source):
+        return archives.Tars(source, tars, image_size, image_channels, choose, max_bad)
     return _Folder(source, image_size, image_channels, split, max_bad)
 
 
@@ -166,16 +94,22 @@ class _Digits(Images):
     def __init__(self, image_size: int, image_channels: int, split: str) -> None:
         with np.load(DIGITS_FILE, allow_pickle=False) as file:
             levels, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
-        chosen = split_indices(labels, split)
+        self._chosen = split_indices(labels, split)
         super().__init__(
-            "digits", image_size, image_channels, labels[chosen], [str(digit) for digit in range(10)]
+            "digits", image_size, image_channels, labels[self._chosen], [str(digit) for digit in range(10)]
         )
-        small = levels[chosen, None].float() / 8 - 1  # 0..16 -> [-1, 1]
+        small = levels[self._chosen, None].float() / 8 - 1  # 0..16 -> [-1, 1]
         large = F.interpolate(small, size=(image_size, image_size), mode="bicubic", align_corners=False)
         self._pixels = to_uint8(large).expand(-1, image_channels, -1, -1)
 
+    def name(self, index: int) -> str:
+        return str(int(self._chosen[index]))
+
     def _read(self, index: int) -> Tensor:
         return self._pixels[index]
+
+    def try_read(self, indices: Sequence[int]) -> list[Tensor | BadImage]:
+        return [self._pixels[index] for index in indices]  # threads would only get into each other's way
 
 
 class _Folder(Images):
@@ -186,27 +120,82 @@ class _Folder(Images):
         super().__init__(source, image_size, image_channels, labels[chosen], class_names, max_bad)
         self.files = [files[i] for i in chosen.tolist()]
 
-    def _read(self, index: int) -> Tensor | BadImage:
-        path = self.files[index]
-        try:
-            return _load_picture(path, self.image_size, self.image_channels)
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            EOFError,
-            MemoryError,
-            Image.DecompressionBombError,
-        ) as error:
-            # Pillow raises SyntaxError for a broken PNG chunk and ValueError for some truncated headers.
-            reason = " ".join(str(error).replace(path, "the file").split()) or type(error).__name__
-            return BadImage(
-                path, "empty file" if os.path.exists(path) and not os.path.getsize(path) else reason
-            )
+    def name(self, index: int) -> str:
+        return self.files[index][len(self.source) :].lstrip(os.sep).replace(os.sep, "/")
 
-    def _read_all(self, indices: list[int]) -> list[Tensor | BadImage]:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding leaves the interpreter lock
-            return list(pool.map(self._read, indices))
+    def place(self, index: int) -> str:
+        return self.files[index]
+
+    def size(self, index: int) -> int:
+        try:
+            return os.path.getsize(self.files[index])
+        except OSError:
+            return 0
+
+    def _file(self, index: int) -> str:
+        return self.files[index]
+
+    def _find_captions(self, field: str | None) -> Callable[[int], Sequence[str]]:
+        """From metadata.jsonl files, which win where there are any, or else from .txt files beside the pictures."""
+        table = self._read_metadata(field)
+        if table is not None:
+            return lambda index: table.get(self.files[index], [])
+
+        def beside(index: int) -> list[str]:
+            path = os.path.splitext(self.files[index])[0] + ".txt"
+            try:
+                with open(path, encoding="utf-8") as file:
+                    return split_lines(file.read())
+            except FileNotFoundError:
+                return []
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(
+                    f"the caption {path} cannot be read ({error}); repair it, as UTF-8 text"
+                ) from None
+
+        if not any(beside(index) for index in range(min(len(self), 1000))):
+            raise UserError(
+                f"{self.source} has no captions: neither a {METADATA} nor .txt files beside the images; add them, "
+                "or leave out --text-encoder"
+            )
+        return beside
+
+    def _read_metadata(self, field: str | None) -> dict[str, list[str]] | None:
+        """Captions by path, from every metadata.jsonl in `source` and its subfolders."""
+        table: dict[str, list[str]] = {}
+        found = False
+        for folder, subfolders, names in os.walk(self.source, followlinks=True):
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            if METADATA in names:
+                found = True
+                table.update(_captions_of(folder, field))
+        return table if found else None
+
+
+def _captions_of(folder: str, field: str | None) -> dict[str, list[str]]:
+    path = os.path.join(folder, METADATA)
+    table: dict[str, list[str]] = {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                entry = json.loads(line)
+                name = entry["file_name"]
+                key = field or next((key for key in CAPTION_FIELDS if key in entry), None)
+                if key is None or key not in entry:
+                    raise UserError(
+                        f"{path}, line {number} has no {field or ' or '.join(CAPTION_FIELDS)}; name its field "
+                        f"with --captions (it has {', '.join(entry)})"
+                    )
+                where = os.path.join(folder, os.path.normpath(name))
+                table.setdefault(where, []).extend(as_captions(entry[key], f"{path}, line {number}"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); "
+            'each line takes {"file_name": ..., "text": ...}'
+        ) from None
+    return table
 
 
 def split_indices(labels: Tensor, split: str) -> Tensor:
@@ -233,7 +222,10 @@ def list_pictures(source: str) -> tuple[list[str], list[int], list[str]]:
     """Files, labels and class names of a folder, in name order. Hidden files and folders do not count."""
     if not os.path.isdir(source):
         what = "a file" if os.path.exists(source) else "neither a folder nor 'digits'"
-        raise UserError(f"data.source {source!r} is {what}; give 'digits' or a folder of images")
+        raise UserError(
+            f"data.source {source!r} is {what}; give 'digits', a folder of images, a .tar or a folder of them, or a "
+            "Hugging Face data set on disk"
+        )
     entries = sorted(entry.name for entry in os.scandir(source) if not entry.name.startswith("."))
     flat = [os.path.join(source, name) for name in entries if _is_picture(os.path.join(source, name))]
     classes = {
@@ -263,70 +255,51 @@ def _is_picture(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in SUFFIXES and os.path.isfile(path)
 
 
+def _refuse(error: OSError) -> None:
+    raise UserError(
+        f"folder {error.filename} cannot be listed ({error.strerror}); mend that, or its images would be missing"
+    ) from error
+
+
 def _pictures_below(folder: str) -> list[str]:
     found = []
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = (os.path.join(place, name) for name in sorted(files) if not name.startswith("."))
         found += [path for path in paths if _is_picture(path)]
     return found
 
 
-def _load_picture(path: str, image_size: int, image_channels: int) -> Tensor:
-    """One picture as uint8 (c, image_size, image_size). Raises OSError or ValueError when it is broken."""
-    with Image.open(path) as picture:
-        if picture.width * picture.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
-            raise ValueError(f"{picture.width}x{picture.height} pixels, more than {Image.MAX_IMAGE_PIXELS:,}")
-        picture.load()
-        upright = ImageOps.exif_transpose(picture)
-        square = centre_crop(_to_8_bit(upright, "L" if image_channels == 1 else "RGB"), image_size)
-    array = np.array(square)
-    return torch.from_numpy(array if array.ndim == 3 else array[:, :, None]).permute(2, 0, 1).contiguous()
-
-
-def _to_8_bit(picture: Image.Image, mode: str) -> Image.Image:
-    """Any picture in 8-bit grey ("L") or "RGB": 16 bit is scaled, not clipped as Pillow does; transparency lies on white."""
-    if picture.mode.startswith("I"):
-        levels = np.asarray(picture).astype(np.int64)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(
-                "whole numbers outside 0..65535, whose range is unknown; save it with 8 or 16 bits"
-            )
-        picture = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
-    elif picture.mode == "F":
-        raise ValueError("floating-point pixels, whose range is unknown; save it with 8 or 16 bits")
-    if picture.mode in ("RGBA", "LA", "La", "RGBa", "PA") or "transparency" in picture.info:
-        seen = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
-    return picture.convert(mode)
-
-
-def centre_crop(picture: Image.Image, size: int) -> Image.Image:
-    """ADM's crop: halve with a box while the short side is at least 2 size, bicubic to size, cut at the centre.
-
-    Source: guided-diffusion, `image_datasets.center_crop_arr`, as U-ViT and DiT use it.
-    """
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    picture = picture.resize(
-        (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC
-    )
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
-
-
 @dataclass(frozen=True)
 class Latents:
-    """A data set as the diffusion model sees it: moments (N, 2L, h, w) float32, labels (N,) int64, and what made them."""
+    """A data set as the diffusion model sees it: moments (N, 2L, h, w) float32, labels (N,) int64, and what made them.
+
+    It reads like a `cache.LatentCache`; there are no mirrored images and no captions in it.
+    """
 
     moments: Tensor
     labels: Tensor
     num_classes: int
     fingerprint: dict
+    has_flips: ClassVar[bool] = False
+    text: ClassVar[None] = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(L, h, w)"""
+        _, channels, height, width = self.moments.shape
+        return channels // 2, height, width
+
+    def read(self, ids: Tensor, flipped: Tensor | None = None) -> Tensor:
+        """The moments of images `ids` (n,) int64: (n, 2L, h, w) float32. Nothing can be `flipped`."""
+        if flipped is not None and bool(flipped.any()):
+            raise ValueError(
+                "these latents hold no mirrored images; ask for none, or encode a cache with --flip"
+            )
+        return self.moments[ids]
 
 
 def encode_dataset(

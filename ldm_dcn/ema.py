@@ -1,48 +1,129 @@
-"""Exponential moving average of a model's weights: an fp32 shadow of each floating-point parameter."""
+"""Moving averages of a model's weights: an fp32 shadow of each floating-point parameter.
+
+Two rules say how much of the past is kept at each step. Both are pure functions of the step, so that resuming,
+accumulation and the number of processes leave them alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
-def decay_at(step: int, decay: float) -> float:
-    """The decay of the update after optimiser step `step` (from 1): `decay`, reached through a warm-up.
+@dataclass(frozen=True)
+class Constant:
+    """`decay`, reached through a warm-up.
 
-    During the warm-up, (1 + step) / (10 + step), the average spans the last tenth of the steps so far. A pure
-    function of the step, so that resuming, accumulation and the number of processes leave it alone.
+    During the warm-up, (1 + step) / (10 + step), the average spans the last tenth of the steps so far.
     """
-    return min(decay, (1 + step) / (10 + step))
+
+    decay: float
+
+    def at(self, step: int) -> float:
+        """The decay of the update after optimiser step `step` (from 1)."""
+        return min(self.decay, (1 + step) / (10 + step))
+
+    def __str__(self) -> str:
+        return f"EMA {self.decay}"
+
+
+@dataclass(frozen=True)
+class Power:
+    """A weight proportional to step^gamma: however long the run, the average spans the same share of it.
+
+    `width` is that share, the standard deviation of the weighting over the length of the run. (Karras et al. 2024,
+    "Analyzing and Improving the Training Dynamics of Diffusion Models", section 3.1)
+    """
+
+    width: float
+
+    def at(self, step: int) -> float:
+        return (1 - 1 / step) ** (gamma_of(self.width) + 1)
+
+    def __str__(self) -> str:
+        return f"power EMA {self.width}"
+
+
+def gamma_of(width: float) -> float:
+    """The exponent whose profile has the relative standard deviation `width`, in (0, 0.28).
+
+    width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), a cubic in gamma (Karras et al. 2024, eq. 126).
+    """
+    square = width**-2
+    return float(np.roots([1, 7, 16 - square, 12 - square]).real.max())
+
+
+def mixture(times: Sequence[float], widths: Sequence[float], time: float, width: float) -> np.ndarray:
+    """Factors (n,) of n stored power averages whose sum comes nearest to the average of `width` at `time`.
+
+    Average i was taken at step times[i] with widths[i]. Least squares between the weightings of the past, p(t) = (gamma + 1)
+    t^gamma / T^(gamma + 1) on [0, T] (Karras et al. 2024, section 3.2).
+    """
+    ends, exponents = np.asarray(times, float), np.array([gamma_of(w) for w in widths])
+    gram = _overlap(ends[:, None], exponents[:, None], ends[None], exponents[None])
+    wanted = _overlap(ends, exponents, np.float64(time), np.float64(gamma_of(width)))
+    return np.linalg.lstsq(gram, wanted, rcond=None)[0]
+
+
+def _overlap(end_a: np.ndarray, gamma_a: np.ndarray, end_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
+    """The integral of p_a p_b."""
+    both = gamma_a + gamma_b + 1
+    shorter = np.minimum(end_a, end_b)
+    log = both * np.log(shorter) - (gamma_a + 1) * np.log(end_a) - (gamma_b + 1) * np.log(end_b)
+    return (gamma_a + 1) * (gamma_b + 1) / both * np.exp(log)
+
+
+def _point(parameters: Sequence[nn.Parameter], tensors: Sequence[torch.Tensor]) -> None:
+    for p, tensor in zip(parameters, tensors, strict=True):
+        p.data = tensor.to(p.dtype)
+
+
+@torch.no_grad()
+def _copy(parameters: Sequence[nn.Parameter], tensors: Sequence[torch.Tensor]) -> None:
+    for p, tensor in zip(parameters, tensors, strict=True):
+        p.copy_(tensor)
 
 
 class EMA:
-    """The averaged weights of `module`. The module's own parameters stay where they are."""
+    """The averaged weights of `module` under `rule`. The module's own parameters stay where they are."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, rule: Constant | Power) -> None:
+        self.rule = rule
         self._parameters = dict(module.named_parameters())
         self.shadow = {name: p.detach().clone().float() for name, p in self._parameters.items()}
 
     @torch.no_grad()
-    def update(self, decay: float) -> None:
-        """shadow = decay shadow + (1 - decay) weights, in a few fused passes."""
+    def update(self, step: int) -> None:
+        """shadow = decay shadow + (1 - decay) weights, in a few fused passes, after optimiser step `step` (from 1)."""
         current = [p.detach() for p in self._parameters.values()]
         current = [p if p.dtype == torch.float32 else p.float() for p in current]
-        torch._foreach_lerp_(list(self.shadow.values()), current, 1 - decay)
+        torch._foreach_lerp_(list(self.shadow.values()), current, 1 - self.rule.at(step))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Lend the averaged weights to the module, without a copy, and give it back its own afterwards."""
-        own = {name: p.data for name, p in self._parameters.items()}
+        """Lend the averaged weights to the module, without a copy, and give it back its own afterwards.
+
+        FSDP holds on to the memory of its shares, so that those are copied.
+        """
+        names, parameters = list(self._parameters), list(self._parameters.values())
+        averaged = [self.shadow[name] for name in names]
+        if any(isinstance(p, DTensor) for p in parameters):
+            own = [p.detach().clone() for p in parameters]
+            put = _copy
+        else:
+            own = [p.data for p in parameters]
+            put = _point
         try:
-            for name, p in self._parameters.items():
-                p.data = self.shadow[name].to(p.dtype)
+            put(parameters, averaged)
             yield
         finally:
-            for name, p in self._parameters.items():
-                p.data = own[name]
+            put(parameters, own)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -3,10 +3,12 @@
 export/
   model_index.json                what lies where
   unet/                           averaged weights and config, with the swap plan in it
-  class_embedding/                (classes + 1) x width; the last row is the null class
-  scheduler/scheduler_config.json the noise schedule
+  class_embedding/                (classes + 1) x width; the last row is the null class; of a text model instead:
+  text/                           the empty prompt's tokens, and which text encoder made them
+  scheduler/scheduler_config.json the noise schedule, for diffusers
   autoencoder.json                which autoencoder, and its fingerprint: another one is refused
   run.json                        name, step, the run's config, and the tags that belong next to every number
+  README.md                       the model card
   manifest.json                   sizes and hashes of the above
 """
 
@@ -14,31 +16,30 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import yaml
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from .autoencoder import Autoencoder, load_autoencoder
 from .checkpoint import MANIFEST, committed_folder, verify, write_json
 from .denoiser import Denoiser
 from .diffusion import Schedule
 from .errors import UserError
-from .sampling import build_scheduler
+from .sampling import published_scheduler
+from .swap import swap_table, swapped_sites
+from .text import TextEncoder, load_text_encoder
 from .unet import load_unet
 
-FORMAT = 1
+FORMAT = 2
 EXPORT = "export"
-_SCHEDULE_KEYS = {"num_train_timesteps": "num_steps"} | {
-    k: k for k in ("beta_schedule", "beta_start", "beta_end")
-}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -49,6 +50,7 @@ class Model:
     latent_shape    (C, h, w)
     config          the run's resolved settings, as plain values
     tags            what must stand beside every number measured with this model
+    text_encoder    fingerprint of the text encoder of a model that takes text
     """
 
     denoiser: Denoiser
@@ -59,32 +61,33 @@ class Model:
     step: int
     config: dict[str, Any] = field(default_factory=dict)
     tags: dict[str, Any] = field(default_factory=dict)
+    text_encoder: dict[str, Any] | None = None
+    _encoder: TextEncoder | None = field(default=None, repr=False)
 
     @property
     def unet(self) -> UNet2DConditionModel:
         return self.denoiser.unet
 
     @property
-    def class_embedding(self) -> nn.Embedding:
-        return self.denoiser.class_embedding
-
-    @property
     def num_classes(self) -> int:
         return self.denoiser.num_classes
+
+    def encode_prompts(self, prompts: Sequence[str], spec: str | None = None) -> torch.Tensor:
+        """(len(prompts), T, D) tokens for `generate`; `spec` says where the text encoder lies on this machine."""
+        if self.text_encoder is None:
+            raise UserError(f"{self.name} takes no prompts; it knows {self.num_classes} classes")
+        if self._encoder is None:
+            self._encoder = load_text_encoder(spec or self.text_encoder["spec"], device=self.denoiser.device)
+            self._encoder.check(self.text_encoder)
+        return self._encoder.encode(prompts)
 
 
 def save_export(folder: Path, model: Model) -> None:
     """Write `model` to `folder`, replacing an older export in one go."""
     with committed_folder(folder) as new:
         _save_unet(model.unet, new / "unet")
-        embedding = model.class_embedding.weight.detach().cpu().contiguous()
-        (new / "class_embedding").mkdir()
-        save_file({"weight": embedding}, new / "class_embedding" / "model.safetensors")
-        write_json(
-            new / "class_embedding" / "config.json",
-            {"num_classes": model.num_classes, "width": embedding.shape[1]},
-        )
-        scheduler = build_scheduler("dpm++", model.schedule)
+        conditioning = _save_conditioning(model, new)
+        scheduler = published_scheduler(model.schedule)
         scheduler.save_pretrained(new / "scheduler")
         fingerprint = model.autoencoder.fingerprint()
         write_json(new / "autoencoder.json", {"spec": model.autoencoder.spec, "fingerprint": fingerprint})
@@ -95,7 +98,7 @@ def save_export(folder: Path, model: Model) -> None:
                 "name": model.name,
                 "step": model.step,
                 "latent_shape": list(model.latent_shape),
-                "prediction": model.schedule.prediction,
+                "schedule": asdict(model.schedule),
                 "image_channels": model.autoencoder.image_channels,
                 "config": model.config,
                 "tags": model.tags,
@@ -108,9 +111,73 @@ def save_export(folder: Path, model: Model) -> None:
                 "_diffusers_version": diffusers.__version__,
                 "unet": ["diffusers", type(model.unet).__name__],
                 "scheduler": ["diffusers", type(scheduler).__name__],
-                "class_embedding": ["torch.nn", "Embedding"],
+                **conditioning,
             },
         )
+        (new / "README.md").write_text(model_card(model), encoding="utf-8")
+
+
+def _save_conditioning(model: Model, folder: Path) -> dict[str, list[str]]:
+    """What turns a label or a prompt into tokens; returns its line of the index."""
+    denoiser = model.denoiser
+    if denoiser.class_embedding is None:
+        (folder / "text").mkdir()
+        save_file(
+            {"empty": denoiser.empty_tokens.detach().cpu().contiguous()},
+            folder / "text" / "tokens.safetensors",
+        )
+        write_json(folder / "text" / "encoder.json", model.text_encoder)
+        return {}
+    embedding = denoiser.class_embedding.weight.detach().cpu().contiguous()
+    (folder / "class_embedding").mkdir()
+    save_file({"weight": embedding}, folder / "class_embedding" / "model.safetensors")
+    write_json(
+        folder / "class_embedding" / "config.json",
+        {"num_classes": model.num_classes, "width": embedding.shape[1]},
+    )
+    return {"class_embedding": ["torch.nn", "Embedding"]}
+
+
+def model_card(model: Model) -> str:
+    """README.md of an export: what it is, how to draw with it, what was swapped, and how it was trained."""
+    text = model.text_encoder is not None
+    draw = 'prompts=["a red fox"]' if text else "labels=[0, 1, 2]" if model.num_classes else "count=3"
+    tags = "\n".join(f"| {key} | {value} |" for key, value in model.tags.items())
+    sites = swapped_sites(model.unet)
+    table = swap_table(model.unet, sites) if sites else "Nothing was swapped: this is diffusers' own U-Net."
+    settings = yaml.safe_dump(model.config, sort_keys=False, default_flow_style=None, width=110)
+    return f"""---
+library_name: diffusers
+pipeline_tag: {"text-to-image" if text else "unconditional-image-generation"}
+tags: [ldm-dcn, latent-diffusion{", dcnv4" if sites else ""}]
+---
+
+# {model.name}
+
+A latent diffusion model trained with `ldm_dcn`, after {model.step} steps: averaged weights, ready to draw.
+
+```python
+from ldm_dcn import LatentDiffusion
+
+images = LatentDiffusion.from_pretrained("THIS FOLDER OR HUB ID")({draw}, seed=0)
+```
+
+| | |
+|---|---|
+{tags}
+
+## What was swapped
+
+```text
+{table}
+```
+
+## Training
+
+```yaml
+{settings.rstrip()}
+```
+"""
 
 
 def load_model(
@@ -132,19 +199,17 @@ def load_model(
                 "use the version that wrote it"
             )
         reference = _read_json(folder / "autoencoder.json")
-        scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
-        schedule = Schedule(
-            prediction=run["prediction"], **{ours: scheduler[k] for k, ours in _SCHEDULE_KEYS.items()}
-        )
-        weight = load_file(folder / "class_embedding" / "model.safetensors")["weight"]
+        schedule = Schedule(**run["schedule"])
+        embedding, empty, text_encoder = _read_conditioning(folder)
         latent_shape = tuple(run["latent_shape"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
             f"{folder} is not a whole export: {type(error).__name__} {error}; export it again"
         ) from None
     unet = load_unet(folder / "unet")
-    denoiser = Denoiser(unet, len(weight) - 1)
-    denoiser.class_embedding.weight.data.copy_(weight)
+    denoiser = Denoiser(unet, 0 if embedding is None else len(embedding) - 1, empty)
+    if embedding is not None:
+        denoiser.class_embedding.weight.data.copy_(embedding)
     denoiser.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)
     settings = run["config"].get("autoencoder", {})
     own = load_autoencoder(
@@ -154,7 +219,27 @@ def load_model(
         image_channels=run["image_channels"],
     )
     own.check(reference["fingerprint"])
-    return Model(denoiser, own, schedule, latent_shape, run["name"], run["step"], run["config"], run["tags"])
+    return Model(
+        denoiser,
+        own,
+        schedule,
+        latent_shape,
+        run["name"],
+        run["step"],
+        run["config"],
+        run["tags"],
+        text_encoder,
+    )
+
+
+def _read_conditioning(
+    folder: Path,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, dict[str, Any] | None]:
+    """The class embedding; or the empty prompt's tokens and the text encoder's fingerprint."""
+    if (folder / "text").is_dir():
+        empty = load_file(folder / "text" / "tokens.safetensors")["empty"]
+        return None, empty, _read_json(folder / "text" / "encoder.json")
+    return load_file(folder / "class_embedding" / "model.safetensors")["weight"], None, None
 
 
 def exported_step(run_folder: Path) -> int | None:

@@ -16,19 +16,33 @@ from accelerate import Accelerator
 from .errors import UserError
 
 # What torchrun and the MPI launchers tell a process about the number of its peers; accelerate reads the same.
+REQUEUE = int(getattr(signal, "SIGUSR1", 0))  # what batch systems send to a job that they will start again
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def start_accelerator(precision: str) -> Accelerator:
+def start_accelerator() -> Accelerator:
     """The accelerator of this process; on a machine without a GPU it joins its peers over gloo.
+
+    It stands for the processes and the device; number formats and FSDP are the run's own, so that they work without a
+    GPU too.
 
     `Accelerator()` alone would start as many independent runs as there are CPU processes, all writing to one
     folder. Raises `UserError`, with the right command, for launches that do not start what they seem to.
     """
-    mixed_precision = {"fp32": "no", "bf16": "bf16"}[precision]
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision)
+    check_plugins(os.environ)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     check_launch(accelerator.num_processes, os.environ, sys.argv)
     return accelerator
+
+
+def check_plugins(environ: Mapping[str, str]) -> None:
+    """Refuse what accelerate's launcher would put around the model behind the run's back."""
+    for name, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if environ.get(name, "").lower() in ("true", "1"):
+            raise UserError(
+                f"accelerate was told to use {what}; leave that out of its config and set train.parallel=fsdp, which "
+                "shares out parameters, gradients and optimiser as FSDP2 and ZeRO-3 do"
+            )
 
 
 def check_launch(num_processes: int, environ: Mapping[str, str], argv: list[str]) -> None:
@@ -70,8 +84,11 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
 
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, *((signal.SIGUSR1,) if REQUEUE else ()))
+
+
 class StopSignals:
-    """Remembers SIGTERM and SIGINT (Ctrl-C) instead of dying of them, so that the step can end and be saved.
+    """Remembers SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 instead of dying of them: the step can end and be saved.
 
     A second Ctrl-C stops at once.
     """
@@ -80,7 +97,7 @@ class StopSignals:
         self.received = 0  # the signal's number
 
     def __enter__(self) -> StopSignals:
-        self._before = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {s: signal.signal(s, self._remember) for s in STOPPING}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -13,7 +13,7 @@ SMALLEST_CELL = 64  # pixels; smaller images are enlarged in a grid by whole pix
 
 def save_png(image: torch.Tensor, path: Path) -> None:
     """One uint8 image (c, H, W), c = 1 or 3."""
-    _picture(image).save(path, format="PNG")
+    to_pil(image).save(path, format="PNG")
 
 
 def save_grid(images: torch.Tensor, columns: int, path: Path) -> None:
@@ -24,7 +24,7 @@ def save_grid(images: torch.Tensor, columns: int, path: Path) -> None:
     cells[:n] = images
     grid = cells.reshape(rows, columns, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, rows * h, columns * w)
     scale = -(-SMALLEST_CELL // h) if h < SMALLEST_CELL else 1
-    picture = _picture(grid)
+    picture = to_pil(grid)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(
         path, format="PNG"
@@ -41,6 +41,7 @@ def save_adm_npz(images: torch.Tensor, labels: torch.Tensor | None, path: Path) 
         np.savez(file, *arrays)
 
 
-def _picture(image: torch.Tensor) -> Image.Image:
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """A uint8 image (c, H, W), grey or RGB."""
     pixels = image.permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)

@@ -10,6 +10,7 @@ generator a sample costs ten times as much), `uniform` turns the key itself into
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from zlib import crc32
 
@@ -74,9 +75,10 @@ def normal(
     """
     rows = keys(seed, stream, positions).tolist()
     out = torch.empty((len(rows), *shape))
+    generator = _generators.cpu
     for row, key in zip(out.unbind(0), rows, strict=True):
-        _generator.manual_seed(key)
-        row.normal_(generator=_generator)
+        generator.manual_seed(key)
+        row.normal_(generator=generator)
     return out
 
 
@@ -89,8 +91,8 @@ def uniform(seed: int, stream: str, positions: Sequence[int] | np.ndarray | torc
 
 def permutation(n: int, seed: int, stream: str, position: int) -> torch.Tensor:
     """A random order of 0..n-1, (n,) int64."""
-    _generator.manual_seed(int(keys(seed, stream, [position])[0]))
-    return torch.randperm(n, generator=_generator)
+    _generators.cpu.manual_seed(int(keys(seed, stream, [position])[0]))
+    return torch.randperm(n, generator=_generators.cpu)
 
 
 def fix_global(seed: int, stream: str, position: int) -> None:
@@ -133,5 +135,11 @@ class Order:
         return permutation(self.n, self.seed, "order", epoch)
 
 
-# Reused for every position and seeded anew before each use, so that nothing leaks between uses.
-_generator = torch.Generator()
+class _Generators(threading.local):
+    """One generator a thread, reused for every position and seeded anew before each use: nothing leaks between uses."""
+
+    def __init__(self) -> None:
+        self.cpu = torch.Generator()
+
+
+_generators = _Generators()

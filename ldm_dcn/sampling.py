@@ -13,20 +13,24 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, SchedulerMixin
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
 
 from . import randomness
 from .autoencoder import to_uint8
 from .denoiser import Denoiser
-from .diffusion import Schedule, guide
+from .diffusion import Schedule, alpha_bars, denoised, guide, levels
 from .errors import UserError
 
 if TYPE_CHECKING:
     from .export import Model
 
-Denoise = Callable[
-    [torch.Tensor, torch.Tensor], torch.Tensor
-]  # noised latents (N, C, h, w), times (N,) -> noise
+# noised latents (N, C, h, w), times (N,) -> what `Schedule.prediction` says, (N, C, h, w)
+Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # All end at sigma = 0 exactly. DPM-Solver++ takes its last step at first order, because the second order's
 # difference quotient in log(alpha / sigma) is infinite there. DDIM is DPM-Solver++ of order 1 (Lu et al.
@@ -46,7 +50,7 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
 
 
 def build_scheduler(sampler: str, schedule: Schedule, **options: Any) -> SchedulerMixin:
-    """The diffusers scheduler of `sampler` on our schedule; `options` are settings of its own.
+    """The diffusers scheduler of `sampler` on our noise levels, fed with x_0; `options` are settings of its own.
 
     Raises `UserError` for an unknown sampler or setting, naming the nearest, and for thresholding, which
     would cut off latents.
@@ -65,14 +69,28 @@ def build_scheduler(sampler: str, schedule: Schedule, **options: Any) -> Schedul
             f"sampler '{sampler}': thresholding would cut off latents, which have no fixed range; "
             "leave it out"
         )
-    return scheduler(
+    built = scheduler(
+        num_train_timesteps=schedule.num_steps,
+        prediction_type="sample",
+        timestep_spacing="trailing",
+        **{**defaults, **options},
+    )
+    built.alphas_cumprod = alpha_bars(schedule)  # in fp64, and for paths that have no betas
+    return built
+
+
+def published_scheduler(schedule: Schedule) -> SchedulerMixin:
+    """The diffusers scheduler that tells others the noise levels and what is predicted there."""
+    if schedule.prediction == "flow":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=schedule.num_steps, shift=1.0)
+    return DPMSolverMultistepScheduler(
         num_train_timesteps=schedule.num_steps,
         beta_schedule=schedule.beta_schedule,
         beta_start=schedule.beta_start,
         beta_end=schedule.beta_end,
-        prediction_type={"noise": "epsilon"}[schedule.prediction],
+        prediction_type={"noise": "epsilon", "v": "v_prediction", "x0": "sample"}[schedule.prediction],
         timestep_spacing="trailing",
-        **{**defaults, **options},
+        **SAMPLERS["dpm++"][1],
     )
 
 
@@ -87,7 +105,7 @@ def sampling_times(num_steps: int, steps: int) -> list[int]:
 
 @torch.no_grad()
 def sample_latents(
-    denoise: Denoise,
+    predict: Predict,
     shape: Sequence[int],
     seeds: Sequence[int] | torch.Tensor,
     *,
@@ -99,57 +117,77 @@ def sample_latents(
 ) -> torch.Tensor:
     """(len(seeds), *shape) latents: latent i starts from the noise of seeds[i] alone.
 
-    `denoise(x, t)` predicts the noise in x = alpha x_0 + sigma eps at the times t; it already contains the
-    guidance.
+    `predict(x, t)` gives what `schedule.prediction` says, for x = alpha x_0 + sigma eps at the times t; it already
+    contains the guidance.
     """
     scheduler = build_scheduler(sampler, schedule, **options)
     if not 1 <= steps <= schedule.num_steps:
         raise UserError(f"{steps} sampling steps were asked for; use 1 to {schedule.num_steps}")
     scheduler.set_timesteps(timesteps=sampling_times(schedule.num_steps, steps))
+    table = levels(schedule)
     x = randomness.normal(shape, 0, "image", seeds).to(device) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        predicted = denoise(scheduler.scale_model_input(x, t), t.to(x.device).expand(len(x)))
-        x = scheduler.step(predicted, t, x, return_dict=False)[0]
+        alpha, sigma = (level[t.long()].to(x.device) for level in table)
+        # the schedulers know variance-preserving paths; every other is one of those, scaled
+        noised = scheduler.scale_model_input(x, t) * torch.hypot(alpha, sigma)
+        output = predict(noised, t.to(x.device).expand(len(x)))
+        x0 = denoised(schedule.prediction, output, noised, alpha, sigma)
+        x = scheduler.step(x0, t, x, return_dict=False)[0]
     return x
 
 
-def guided(denoiser: Denoiser, labels: torch.Tensor, scale: float) -> Denoise:
-    """The `denoise` of one batch of labels (N,), on their device; guidance runs both halves at once."""
-    null = torch.full_like(labels, denoiser.null_label)
-    dtype = next(denoiser.parameters()).dtype
+def guided(
+    denoiser: Denoiser,
+    condition: torch.Tensor,
+    scale: float,
+    interval: tuple[float, float] = (0.0, 1.0),
+    num_steps: int = 1000,
+) -> Predict:
+    """The `predict` of one batch of conditions, on their device; guidance runs both halves at once.
 
-    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    condition   labels (N,) or text tokens (N, T, D)
+    interval    guidance works at times t with low <= t / (num_steps - 1) <= high, 0 being the data's end (Kynkaanniemi
+                et al. 2024); outside, the condition alone decides
+    """
+    null = denoiser.null_condition(len(condition)).to(condition)
+    dtype = next(denoiser.parameters()).dtype
+    low, high = interval
+
+    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         x = x.to(dtype=dtype, memory_format=torch.channels_last)
-        if scale == 1 or denoiser.num_classes == 0:
-            return denoiser(x, t, labels).float()
-        both = denoiser(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, labels])).float()
+        unguided = scale == 1 or not denoiser.is_conditional
+        if unguided or not low <= float(t[0]) / max(1, num_steps - 1) <= high:
+            return denoiser(x, t, condition).float()
+        both = denoiser(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, condition])).float()
         return guide(*both.chunk(2), scale)
 
-    return denoise
+    return predict
 
 
 def generate(
     model: Model,
-    labels: Sequence[int] | torch.Tensor | None,
+    conditions: Sequence[int] | torch.Tensor | None,
     seeds: Sequence[int] | torch.Tensor,
     *,
     sampler: str = "dpm++",
     steps: int = 50,
     guidance: float = 1.5,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
 ) -> torch.Tensor:
-    """Draw uint8 images (N, c, H, W) on the CPU; image i depends on seeds[i], labels[i] and settings only.
+    """Draw uint8 images (N, c, H, W) on the CPU; image i depends on seeds[i], conditions[i] and settings only.
 
-    labels      (N,) classes; None draws without a class
-    guidance    s in u + s (c - u); 1 is no guidance
-    batch_size  images at once: changes memory and speed, not the images
-    progress    called after each batch with the number of images it made
+    conditions         (N,) classes, or (N, T, D) text tokens (`Model.encode_prompts`); None draws without a condition
+    guidance           s in u + s (c - u); 1 is no guidance
+    guidance_interval  shares of the times, 0 being the data's end, between which it works (`guided`)
+    batch_size         images at once: changes memory and speed, not the images
+    progress           called after each batch with the number of images it made
 
     Raises `UserError` for a label the model does not know.
     """
     seeds = torch.as_tensor(seeds, dtype=torch.int64).reshape(-1)
-    labels = _checked_labels(model, labels, len(seeds))
+    conditions = _checked_conditions(model, conditions, len(seeds))
     if len(seeds) and int(seeds.min()) < 0:
         raise UserError(f"seed {int(seeds.min())} is negative; use 0 or more")
     denoiser = model.denoiser
@@ -157,9 +195,15 @@ def generate(
     denoiser.eval()
     images = []
     try:
-        for some_labels, some_seeds in zip(labels.split(batch_size), seeds.split(batch_size), strict=True):
+        for some, some_seeds in zip(conditions.split(batch_size), seeds.split(batch_size), strict=True):
             latents = sample_latents(
-                guided(denoiser, some_labels.to(denoiser.device), guidance),
+                guided(
+                    denoiser,
+                    some.to(denoiser.device),
+                    guidance,
+                    guidance_interval,
+                    model.schedule.num_steps,
+                ),
                 model.latent_shape,
                 some_seeds,
                 schedule=model.schedule,
@@ -175,11 +219,15 @@ def generate(
     return torch.cat(images)
 
 
-def _checked_labels(model: Model, labels: Sequence[int] | torch.Tensor | None, count: int) -> torch.Tensor:
-    classes = model.num_classes
-    if labels is None:
-        return torch.full((count,), model.denoiser.null_label)
-    labels = torch.as_tensor(labels, dtype=torch.int64).reshape(-1)
+def _checked_conditions(
+    model: Model, conditions: Sequence[int] | torch.Tensor | None, count: int
+) -> torch.Tensor:
+    denoiser = model.denoiser
+    if conditions is None:
+        return denoiser.null_condition(count).cpu()
+    if denoiser.takes_text:
+        return _checked_tokens(model, torch.as_tensor(conditions), count)
+    classes, labels = model.num_classes, torch.as_tensor(conditions, dtype=torch.int64).reshape(-1)
     if len(labels) != count:
         raise ValueError(f"{len(labels)} labels came with {count} seeds; give one label a seed")
     wrong = labels[(labels < 0) | (labels >= classes)]
@@ -187,3 +235,13 @@ def _checked_labels(model: Model, labels: Sequence[int] | torch.Tensor | None, c
         known = f"{classes} classes, 0 to {classes - 1}" if classes else "no classes (leave the labels out)"
         raise UserError(f"label {int(wrong[0])} does not exist: {model.name} knows {known}")
     return labels
+
+
+def _checked_tokens(model: Model, tokens: torch.Tensor, count: int) -> torch.Tensor:
+    wanted = (count, *model.denoiser.empty_tokens.shape)
+    if tuple(tokens.shape) != wanted:
+        raise ValueError(
+            f"{model.name} takes text: conditions have shape {tuple(tokens.shape)}, {wanted} were expected; "
+            "make them with model.encode_prompts"
+        )
+    return tokens.float()

@@ -19,6 +19,8 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm_dcn.errors import UserError
 from ldm_dcn.swap import DCNUNet2DConditionModel, DCNUNet2DModel, apply_swap, nearest, plan_swap
@@ -65,7 +67,7 @@ def build_unet(
         config = dict(preset_or_config)
         _check_keys("U-Net config", config, UNet2DConditionModel.__init__)
     if swap is not None:
-        _check_keys("swap", swap, plan_swap)
+        swap_options(swap)
 
     with nullcontext() if device is None else torch.device(device):
         try:
@@ -83,6 +85,43 @@ def _preset(name: str, swap: Mapping[str, Any] | None) -> tuple[dict[str, Any], 
     if swap is not None and own_swap is not None:
         raise UserError(f"the preset {name} brings its own swap; use sd_unet to choose another")
     return config, own_swap if swap is None else swap
+
+
+def empty_twin(unet: nn.Module) -> UNet2DConditionModel | UNet2DModel:
+    """A U-Net of the same config, swap included, on the meta device: FSDP gives `unet` itself a class of its own."""
+    own = next(cls for cls in type(unet).__mro__ if cls in _CLASSES)
+    with torch.device("meta"):
+        return own.from_config(dict(unet.config))
+
+
+def swap_options(swap: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`swap`, if all its keys are options of `plan_swap`; else `UserError`, naming the nearest."""
+    _check_keys("swap", swap, plan_swap)
+    return swap
+
+
+@contextmanager
+def set_attention(unet: nn.Module, backend: str) -> Iterator[None]:
+    """Let the attention of `unet` run on `backend` inside the block.
+
+    sdpa      PyTorch's scaled-dot-product attention, which chooses among its kernels
+    flash     its FlashAttention kernel, or an error: needs a CUDA GPU, and fp16 or bf16
+    xformers  memory-efficient attention of that package
+    """
+    if backend == "xformers":
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ModuleNotFoundError) as error:
+            raise UserError(
+                f"train.attention=xformers: {_one_line(error)}; run `pip install xformers`, or use train.attention=sdpa"
+            ) from None
+    if backend != "flash":
+        yield
+        return
+    if not torch.backends.cuda.is_flash_attention_available():
+        raise UserError("train.attention=flash: this PyTorch was built without it; use train.attention=sdpa")
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        yield
 
 
 def _check_keys(what: str, given: Mapping[str, Any], function: Callable[..., Any]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_dcn.ema import EMA, decay_at
+from ldm_dcn.ema import EMA, Constant, Power, gamma_of, mixture
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -17,23 +17,23 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def test_decay_warms_up_to_its_value_and_is_a_function_of_the_step() -> None:
-    decays = [decay_at(step, 0.99) for step in range(1, 2000)]
+    decays = [Constant(0.99).at(step) for step in range(1, 2000)]
     assert decays[0] == pytest.approx(2 / 11)
     assert decays == sorted(decays) and decays[-1] == 0.99
-    assert decay_at(5, 0.0) == 0.0
+    assert Constant(0.0).at(5) == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_is_the_textbook_average_in_fp32(dtype: torch.dtype) -> None:
     net = network(dtype)
-    average = EMA(net)
+    average = EMA(net, Constant(0.9))
     expected = {name: p.detach().clone().double() for name, p in net.named_parameters()}
     for step in range(1, 6):
         with torch.no_grad():
             for p in net.parameters():
                 p.add_(torch.randn_like(p))
-        decay = decay_at(step, 0.9)
-        average.update(decay)
+        decay = average.rule.at(step)
+        average.update(step)
         for name, p in net.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * p.detach().double()
     for name, shadow in average.shadow.items():
@@ -43,7 +43,7 @@ def test_it_is_the_textbook_average_in_fp32(dtype: torch.dtype) -> None:
 
 def test_the_average_is_lent_without_a_copy_and_taken_back_even_after_an_error() -> None:
     net = network()
-    average = EMA(net)
+    average = EMA(net, Constant(0.9))
     with torch.no_grad():
         for p in net.parameters():
             p.add_(1)
@@ -57,7 +57,7 @@ def test_the_average_is_lent_without_a_copy_and_taken_back_even_after_an_error()
 
 def test_the_shadow_has_the_layout_of_the_weights() -> None:
     net = network()
-    assert EMA(net).shadow["0.weight"].stride() == net[0].weight.stride()
+    assert EMA(net, Constant(0.9)).shadow["0.weight"].stride() == net[0].weight.stride()
 
 
 def test_loading() -> None:
@@ -65,8 +65,57 @@ def test_loading() -> None:
     with torch.no_grad():
         for p in other.parameters():
             p.mul_(2)
-    average = EMA(net)
-    average.load(EMA(other).shadow)
+    average = EMA(net, Constant(0.9))
+    average.load(EMA(other, Constant(0.9)).shadow)
     assert torch.equal(average.shadow["1.bias"], other[1].bias)
     with pytest.raises(ValueError, match=r"1 names, first '1.bias'"):
         average.load({k: v for k, v in average.shadow.items() if k != "1.bias"})
+
+
+# ------------------------------------------------------------------------------------------------ power-function averages
+
+
+@pytest.mark.parametrize(("width", "gamma"), [(0.05, 16.97), (0.1, 6.94)])
+def test_the_exponent_is_the_papers(width: float, gamma: float) -> None:
+    assert gamma_of(width) == pytest.approx(gamma, abs=0.005)  # Karras et al. (2024), section 3.1
+    square = (gamma_of(width) + 1) / ((gamma_of(width) + 2) ** 2 * (gamma_of(width) + 3))
+    assert square**0.5 == pytest.approx(width)
+
+
+def weighting(rule: Power, steps: int) -> torch.Tensor:
+    """The share of each step's weights in the average after `steps`, as the updates give it."""
+    shares = torch.zeros(steps, dtype=torch.float64)
+    for step in range(1, steps + 1):
+        shares *= rule.at(step)
+        shares[step - 1] = 1 - rule.at(step)
+    return shares
+
+
+@pytest.mark.parametrize("width", [0.05, 0.1, 0.2])
+def test_the_updates_give_a_power_of_the_step_of_the_width_asked_for(width: float) -> None:
+    shares = weighting(Power(width), 4000)
+    step = torch.arange(1, 4001, dtype=torch.float64) / 4000
+    assert float(shares.sum()) == pytest.approx(1)
+    mean = (shares * step).sum()
+    assert float((shares * (step - mean).square()).sum().sqrt()) == pytest.approx(width, rel=0.01)
+    torch.testing.assert_close(
+        shares[1999] / shares[3999], torch.tensor(0.5).double() ** gamma_of(width), rtol=0.01, atol=0
+    )
+
+
+def test_any_width_is_a_mixture_of_the_snapshots_of_two() -> None:
+    """The weightings of 2 x 8 snapshots, mixed, are that of a width in between which was never averaged."""
+    times = [500 * i for i in range(1, 9)] * 2
+    widths = [0.05] * 8 + [0.1] * 8
+    factors = mixture(times, widths, 4000, 0.075)
+    assert factors.sum() == pytest.approx(1, abs=0.02)
+    mixed = torch.zeros(4000, dtype=torch.float64)
+    for factor, time, width in zip(factors, times, widths, strict=True):
+        mixed[:time] += factor * weighting(Power(width), time)
+    wanted = weighting(Power(0.075), 4000)
+    assert float((mixed - wanted).norm() / wanted.norm()) < 0.02
+
+
+def test_a_snapshot_of_the_width_itself_is_taken_alone() -> None:
+    factors = mixture([1000, 2000, 1000, 2000], [0.05, 0.05, 0.1, 0.1], 2000, 0.1)
+    assert factors == pytest.approx([0, 0, 0, 1], abs=1e-8)

@@ -22,7 +22,8 @@ from ldm_dcn.config import Config, load_config
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import load_model
 from ldm_dcn.launch import StopSignals, check_launch, run_lock
-from ldm_dcn.trainer import NonFinite, open_run, train
+from ldm_dcn.run import Run, open_run
+from ldm_dcn.trainer import NonFinite, train
 from tiny import ROOT, environment, start, tiny_config, write_config
 
 LONG = ("train.steps=400", "train.save_every=5", "train.keep_checkpoints=3")
@@ -133,7 +134,7 @@ def test_killed_between_checkpoint_and_export(tmp_path: Path, monkeypatch: pytes
         for step in (1, 2):
             run.record(trainer.training_step(run, StopSignals()))
             if step == 2:
-                monkeypatch.setattr(run, "export", lambda: None)
+                monkeypatch.setattr(run, "export", lambda averaged: None)
             run.save()
     assert load_model(config.folder).step == 1
     (config.folder / "export").rename(config.folder / ".old-export")
@@ -161,7 +162,7 @@ def test_ctrl_c_saves_and_leaves_with_130(tmp_path: Path, monkeypatch: pytest.Mo
     config = tiny_config(tmp_path)
     real = trainer.training_step
 
-    def interrupted(run: trainer.Run, stop: StopSignals) -> float:
+    def interrupted(run: Run, stop: StopSignals) -> float:
         if run.state.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return real(run, stop)
@@ -186,6 +187,7 @@ def test_nan_stops_before_the_weights_change(
             run.record(trainer.training_step(run, StopSignals()))
         run.save()
         before = {name: p.detach().clone() for name, p in run.denoiser.named_parameters()}
+        run._ahead.clear()  # the next batch is ready already
         if poison == "loss":
             run.latents.moments[run.order[run.positions(3, 0)][2]] = float("nan")
         else:
@@ -368,7 +370,7 @@ def test_without_its_manifest_an_export_is_still_checked(export: Path, tmp_path:
     subprocess.run(["cp", "-r", str(export), str(copy)], check=True)
     (copy / "manifest.json").unlink()
     assert load_model(copy).step == 1
-    (copy / "scheduler" / "scheduler_config.json").write_text("[]")
+    (copy / "run.json").write_text("[]")
     assert "is not a whole export" in refusal(copy)
 
 

@@ -11,7 +11,8 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from ldm_dcn import randomness
 from ldm_dcn.autoencoder import load_autoencoder
 from ldm_dcn.denoiser import Denoiser
-from ldm_dcn.diffusion import Schedule, alpha_bars, coefficients
+from ldm_dcn.diffusion import PREDICTIONS, Schedule, levels, target
+from ldm_dcn.diffusion import at as level_at
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import Model
 from ldm_dcn.sampling import SAMPLERS, build_scheduler, generate, guided, sample_latents, sampling_times
@@ -21,8 +22,8 @@ SCHEDULE = Schedule()
 SHAPE = (4, 6, 5)
 
 
-def at(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return coefficients(alpha_bars(SCHEDULE)[t.long()])
+def at(t: torch.Tensor, schedule: Schedule = SCHEDULE) -> tuple[torch.Tensor, torch.Tensor]:
+    return level_at(levels(schedule), t.long())
 
 
 # ------------------------------------------------------------------------------------------- oracles
@@ -30,16 +31,34 @@ def at(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 7, 30, 50, 61])
-def test_the_true_noise_leads_back_to_the_data(sampler: str, steps: int) -> None:
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_truth_leads_back_to_the_data(prediction: str, sampler: str, steps: int) -> None:
     """Data far outside [-1, 1]: anything that clips, rescales or stops short of sigma = 0 ends elsewhere."""
+    schedule = Schedule(prediction=prediction)
     data = 5 * torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1))
 
-    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        alpha, sigma = at(t)
-        return (x - alpha * data) / sigma
+    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        alpha, sigma = at(t, schedule)
+        return target(prediction, data, (x - alpha * data) / sigma, alpha, sigma)
 
-    got = sample_latents(denoise, SHAPE, [0, 1, 2], schedule=SCHEDULE, sampler=sampler, steps=steps)
+    got = sample_latents(predict, SHAPE, [0, 1, 2], schedule=schedule, sampler=sampler, steps=steps)
     torch.testing.assert_close(got, data, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_flow_goes_the_way_of_its_ode(sampler: str) -> None:
+    """x_0 ~ N(mean, std^2) on the straight path: the exact flow is x(sigma) = (1 - sigma) mean + s(sigma) z, s^2 = (1 -
+    sigma)^2 std^2 + sigma^2."""
+    mean, std, schedule = 1.5, 0.6, Schedule(prediction="flow")
+
+    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        alpha, sigma = at(t, schedule)
+        share = (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
+        return sigma * share - (mean + alpha * std**2 * share)
+
+    got = sample_latents(predict, SHAPE, range(40), schedule=schedule, sampler=sampler, steps=400)
+    noise = randomness.normal(SHAPE, 0, "image", range(40))
+    torch.testing.assert_close(got, mean + std * noise, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(("sampler", "tolerance"), [("dpm++", 0.03), ("ddim", 0.06), ("euler", 0.06)])
@@ -163,6 +182,16 @@ def test_guidance_is_one_forward_of_both_halves(model: Model) -> None:
         for scale in (0.0, 1.0, 1.5, 4.0):
             got = guided(model.denoiser, labels, scale)(x, t)
             torch.testing.assert_close(got, null + scale * (conditional - null), rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_works_within_its_interval_only(model: Model) -> None:
+    labels, x = torch.tensor([2]), torch.randn(1, 1, 8, 8)
+    predict = guided(model.denoiser, labels, 3.0, interval=(0.2, 0.6))
+    everywhere, nowhere = guided(model.denoiser, labels, 3.0), guided(model.denoiser, labels, 1.0)
+    with torch.no_grad():
+        for time, inside in [(0, False), (199, False), (200, True), (599, True), (600, False), (999, False)]:
+            t = torch.tensor([time])
+            assert torch.equal(predict(x, t), (everywhere if inside else nowhere)(x, t))
 
 
 def test_no_labels_draw_from_the_null_class(model: Model) -> None:

@@ -19,12 +19,15 @@ from safetensors.torch import load_file
 import sample
 import train as train_program
 from ldm_dcn import metrics, trainer
+from ldm_dcn import run as run_module
 from ldm_dcn.checkpoint import DiskFull
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import load_model
 from ldm_dcn.sampling import generate
-from ldm_dcn.trainer import learning_rate, open_run, train
+from ldm_dcn.launch import StopSignals
+from ldm_dcn.run import open_run
+from ldm_dcn.trainer import learning_rate, train
 from tiny import ROOT, environment, tiny_config, write_config
 
 
@@ -126,7 +129,7 @@ def test_resuming_is_exact_to_the_bit(finished: Config, tmp_path: Path, stop: in
     equal."""
     config = tiny_config(tmp_path, "train.sample_every=8")
     with open_run(config) as run:
-        signals = trainer.StopSignals()
+        signals = StopSignals()
         while run.state.step < stop:
             run.record(trainer.training_step(run, signals))
             run.log()
@@ -155,7 +158,7 @@ def test_a_window_of_metrics_survives_a_resume(tmp_path: Path) -> None:
     cut = tiny_config(tmp_path, "train.log_every=4", name="cut")
     with open_run(cut) as run:
         for _ in range(6):
-            run.record(trainer.training_step(run, trainer.StopSignals()))
+            run.record(trainer.training_step(run, StopSignals()))
             if run.due(4):
                 run.log()
         run.save()
@@ -190,14 +193,14 @@ def test_a_full_disk_does_not_stop_a_run_that_has_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(tmp_path, "train.save_every=2")
-    real = trainer.checkpoint.save
+    real = run_module.checkpoint.save
 
     def save(root: Path, step: int, *arguments: object) -> object:
         if step in (4, 6):
             raise DiskFull("no room to write it")
         return real(root, step, *arguments)
 
-    monkeypatch.setattr(trainer.checkpoint, "save", save)
+    monkeypatch.setattr(run_module.checkpoint, "save", save)
     assert train(config) == 0
     assert capsys.readouterr().err.count("warning: no room to write it; training goes on") == 2
     assert [path.name for path in (config.folder / "checkpoints").iterdir() if path.name != "step-8"] == [
@@ -261,7 +264,7 @@ def test_positions_are_shared_out_without_gap_or_overlap(
     seen = []
     for rank in range(processes):
         accelerator = type("Accelerator", (), {"num_processes": processes, "process_index": rank})
-        run = trainer.Run.__new__(trainer.Run)
+        run = run_module.Run.__new__(run_module.Run)
         run.config, run.accelerator = config, accelerator
         for micro in range(accumulation):
             seen.extend(run.positions(5, micro))
@@ -296,12 +299,12 @@ def test_a_batch_holds_what_the_recipe_says(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "train.batch_size=4000", "train.label_dropout=0.25")
     with open_run(config) as run:
         batch, again, next_one = run.batch(3, 0), run.batch(3, 0), run.batch(4, 0)
-        null = run.denoiser.null_label
+        null = run.denoiser.num_classes
         ids = run.order[run.positions(3, 0)]
-        kept = batch.labels != null
+        kept = batch.condition != null
         assert null == 10
         assert float(kept.float().mean()) == pytest.approx(0.75, abs=0.03)
-        assert torch.equal(batch.labels[kept], run.latents.labels[ids][kept])
+        assert torch.equal(batch.condition[kept], run.latents.labels[ids][kept])
         assert batch.times.min() >= 0 and batch.times.max() <= 999
         assert float(batch.times.float().mean()) == pytest.approx(499.5, abs=20)
         assert float(batch.noise.std()) == pytest.approx(1, abs=0.01)
@@ -309,7 +312,8 @@ def test_a_batch_holds_what_the_recipe_says(tmp_path: Path) -> None:
             batch.latents, run.latents.moments[ids][:, :1]
         )  # the identity has no variance
         assert all(
-            torch.equal(getattr(batch, k), getattr(again, k)) for k in ("latents", "noise", "times", "labels")
+            torch.equal(getattr(batch, k), getattr(again, k))
+            for k in ("latents", "noise", "times", "condition")
         )
         assert not torch.equal(batch.noise, next_one.noise)
 
@@ -330,7 +334,7 @@ def test_clipping_bounds_the_step_and_bf16_and_tensorboard_run(tmp_path: Path) -
         tmp_path,
         "train.gradient_clip=1e-6",
         "train.precision=bf16",
-        "train.tensorboard=true",
+        "train.trackers=[tensorboard]",
         "train.steps=2",
     )
     assert train(config) == 0
@@ -366,13 +370,13 @@ def test_a_swapped_network_trains_resumes_exports_and_draws(tmp_path: Path) -> N
     assert train(whole) == 0
     with open_run(cut) as run:
         for _ in range(2):
-            run.record(trainer.training_step(run, trainer.StopSignals()))
+            run.record(trainer.training_step(run, StopSignals()))
             run.log()
         run.save()
     assert train(cut) == 0
     assert losses(cut) == losses(whole)
     assert same(weights(cut, "ema"), weights(whole, "ema"))
-    with open_run(whole) as run, run.ema.in_place():
+    with open_run(whole) as run, run.averages[0].in_place():
         expected = generate(run.averaged_model(), [1, 2], [3, 4], steps=2)
     assert torch.equal(generate(load_model(whole.folder), [1, 2], [3, 4], steps=2), expected)
 

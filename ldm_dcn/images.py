@@ -1,0 +1,264 @@
+"""Labelled images of one size, whatever they are read from, and how one picture becomes pixels.
+
+Pictures are turned upright (EXIF), brought to 8-bit grey or RGB, shrunk by halving boxes, then bicubically, and cropped at the
+centre: ADM's and U-ViT's preprocessing. A picture that cannot be read is noted by name, never an exception.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .errors import UserError
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+# What a cache notes about its pixels. Raise it with any change of `decode_picture` that changes a pixel.
+PREPROCESSING = "upright, 8 bit, ADM centre crop, version 1"
+CAPTION_FIELDS = ("text", "caption", "captions")  # where captions stand, if the user names no field
+CLASS_NAMES = "class-names"  # in the place of a field: an image's caption is the name of its class
+BAD_NAMED = 3  # broken files that an error names; the rest are counted
+LOOK_ON = 2000  # files still looked at after one too many was broken, so that one run finds them all in a small folder
+
+# Pillow raises SyntaxError for a broken PNG chunk and ValueError for some truncated headers.
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
+_STREAM = re.compile(r"'?<_io\.BytesIO object at \w+>'?")  # an address in memory would differ in every run
+
+
+@dataclass(frozen=True)
+class BadImage:
+    path: str
+    reason: str
+
+
+class Images(ABC):
+    """Labelled square images of one size, read when asked for.
+
+    Attributes: `source`, `image_size`, `image_channels` (1 or 3), `labels` (N,) int64, `class_names` (empty when there are no
+    classes: then every label is 0), `bad` (the pictures that could not be read so far), `max_bad`, `workers` (threads that decode).
+    """
+
+    def __init__(
+        self,
+        source: str,
+        image_size: int,
+        image_channels: int,
+        labels: Tensor,
+        class_names: Sequence[str],
+        max_bad: float = 0,
+    ) -> None:
+        if image_size < 1:
+            raise ValueError(f"image_size is {image_size}; use 1 or more")
+        if image_channels not in (1, 3):
+            raise ValueError(f"image_channels is {image_channels}; use 1 (grey) or 3 (RGB)")
+        self.source = source
+        self.image_size = image_size
+        self.image_channels = image_channels
+        self.labels = labels
+        self.class_names = tuple(class_names)
+        self.max_bad = max_bad
+        self.bad: dict[int, BadImage] = {}
+        self.workers = min(8, os.cpu_count() or 1)
+        self._captions: Callable[[int], Sequence[str]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def bad_allowed(self) -> int:
+        """`max_bad` as a count: below 1 it is a share of all images."""
+        return int(self.max_bad * len(self)) if self.max_bad < 1 else int(self.max_bad)
+
+    # ------------------------------------------------------------------------------------------ one by one
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What image `index` is called below `source`: the same wherever the source lies."""
+
+    def place(self, index: int) -> str:
+        """Where a person finds image `index`."""
+        return os.path.join(self.source, self.name(index))
+
+    def size(self, index: int) -> int:
+        """Bytes of the file, to notice that it was replaced; 0 where there is none (any more)."""
+        return 0
+
+    def _file(self, index: int) -> str | bytes:
+        """The path or the content of the picture. May raise OSError or ValueError."""
+        raise NotImplementedError
+
+    def _read(self, index: int) -> Tensor | BadImage:
+        """Image `index` as uint8 (c, H, W), or why there is none."""
+        path = self.place(index)
+        try:
+            file = self._file(index)
+            if isinstance(file, bytes) and not file:
+                return BadImage(path, "empty file")
+            return decode_picture(
+                io.BytesIO(file) if isinstance(file, bytes) else file, self.image_size, self.image_channels
+            )
+        except _UNREADABLE as error:
+            reason = _STREAM.sub("the file", " ".join(str(error).replace(path, "the file").split()))
+            empty = os.path.exists(path) and not os.path.getsize(path)
+            return BadImage(path, "empty file" if empty else reason or type(error).__name__)
+
+    # ------------------------------------------------------------------------------------------ many
+
+    def try_read(self, indices: Sequence[int]) -> list[Tensor | BadImage]:
+        """Each of `indices` as uint8 (c, H, W), or why there is none. It is for the caller to count the bad ones."""
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:  # decoding leaves the interpreter lock
+            return list(pool.map(self._read, indices))
+
+    def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """The readable ones of `indices` as uint8 (B', c, H, W), and their indices (B',) int64.
+
+        Raises `UserError`, naming the first broken files, when more than `max_bad` were broken so far.
+        """
+        indices = [int(i) for i in indices]
+        kept, pixels = [], []
+        for index, result in zip(indices, self.try_read(indices), strict=True):
+            if isinstance(result, BadImage):
+                self.bad[index] = result
+            else:
+                kept.append(index)
+                pixels.append(result)
+        if len(self.bad) > self.bad_allowed:
+            self._look_on(max(indices) + 1)
+            raise UserError(self._complaint())
+        shape = (0, self.image_channels, self.image_size, self.image_size)
+        stacked = torch.stack(pixels) if pixels else torch.empty(shape, dtype=torch.uint8)
+        return stacked, torch.tensor(kept, dtype=torch.int64)
+
+    def images(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Images as float32 (B, c, H, W) in [-1, 1]. Raises `UserError` where one of them is broken."""
+        pixels, kept = self.read(indices)
+        if len(kept) < len(indices):
+            raise UserError(self._complaint())
+        return to_float(pixels)
+
+    def _look_on(self, start: int) -> None:
+        rest = list(range(start, min(start + LOOK_ON, len(self))))
+        for index, result in zip(rest, self.try_read(rest), strict=True):
+            if isinstance(result, BadImage):
+                self.bad[index] = result
+
+    def _complaint(self) -> str:
+        count = len(self.bad)
+        return (
+            f"{count} of {len(self)} images of {self.source} cannot be read: {name_bad(self.bad)}; delete or "
+            f"repair {'it' if count == 1 else 'them'}, or allow {count} with data.max_bad={count}"
+        )
+
+    # ------------------------------------------------------------------------------------------ captions
+
+    def use_captions(self, field: str | None = None) -> None:
+        """Find the captions: in `field`, or in the first of `CAPTION_FIELDS` there is; "class-names" takes the class's name.
+
+        Raises `UserError` where there are none.
+        """
+        if field == CLASS_NAMES:
+            if not self.class_names:
+                raise UserError(
+                    f"{self.source} has no classes, so --captions {CLASS_NAMES} means nothing; leave it out"
+                )
+            self._captions = lambda index: [self.class_names[int(self.labels[index])]]
+        else:
+            self._captions = self._find_captions(field)
+
+    def captions(self, index: int) -> list[str]:
+        """The captions of image `index`, none or several, as `use_captions` found them."""
+        assert self._captions is not None
+        return list(self._captions(index))
+
+    @property
+    def has_captions(self) -> bool:
+        return self._captions is not None
+
+    def _find_captions(self, field: str | None) -> Callable[[int], Sequence[str]]:
+        raise UserError(
+            f"{self.source} has no captions; --captions {CLASS_NAMES} takes the names of the classes"
+        )
+
+
+def name_bad(bad: dict[int, BadImage]) -> str:
+    """The first few of `bad` with their reasons, and how many more there are."""
+    first = [bad[index] for index in sorted(bad)[:BAD_NAMED]]
+    named = "; ".join(f"{one.path} ({one.reason})" for one in first)
+    return named + (f"; and {len(bad) - len(first)} more" if len(bad) > len(first) else "")
+
+
+def as_captions(value: object, where: str) -> list[str]:
+    """A caption field's value: one string, a list of them, or null. Raises `UserError` for anything else."""
+    if value is None:
+        return []
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)) or not all(isinstance(one, str) for one in values):
+        raise UserError(f"the caption of {where} is {value!r}; it takes a string or a list of strings")
+    return [text for one in values if (text := " ".join(one.split()))]
+
+
+def split_lines(text: str) -> list[str]:
+    """The captions of a .txt file: one a line."""
+    return [line for line in (" ".join(line.split()) for line in text.splitlines()) if line]
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 (..., H, W) to float32 in [-1, 1]: x / 127.5 - 1, which `to_uint8` undoes exactly."""
+    return pixels.to(torch.float32) / 127.5 - 1
+
+
+def decode_picture(file: str | io.BytesIO, image_size: int, image_channels: int) -> Tensor:
+    """One picture as uint8 (c, image_size, image_size). Raises OSError or ValueError when it is broken."""
+    with Image.open(file) as picture:
+        if picture.width * picture.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
+            raise ValueError(f"{picture.width}x{picture.height} pixels, more than {Image.MAX_IMAGE_PIXELS:,}")
+        picture.load()
+        upright = ImageOps.exif_transpose(picture)
+        square = centre_crop(_to_8_bit(upright, "L" if image_channels == 1 else "RGB"), image_size)
+    array = np.array(square)
+    return torch.from_numpy(array if array.ndim == 3 else array[:, :, None]).permute(2, 0, 1).contiguous()
+
+
+def _to_8_bit(picture: Image.Image, mode: str) -> Image.Image:
+    """Any picture in 8-bit grey ("L") or "RGB": 16 bit is scaled, not clipped as Pillow does; transparency lies on white."""
+    if picture.mode.startswith("I"):
+        levels = np.asarray(picture).astype(np.int64)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError(
+                "whole numbers outside 0..65535, whose range is unknown; save it with 8 or 16 bits"
+            )
+        picture = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+    elif picture.mode == "F":
+        raise ValueError("floating-point pixels, whose range is unknown; save it with 8 or 16 bits")
+    if picture.mode in ("RGBA", "LA", "La", "RGBa", "PA") or "transparency" in picture.info:
+        seen = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+    return picture.convert(mode)
+
+
+def centre_crop(picture: Image.Image, size: int) -> Image.Image:
+    """ADM's crop: halve with a box while the short side is at least 2 size, bicubic to size, cut at the centre.
+
+    Source: guided-diffusion, `image_datasets.center_crop_arr`, as U-ViT and DiT use it.
+    """
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    picture = picture.resize(
+        (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC
+    )
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return picture.crop((left, top, left + size, top + size))

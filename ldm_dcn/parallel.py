@@ -1,0 +1,67 @@
+"""Several processes on one model: DDP, or FSDP2's shares of every tensor; and the whole tensors back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+# What FSDP gathers and frees as one: large enough to hide the exchange, small enough to save memory.
+_SHARDED_TOGETHER = ("resnets", "attentions")
+
+
+def shard(denoiser: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Share out the parameters of `denoiser` between all processes, block by block (FSDP2, which is ZeRO-3).
+
+    `dtype` is what the parameters are gathered and computed in; None keeps theirs. Gradients are summed in fp32. The
+    parameters become `DTensor`s: make the optimiser and the averages afterwards.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for name, module in denoiser.named_modules():
+        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in _SHARDED_TOGETHER:
+            for block in module:
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(denoiser, mesh=mesh, mp_policy=policy)
+
+
+def replicate(denoiser: nn.Module, device: torch.device) -> nn.Module:
+    """DDP around those parameters of `denoiser` that learn now."""
+    ids = [device.index or 0] if device.type == "cuda" else None
+    return DistributedDataParallel(denoiser, device_ids=ids)
+
+
+@contextmanager
+def gradients_exchanged(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Whether the backward pass inside sums the gradients over the processes: only an accumulation's last must."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(wanted)
+        yield
+        return
+    with nullcontext() if wanted or not hasattr(model, "no_sync") else model.no_sync():
+        yield
+
+
+def reshard(model: nn.Module) -> None:
+    """Back to shares: after a forward pass without a backward one, FSDP keeps the outermost parameters whole."""
+    if hasattr(model, "reshard"):
+        model.reshard()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that may be shared out. All processes must call it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def in_shares_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole `tensor`, the same in every process, on the device and in the shares of `like`."""
+    if isinstance(like, DTensor) and tensor.shape == like.shape:
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return tensor.to(like.device)

@@ -1,0 +1,80 @@
+"""An average of any width, made after training from the snapshots of a run with train.ema=power.
+
+python -m ldm_dcn.posthoc_ema runs/NAME --width 0.075 --out runs/NAME/export-0.075
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from .checkpoint import verify
+from .ema import mixture
+from .errors import UserError, exit_on_user_error
+from .export import load_model, save_export
+
+
+def synthesise(run: Path, width: float, step: int | None = None) -> tuple[dict[str, torch.Tensor], int]:
+    """Weights averaged with `width`, as a share of the run's length, at `step` (None: the last snapshot), fp32.
+
+    Sums over all snapshots up to `step`, in the proportions of `ldm_dcn.ema.mixture`. Raises `UserError` where there are
+    none, or one is damaged.
+    """
+    folders = {int(p.name.removeprefix("step-")): p for p in (run / "averages").glob("step-*")}
+    step = max(folders, default=0) if step is None else step
+    files = [
+        (at, float(file.stem.removeprefix("width-")), file)
+        for at, folder in sorted(folders.items())
+        if at <= step
+        for file in sorted(folder.glob("width-*.safetensors"))
+    ]
+    if step not in folders:
+        known = ", ".join(map(str, sorted(folders))) or "none"
+        raise UserError(
+            f"{run} has no snapshot of step {step} (there are: {known}); "
+            "train with train.ema=power train.ema_snapshot_every=N"
+        )
+    for folder in {file.parent for _, _, file in files}:
+        verify(folder)
+    factors = mixture([at for at, _, _ in files], [own for _, own, _ in files], step, width)
+    total: dict[str, torch.Tensor] = {}
+    for factor, (_, _, file) in zip(factors, files, strict=True):
+        for name, tensor in load_file(file).items():
+            total[name] = (
+                tensor.float().mul_(factor) if name not in total else total[name].add_(tensor, alpha=factor)
+            )
+    return total, step
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a run folder with averages/")
+    parser.add_argument(
+        "--width", type=float, required=True, help="share of the run, such as 0.075; below 0.28"
+    )
+    parser.add_argument("--step", type=int, help="default: the last snapshot")
+    parser.add_argument("--out", type=Path, required=True, help="the export to write")
+    arguments = parser.parse_args(argv)
+    if not 0 < arguments.width < 0.28:
+        raise UserError(
+            f"--width {arguments.width}: no power of the step is that wide; use more than 0, less than 0.28"
+        )
+    weights, step = synthesise(arguments.run, arguments.width, arguments.step)
+    model = load_model(arguments.run)
+    model.denoiser.load_state_dict(weights)
+    tags = {**model.tags, "step": step, "weights": f"power EMA {arguments.width}, post hoc"}
+    save_export(arguments.out, replace(model, step=step, tags=tags))
+    print(f"{arguments.out}: {tags['weights']}, step {step}")
+    return 0
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        raise SystemExit(main())

@@ -1,0 +1,354 @@
+"""What a run can be asked beyond the recipe: other number formats and averages, FSDP, pretrained networks, caches, text."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+from ldm_dcn import checkpoint, metrics, posthoc_ema, trainer
+from ldm_dcn import run as run_module
+from ldm_dcn.config import Config, load_config
+from ldm_dcn.errors import UserError
+from ldm_dcn.export import load_model
+from ldm_dcn.launch import StopSignals, check_plugins
+from ldm_dcn.matching import Matching
+from ldm_dcn.pipeline import LatentDiffusion
+from ldm_dcn.run import Run, open_run
+from ldm_dcn.sampling import generate
+from ldm_dcn.swap import apply_swap, plan_swap
+from ldm_dcn.trainer import train, training_step
+from ldm_dcn.unet import build_unet
+from tiny import ROOT, UNET, environment, tiny_config, write_config
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_a_fresh_accelerator() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    torch.set_num_threads(threads)
+
+
+def lines(config: Config) -> list[dict]:
+    return metrics.read(config.folder / "metrics.jsonl")
+
+
+def losses(config: Config) -> list[float]:
+    return [line["loss"] for line in lines(config)]
+
+
+def on_two_processes(path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run(
+        [sys.executable, *launcher, "train.py", str(path), *overrides],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run
+
+
+# ------------------------------------------------------------------------------------------------ objectives
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("diffusion.prediction=v", "train.min_snr_gamma=5"),
+        ("diffusion.prediction=x0",),
+        ("diffusion.prediction=flow", "train.times=lognormal", "train.stratified_times=true"),
+    ],
+    ids=["v", "x0", "flow"],
+)
+def test_every_objective_learns_and_draws_what_it_exported(
+    tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    config = tiny_config(tmp_path, "train.steps=40", "train.log_every=10", "train.save_every=0", *overrides)
+    assert train(config) == 0
+    assert losses(config)[-1] < losses(config)[0]
+    with open_run(config) as run, run.averages[0].in_place():
+        expected = generate(run.averaged_model(), [1, 2], [3, 4], steps=3)
+    assert torch.equal(generate(load_model(config.folder), [1, 2], [3, 4], steps=3), expected)
+
+
+def test_stratified_times_meet_every_share_once_a_batch(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "train.stratified_times=true", "train.batch_size=50")
+    with open_run(config) as run:
+        for step in (0, 7):
+            times = run.times(run.positions(step, 0))
+            assert torch.equal(times * 50 // 1000, torch.arange(50))
+        assert not torch.equal(run.times(range(0, 50)), run.times(range(50, 100)))
+
+
+# ------------------------------------------------------------------------------------------------ number formats
+
+
+def test_fp16_takes_an_overflowing_step_again_at_half_the_scale(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "train.precision=fp16")
+    with open_run(config) as run:
+        run.state.loss_scale = 2.0**40  # overflows until it is small enough
+        before = {name: p.detach().clone() for name, p in run.denoiser.named_parameters()}
+        assert training_step(run, StopSignals()) is None
+        assert all(torch.equal(p, before[name]) for name, p in run.denoiser.named_parameters())
+        assert (run.state.step, run.state.overflows, run.state.loss_scale) == (0, 1, 2.0**39)
+        while (loss := training_step(run, StopSignals())) is None:
+            pass
+        run.record(loss)
+        assert run.state.step == 1 and run.state.overflows > 3
+        run.save()
+        state = run.state
+    with open_run(config) as run:
+        assert run.state == state
+
+
+def test_fp16_learns_what_fp32_learns(tmp_path: Path) -> None:
+    configs = [tiny_config(tmp_path, f"train.precision={p}", f"run.name={p}") for p in ("fp32", "fp16")]
+    assert [train(config) for config in configs] == [0, 0]
+    assert losses(configs[1]) == pytest.approx(losses(configs[0]), rel=0.02)
+    assert lines(configs[1])[-1]["loss_scale"] == 2.0**16 and lines(configs[1])[-1]["overflows"] == 0
+
+
+def test_the_loss_scale_grows_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "GROWTH_STEPS", 3)
+    monkeypatch.setattr(run_module, "FIRST_LOSS_SCALE", 16.0)  # far from an overflow
+    config = tiny_config(tmp_path, "train.precision=fp16", "train.steps=7", "train.save_every=0")
+    assert train(config) == 0
+    assert [line["loss_scale"] / 16 for line in lines(config)] == [1, 1, 2, 2, 2, 4, 4]
+
+
+def test_batches_with_nan_are_left_out_as_often_as_allowed(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "train.skip_non_finite=1", "train.steps=6")
+    with open_run(config) as run:
+        good = run.latents.moments.clone()
+        bad_step(run, 0)
+        loss = training_step(run, StopSignals())
+        assert math.isnan(loss)
+        run.record(loss)
+        run.latents.moments.copy_(good)
+        run._ahead.clear()
+        for _ in range(2):
+            run.record(training_step(run, StopSignals()))
+        assert run.state.step == 3 and run.state.left_out == 1 and run.state.loss_count == 2
+        bad_step(run, 3)
+        with pytest.raises(trainer.NonFinite, match=r"step 4: the loss is nan.*train.skip_non_finite"):
+            training_step(run, StopSignals())
+    assert (config.folder / "nonfinite-step-1.json").exists()
+
+
+def bad_step(run: Run, step: int) -> None:
+    run._ahead.clear()
+    run.latents.moments[run.order[run.positions(step, 0)][2]] = float("nan")
+
+
+# ------------------------------------------------------------------------------------------------ averages
+
+
+def test_power_averages_resume_exactly_and_give_any_width_afterwards(tmp_path: Path) -> None:
+    settings = ("train.ema=power", "train.ema_snapshot_every=4", "train.steps=16", "train.save_every=4")
+    whole, parts = (tiny_config(tmp_path, *settings, f"run.name={name}") for name in ("whole", "parts"))
+    assert train(whole) == 0
+    with open_run(parts) as run:
+        for _ in range(6):
+            run.record(training_step(run, StopSignals()))
+            if run.due(4):
+                run.snapshot()
+                run.save()
+    assert train(parts) == 0
+    for group in ("ema", "ema_2"):
+        ours, theirs = (
+            load_file(c.folder / "checkpoints" / "step-16" / f"{group}.safetensors") for c in (whole, parts)
+        )
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert load_model(whole.folder).tags["weights"] == "power EMA 0.05"
+
+    out = tmp_path / "wide"
+    assert posthoc_ema.main([str(whole.folder), "--width", "0.1", "--out", str(out)]) == 0
+    kept = load_file(whole.folder / "checkpoints" / "step-16" / "ema_2.safetensors")
+    made = load_model(out)
+    for name, p in made.denoiser.named_parameters():
+        torch.testing.assert_close(p, kept[name], rtol=2e-3, atol=2e-4)  # snapshots are fp16
+    assert made.tags["weights"] == "power EMA 0.1, post hoc"
+    with pytest.raises(UserError, match=r"no snapshot of step 5 \(there are: 4, 8, 12, 16\)"):
+        posthoc_ema.main([str(whole.folder), "--width", "0.1", "--step", "5", "--out", str(out)])
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+def test_fsdp_on_two_processes_is_one_process_and_goes_on_in_one(tmp_path: Path) -> None:
+    swap = "model.swap={sites: [resnet], group_channels: 4}"
+    one = tiny_config(tmp_path, "train.steps=6", swap, name="one")
+    assert train(one) == 0
+    two = write_config(tmp_path, "two")
+    on_two_processes(
+        two, swap, "train.steps=6", "train.parallel=fsdp", "train.save_every=4", "train.sample_every=6"
+    )
+    sharded = load_config(two, [swap, "train.steps=6"])
+    assert losses(sharded) == pytest.approx(losses(one), rel=1e-4)
+    assert load_model(sharded.folder).step == 6
+    with open_run(one) as run:  # the grid of the averaged weights is the same picture
+        run.draw_grid()
+    ours, theirs = (
+        np.array(Image.open(c.folder / "samples" / "step-6.png")).astype(int) for c in (sharded, one)
+    )
+    assert np.abs(ours - theirs).max() <= 2
+
+    later = load_config(two, [swap, "train.steps=8"])
+    assert train(later) == 0  # the same folder, one process, no FSDP
+    assert train(load_config(one.folder / "config.yaml", ["train.steps=8"])) == 0
+    assert losses(later) == pytest.approx(losses(one), rel=1e-4)
+    on_two_processes(two, swap, "train.steps=9", "train.parallel=fsdp")  # and back
+    assert checkpoint.newest(later.folder / "checkpoints", print).name == "step-9"
+
+
+def test_sigusr1_saves_and_asks_to_be_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(tmp_path)
+    real = trainer.training_step
+
+    def interrupted(run: Run, stop: StopSignals) -> float | None:
+        if run.state.step == 4:
+            signal.raise_signal(signal.SIGUSR1)
+        return real(run, stop)
+
+    monkeypatch.setattr(trainer, "training_step", interrupted)
+    assert train(config) == 0
+    assert checkpoint.newest(config.folder / "checkpoints", print).name == "step-5"
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_accelerates_own_plugins_are_refused_with_the_right_setting(name: str) -> None:
+    with pytest.raises(UserError, match=r"accelerate was told to use .*set train.parallel=fsdp"):
+        check_plugins({name: "true"})
+    check_plugins({name: "false"})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("train.attention=flash",), "train.attention=flash needs a CUDA GPU"),
+        (("train.match_steps=2",), "are for a swapped pretrained U-Net; set model.pretrained"),
+        (("train.parallel=fsdp", "train.new_only_steps=2"), "do those steps with train.parallel=ddp"),
+        (("data.condition=text",), "holds no text; encode it with --text-encoder"),
+        (("data.flip=true",), "holds no mirrored latents; encode it with --flip"),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path: Path, overrides: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        train(tiny_config(tmp_path, *overrides))
+
+
+# ------------------------------------------------------------------------------------------------ pretrained networks
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small U-Net in a pipeline's layout."""
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("pretrained")
+    build_unet(UNET).save_pretrained(folder / "unet")
+    return folder
+
+
+def test_new_blocks_learn_the_old_ones_outputs_first(pretrained: Path, tmp_path: Path) -> None:
+    """After the matching phase the swapped network is near the old one; the old weights have not moved."""
+    config = tiny_config(
+        tmp_path,
+        "model.unet=null",
+        f"model.pretrained={pretrained}",
+        "model.swap={sites: [resnet], group_channels: 4}",
+        "train.match_steps=150",
+        "train.new_only_steps=152",
+        "train.steps=154",
+        "train.lr=1e-2",
+        "train.save_every=150",
+        "train.log_every=1",
+    )
+    assert train(config) == 0
+    matching = [line["loss"] for line in lines(config) if line.get("phase") == "match"]
+    assert len(matching) == 150 and matching[-1] < 0.35 * matching[0]
+    assert [line.get("phase") for line in lines(config)[149:]] == ["match", "new", "new", None, None]
+
+    old = load_file(pretrained / "unet" / "diffusion_pytorch_model.safetensors")
+    new = load_file(config.folder / "checkpoints" / "step-150" / "model.safetensors")
+    sites = [site.name for site in plan_swap(build_unet(UNET), sites=["resnet"], group_channels=4)]
+    stayed = [name for name in old if not name.startswith(tuple(f"{site}." for site in sites))]
+    assert stayed and all(torch.equal(new[f"unet.{name}"], old[name]) for name in stayed)
+    end = load_file(config.folder / "checkpoints" / "step-154" / "model.safetensors")
+    assert not all(torch.equal(end[f"unet.{name}"], old[name]) for name in stayed)
+
+
+def test_matching_runs_the_network_on_its_old_blocks(pretrained: Path) -> None:
+    unet = build_unet(UNET)
+    plan = plan_swap(unet, sites=["resnet", "self_attention"], group_channels=4)
+    originals = {site.name: unet.get_submodule(site.name) for site in plan}
+    x, t, tokens = torch.randn(2, 1, 8, 8), torch.tensor([3, 900]), torch.randn(2, 1, 8)
+    with torch.no_grad():
+        expected = unet(x, t, tokens).sample
+    apply_swap(unet, plan)
+    for name, p in unet.named_parameters():
+        p.requires_grad_(name.startswith(tuple(originals)))
+    matching = Matching(unet, originals)
+    with matching.attached():
+        assert torch.equal(unet(x, t, tokens).sample, expected)
+    matching.error.backward()
+    learnt = {name for name, p in unet.named_parameters() if p.grad is not None}
+    assert learnt and all(name.startswith(tuple(originals)) for name in learnt)
+    with torch.no_grad():
+        assert not torch.equal(unet(x, t, tokens).sample, expected)  # detached again
+
+
+def test_a_pretrained_network_may_be_swapped_in_part(pretrained: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path,
+        "model.unet=null",
+        f"model.pretrained={pretrained / 'unet'}",
+        "model.swap={sites: [resnet], include: ['mid_block'], group_channels: 4}",
+        "train.steps=2",
+    )
+    assert train(config) == 0
+    card = (config.folder / "export" / "README.md").read_text()
+    assert "mid_block.resnets.0.conv1" in card and "down_blocks.0.resnets.0.conv1" not in card
+    pictures = LatentDiffusion.from_pretrained(config.folder)(labels=[1, 2], steps=2, seed=4)
+    assert [picture.size for picture in pictures] == [(8, 8), (8, 8)]
+
+
+def test_a_missing_pretrained_network_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder: nowhere"):
+        train(tiny_config(tmp_path, "model.unet=null", "model.pretrained=nowhere"))
+
+
+# ------------------------------------------------------------------------------------------------ scores on the way
+
+
+def test_scores_on_the_way_carry_their_tags(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "train.steps=4", "train.score_every=2", "sample.score_images=20")
+    asked = []
+
+    def score(model: object, count: int) -> dict[str, object]:
+        asked.append((model.step, count))
+        return {"fd": 1.5, "guidance": 1.0, "N": count}
+
+    assert train(config, score=score) == 0
+    assert asked == [(2, 20), (4, 20)]
+    assert [line for line in lines(config) if "fd" in line] == [
+        {"step": 2, "fd": 1.5, "guidance": 1.0, "N": 20},
+        {"step": 4, "fd": 1.5, "guidance": 1.0, "N": 20},
+    ]
+    json.dumps(lines(config))
