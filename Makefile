@@ -26,8 +26,13 @@ $(VENV)/bin/python:
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt $(NATIVE)
 	@command -v $${CXX:-c++} >/dev/null || { echo "error: no C++ compiler; on Debian: apt-get install g++"; exit 2; }
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]" $(EXTRA)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . $(EXTRA)
 	$(RUN) -m dcnv4_ext
+	@touch $@
+
+# With what the tests need besides; nothing is compiled again.
+$(VENV)/testable: $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]" $(EXTRA)
 	@touch $@
 
 demo: $(VENV)/installed
@@ -42,7 +47,7 @@ compare: demo
 	$(RUN) -m eval.fid runs/digits_dcn runs/digits_unet --guidance 1.0 1.5 --steps 20 --json runs/digits_compare.json
 	$(RUN) -m eval.throughput configs/digits_dcn.yaml --baseline configs/digits_unet.yaml --json runs/digits_throughput.json
 
-test: $(VENV)/installed
+test: $(VENV)/testable
 	$(RUN) -m pytest
 
 # Needs torch with CUDA, numpy, pytest and nvcc in $(PYTHON)'s environment, nothing else; the same command again resumes.

@@ -2,6 +2,7 @@
 
     python -m eval.throughput configs/digits_dcn.yaml --baseline configs/digits_unet.yaml
     python -m eval.throughput runs/digits_dcn --baseline runs/digits_unet --batch-size 64 --json speed.json
+    python -m eval.throughput configs/digits_dcn.yaml --train          what the training loop costs beside the network
 
 Forward and training step run on random latents: no data loading, no autoencoder. A training step is noising, forward, backward,
 AdamW and the moving average. Sampling counts both halves of guidance. Each round times every model once, so that whatever else
@@ -41,6 +42,7 @@ from .stopwatch import Rounds
 DEFAULT_CONFIG = "configs/digits_dcn.yaml"
 DEFAULT_BASELINE = "configs/digits_unet.yaml"
 LARGEST_DEFAULT_BATCH = 64
+LOOP_STEPS = 60  # timed by --train
 WARM_UP = 3  # untimed calls before the first round: allocator, kernel selection
 PIXELS_PER_LATENT = 8  # assumed where the autoencoder is not at hand: Stable Diffusion's
 
@@ -370,6 +372,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=1.5, help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--train", action="store_true", help="time the parts of the training loop of one config"
+    )
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args(None if arguments is None else list(arguments))
     with exit_on_user_error():
@@ -380,6 +385,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
         missing = [path for path in paths if path.endswith((".yaml", ".yml")) and not os.path.exists(path)]
         if missing:
             raise UserError(f"{missing[0]} does not exist; give a config, a run or an export")
+        if options.train:
+            time_the_loop(paths[0], options)
+            return
         subjects = [open_subject(path, options.set, options.device) for path in paths]
         train = subjects[0].model.config.get("train", {})
         settings = Settings(
@@ -396,6 +404,22 @@ def main(arguments: Iterable[str] | None = None) -> None:
         print(table(figures, len(figures) - 1 if baseline else None, settings))
         if options.json:
             write_json(figures, settings, options.json)
+
+
+def time_the_loop(path: str, options: argparse.Namespace) -> None:
+    from . import loop
+
+    if not path.endswith((".yaml", ".yml")):
+        raise UserError(f"{path} is no config; --train takes the YAML file of one")
+    config = load_config(path, options.set)
+    cost = loop.measure_loop(config, LOOP_STEPS)
+    print(loop.table(cost, config))
+    if options.json:
+        medians = {name: cost.median(name) for name in cost.parts}
+        content = {"config": config.resolved(), "seconds": medians, "step": statistics.median(cost.step),
+                   "overhead": cost.overhead, "loader": cost.loader, "environment": environment()}  # fmt: skip
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_json(figures: Sequence[Figures], settings: Settings, path: Path) -> None:

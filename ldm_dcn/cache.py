@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
@@ -56,6 +57,9 @@ SHARD_BYTES = 128 << 20  # a shard is lost by a kill in it, and one map is kept 
 MAPPED_BYTES = (
     64 << 20
 )  # what a reader copies before it unmaps; the system maps up to some 8 times as much around it
+# Elements that torch converts without its thread pool (at::internal::GRAIN_SIZE less one): waiting for threads on busy cores can
+# take ten times as long as the conversion.
+SERIAL = 32767
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WITHOUT_MEANING = ("spec", "source")  # of a plan: where things lie, not what they are
 # safetensors' names; numpy has no bfloat16, its bits travel as int16
@@ -148,6 +152,11 @@ def begin(out: Path, plan: Mapping[str, Any]) -> None:
 
 def read_plan(out: Path) -> dict[str, Any]:
     return _read_sealed(out / PLAN, f"delete it, and {_MEND}")
+
+
+def begun_shard_size(out: Path) -> int | None:
+    """The shard size of the cache that was begun in `out`, or None where there is none."""
+    return read_plan(out)["shard_size"] if (out / PLAN).exists() else None
 
 
 def _check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -475,22 +484,33 @@ class LatentCache:
     def _gather(
         self, shape: tuple[int, ...], shards: np.ndarray, rows: np.ndarray, names: Sequence[str]
     ) -> Tensor:
-        """One copy out of the maps, in the stored type, and one into float32."""
-        out = np.empty((len(rows), *shape), dtype=_STORED[_NAME_OF[self.dtype]])
-        row_bytes = out.nbytes // max(1, len(rows))
-        if self._touched + out.nbytes > MAPPED_BYTES:
+        """A few rows at a time are copied out of the maps and, still in the processor's cache, widened to float32."""
+        elements = math.prod(shape)
+        at_once = max(1, SERIAL // elements)
+        stored = np.empty((at_once, *shape), dtype=_STORED[_NAME_OF[self.dtype]])
+        chunk = torch.from_numpy(stored).view(-1)
+        chunk = chunk.view(torch.bfloat16) if self.dtype == "bfloat16" else chunk
+        row_bytes = elements * stored.itemsize
+        if self._touched + len(rows) * row_bytes > MAPPED_BYTES:
             for shard in self._shards:
                 shard.let_go()
             self._touched = 0
-        self._touched += out.nbytes
-        order = np.lexsort((rows, shards)).tolist()
-        shards, rows = shards.tolist(), rows.tolist()
-        for i in order:  # all reads are asked for before the first is waited for
-            self._shards[shards[i]].announce(names[i], rows[i], row_bytes)
-        for i in order:
-            out[i] = self._shards[shards[i]].rows[names[i]][rows[i]]
-        tensor = torch.from_numpy(out)
-        return (tensor.view(torch.bfloat16) if self.dtype == "bfloat16" else tensor).float()
+        self._touched += len(rows) * row_bytes
+        places = list(zip(names, shards.tolist(), rows.tolist(), strict=True))
+        for i in np.lexsort((rows, shards)).tolist():  # all are asked for before the first is waited for
+            name, shard, row = places[i]
+            self._shards[shard].announce(name, row, row_bytes)
+        out = torch.empty(len(rows), *shape)
+        flat = out.view(-1)
+        for first in range(0, len(rows), at_once):
+            some = places[first : first + at_once]
+            for i, (name, shard, row) in enumerate(some):
+                stored[i] = self._shards[shard].rows[name][row]
+            count = len(some) * elements
+            for piece in range(0, count, SERIAL):
+                end, begin = min(piece + SERIAL, count), first * elements
+                flat[begin + piece : begin + end] = chunk[piece:end]
+        return out
 
     # ---------------------------------------------------------------------- opening
 

@@ -170,6 +170,17 @@ def load_unet(
     return unet
 
 
+def load_pretrained_unet(folder_or_hub_id: str | Path) -> UNet2DConditionModel | UNet2DModel:
+    """`load_unet` of a U-Net, or of the one that a pipeline keeps in unet/. Raises `UserError` likewise."""
+    if Path(folder_or_hub_id).is_dir():
+        inside = (Path(folder_or_hub_id) / "unet").is_dir()
+        return load_unet(folder_or_hub_id, subfolder="unet" if inside else None)
+    try:
+        return load_unet(folder_or_hub_id, subfolder="unet")
+    except UserError:
+        return load_unet(folder_or_hub_id)
+
+
 def _check_folder(folder: Path) -> None:
     """Say what a local folder lacks, before diffusers looks for it elsewhere."""
     if not folder.is_dir():

@@ -46,13 +46,16 @@ def test_a_preset_is_short_valid_and_named_after_its_file(name: str) -> None:
     assert config.folder == Path("runs") / name
 
 
-def test_the_five_presets_are_there() -> None:
+def test_the_presets_are_there() -> None:
     assert PRESETS == [
+        "coco256_dcn_convs",
+        "coco256_unet",
         "digits_dcn",
         "digits_unet",
         "imagenet256_dcn_convs",
         "imagenet256_dcn_full",
         "imagenet256_unet",
+        "sd15_dcn_finetune",
     ]
 
 
@@ -67,6 +70,7 @@ def test_base_gives_every_setting_but_the_model() -> None:
         ("digits_unet", "digits_dcn"),
         ("imagenet256_unet", "imagenet256_dcn_convs"),
         ("imagenet256_unet", "imagenet256_dcn_full"),
+        ("coco256_unet", "coco256_dcn_convs"),
     ],
 )
 def test_baseline_and_swap_differ_in_the_model_alone(baseline: str, swapped: str) -> None:

@@ -1,0 +1,203 @@
+"""From images to a cache to a run: labels, flips, captions, and a pretrained text-to-image network that is swapped."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+import sample
+from ldm_dcn import encode, metrics
+from ldm_dcn.cache import LatentCache
+from ldm_dcn.config import Config
+from ldm_dcn.data import open_dataset
+from ldm_dcn.errors import UserError
+from ldm_dcn.export import load_model
+from ldm_dcn.run import open_run
+from ldm_dcn.sampling import generate
+from ldm_dcn.trainer import train
+from ldm_dcn.unet import build_unet
+from tiny import UNET, environment, tiny_config
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_a_fresh_accelerator() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    torch.set_num_threads(threads)
+
+
+def losses(config: Config) -> list[float]:
+    return [line["loss"] for line in metrics.read(config.folder / "metrics.jsonl")]
+
+
+def encoded(source: str | Path, out: Path, *options: str) -> Path:
+    command = [str(source), str(out), "--autoencoder", "identity", "--image-size", "8", "--shard-size", "500"]
+    assert encode.main([*command, *options]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def digits_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return encoded("digits", tmp_path_factory.mktemp("cache") / "digits", "--image-channels", "1", "--flip")
+
+
+def test_a_cache_trains_what_the_images_train(digits_cache: Path, tmp_path: Path) -> None:
+    direct = tiny_config(tmp_path, "train.steps=3", name="direct")
+    cached = tiny_config(
+        tmp_path, "train.steps=3", f"data.source={digits_cache}", "data.flip=false", name="cached"
+    )
+    assert [train(direct), train(cached)] == [0, 0]
+    assert losses(cached) == pytest.approx(losses(direct), rel=1e-3)  # the cache is fp16
+
+
+def test_every_other_image_is_mirrored_as_a_function_of_its_position(
+    digits_cache: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path, f"data.source={digits_cache}", "train.batch_size=200")
+    digits = open_dataset("digits", image_size=8, image_channels=1)
+    with open_run(config) as run:
+        ids = run.order[run.positions(3, 0)]
+        latents, images = run.batch(3, 0).latents, digits.images(ids)
+        straight = (latents - images).abs().amax((1, 2, 3)) < 0.01
+        mirrored = (latents - images.flip(-1)).abs().amax((1, 2, 3)) < 0.01
+        assert bool((straight | mirrored).all())
+        assert 0.4 < float((mirrored & ~straight).float().mean()) < 0.6
+        assert torch.equal(run.batch(3, 0).latents, latents)
+
+
+def test_a_run_does_not_go_on_with_another_cache(digits_cache: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    encoded("digits", cache, "--image-channels", "1", "--flip")
+    config = tiny_config(tmp_path, "train.steps=2", f"data.source={cache}")
+    assert train(config) == 0
+    subprocess.run(["rm", "-r", str(cache)], check=True)
+    encoded("digits", cache, "--image-channels", "1", "--no-flip")
+    with pytest.raises(UserError, match="was trained on another state of .*bring the data back"):
+        train(config)
+
+
+def test_another_autoencoder_than_the_caches_is_refused(digits_cache: Path, tmp_path: Path) -> None:
+    overrides = ("autoencoder=digits", f"data.source={digits_cache}", "data.image_size=32")
+    with pytest.raises(UserError, match="is not the one these latents were made with"):
+        train(tiny_config(tmp_path, *overrides))
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion's layout, small: unet/, text_encoder/, tokenizer/."""
+    pytest.importorskip("transformers")
+    from test_text import tiny_clip, write_tokenizer
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    torch.manual_seed(3)
+    build_unet(UNET).save_pretrained(folder / "unet")
+    tiny_clip().save_pretrained(folder / "text_encoder")
+    write_tokenizer(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def captioned(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dark and bright squares, two captions each, in a cache."""
+    source = tmp_path_factory.mktemp("captioned") / "images"
+    source.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        bright = i % 2
+        pixels = rng.integers(0, 60, (8, 8), dtype=np.uint8) + np.uint8(180 * bright)
+        Image.fromarray(pixels).save(source / f"{i:02}.png")
+        (source / f"{i:02}.txt").write_text("day\nsun" if bright else "night\nmoon")
+    return encoded(source, source.parent / "cache", "--image-channels", "1", "--text-encoder", str(pipeline))
+
+
+def test_a_batch_holds_one_of_each_images_captions(captioned: Path, tmp_path: Path) -> None:
+    config = text_config(captioned, tmp_path, "train.batch_size=400", "train.label_dropout=0.25")
+    cache = LatentCache.open(captioned)
+    with open_run(config) as run:
+        ids, tokens = run.order[run.positions(2, 0)], run.batch(2, 0).condition
+        assert tokens.shape == (400, 6, 8)
+        empty = (tokens == cache.empty_tokens).flatten(1).all(1)
+        assert float(empty.float().mean()) == pytest.approx(0.25, abs=0.07)
+        both = [cache.read_tokens(ids, torch.full_like(ids, which)) for which in (0, 1)]
+        first, second = ((tokens == own).flatten(1).all(1) for own in both)
+        assert bool((first | second | empty).all())
+        assert 0.3 < float(first[~empty].float().mean()) < 0.7
+
+
+def text_config(cache: Path, folder: Path, *overrides: str, name: str = "tiny") -> Config:
+    settings = (f"data.source={cache}", "data.condition=text", "train.label_dropout=0.1")
+    return tiny_config(folder, *settings, *overrides, name=name)
+
+
+def test_a_swapped_text_to_image_network_fine_tunes_exports_and_draws_elsewhere(
+    pipeline: Path, captioned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = text_config(
+        captioned,
+        tmp_path,
+        "model.unet=null",
+        f"model.pretrained={pipeline}",
+        "model.swap={sites: [resnet], group_channels: 4}",
+        "train.match_steps=20",
+        "train.new_only_steps=30",
+        "train.steps=60",
+        "train.lr=4e-3",
+        "train.save_every=25",
+        "train.sample_every=60",
+        "sample.prompts=[day, night]",
+    )
+    assert train(config) == 0
+    lines = metrics.read(config.folder / "metrics.jsonl")
+    learnt = [line["loss"] for line in lines if "phase" not in line]
+    assert sum(learnt[-10:]) < 0.8 * sum(learnt[:10])
+    grid = Image.open(config.folder / "samples" / "step-60.png")
+    assert grid.size == (2 * 64, 2 * 64)
+
+    model = load_model(config.folder)
+    assert model.num_classes == 0 and model.text_encoder is not None
+    prompts = ["day", "night", ""]
+    expected = generate(model, model.encode_prompts(prompts), [0, 1, 2], steps=4, guidance=2.0)
+    program = (
+        "import sys, numpy as np\n"
+        "from ldm_dcn import LatentDiffusion\n"
+        "pipe = LatentDiffusion.from_pretrained(sys.argv[1])\n"
+        "pictures = pipe(prompts=['day', 'night', ''], steps=4, guidance=2.0)\n"
+        "np.save(sys.argv[2], np.stack([np.array(p) for p in pictures]))\n"
+    )
+    out = tmp_path / "pictures.npy"
+    command = [sys.executable, "-c", program, str(config.folder / "export"), str(out)]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment(), timeout=120)
+    assert np.array_equal(np.load(out), expected[:, 0].numpy())
+
+    grid = tmp_path / "grid.png"
+    options = ["--prompts", "day", "night", "--seeds", "0-2", "--steps", "2", "--grid", str(grid)]
+    assert sample.main([str(config.folder), *options]) == 0
+    assert Image.open(grid).size == (3 * 64, 2 * 64)
+    with pytest.raises(UserError, match="takes prompts, not labels"):
+        sample.main([str(config.folder), "--labels", "3"])
+    capsys.readouterr()
+
+
+def test_prompts_do_not_go_to_a_model_of_classes(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "train.steps=1")
+    assert train(config) == 0
+    with pytest.raises(UserError, match="takes no prompts; it knows 10 classes"):
+        sample.main([str(config.folder), "--prompts", "day"])
+
+
+def test_a_text_encoder_of_another_width_is_refused(pipeline: Path, captioned: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tokens have 8 channels.*set model.unet.cross_attention_dim=8"):
+        train(text_config(captioned, tmp_path, "model.unet.cross_attention_dim=16"))
