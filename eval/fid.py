@@ -1,22 +1,27 @@
 """Scores of samples beside real images and noise, in one table: `python -m eval.fid RUN [RUN ...] [--guidance 1.0 1.5]`.
 
-An input is a run or export (samples are drawn on the fly), a folder of images, or an npz as ADM writes it. With the digits
-extractor the distance is called FD-digits-v1 and compares within this project only: FID is the name of one protocol.
+An input is a run or export (samples are drawn on the fly), a folder of images, or an npz as ADM writes it; the reference is a
+folder, a data set, or an npz of images, of statistics, or of both. With the digits extractor the distance is called
+FD-digits-v1 and compares within this project only: FID is the name of one protocol. Under torchrun, each process draws its share,
+and the numbers are those of one process:
+
+    torchrun --standalone --nproc_per_node 8 -m eval.fid runs/NAME --extractor inception:WEIGHTS --reference ref.npz --samples 50000
+    python -m eval.fid --reference IMAGES --extractor inception:WEIGHTS --save-statistics ref.npz
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from ldm_dcn.data import rank_in_class, split_indices
 from ldm_dcn.errors import UserError, exit_on_user_error
@@ -24,13 +29,17 @@ from ldm_dcn.export import Model, load_model
 
 from .environment import environment
 from .extractors import KINDS, FeatureExtractor, load_extractor
+from .measurement import Measured, measure
+from .moments import Statistics
+from .moments import save_statistics as write_statistics
+from .processes import Processes, joined_processes
 from .scores import (
-    Features,
+    NEIGHBOURS,
     class_accuracy,
-    extract,
-    frechet_distance,
+    inception_score,
     kernel_distance,
     nearest_neighbour_distance,
+    precision_recall,
 )
 from .sources import (
     LABEL_RULES,
@@ -40,27 +49,13 @@ from .sources import (
     choose_labels,
     is_run,
     open_file_or_folder,
+    open_reference,
 )
 
 MOST_VALUES = 4096  # values an image, up to which nearest neighbours are looked for among pixels, above it among features
-MOST_IMAGES = 50_000  # drawn from a run when --num is not given and the reference is larger
-
-
-@dataclass(frozen=True)
-class Measured:
-    """N images as numbers: features, pixels (N, c*H*W) uint8 where they are small, labels (N,), and how fast they came."""
-
-    features: Features
-    pixels: Tensor | None
-    labels: Tensor | None
-    images_per_second: float | None = None
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, chosen: Tensor) -> Measured:
-        return Measured(self.features[chosen], None if self.pixels is None else self.pixels[chosen],
-                        None if self.labels is None else self.labels[chosen])  # fmt: skip
+MOST_IMAGES = 50_000  # drawn from a run when --num is not given and the reference is larger, or has no images
+MOST_NOISE = 5_000  # images: what noise scores hardly depends on their number
+FEWEST = 4 * (NEIGHBOURS + 1)  # images: the quarter that is held out must have that many neighbours
 
 
 @dataclass(frozen=True)
@@ -75,6 +70,7 @@ class Column:
 @dataclass(frozen=True)
 class Table:
     metric: str  # "FD-digits-v1"; "FID" for the standard Inception alone
+    names: dict[str, str]  # what the other scores are called in the extractor's space
     columns: list[Column]
     reference: dict[str, Any]
     extractor: dict[str, Any]
@@ -84,10 +80,18 @@ class Table:
         rows = [
             (self.metric, "fd", "{:.4g}"),
             (f"{self.metric}, share of noise's", "fd_of_noise", "{:.3%}"),
-            (f"KID-{self.extractor['name']} x 1000", "kid_x1000", "{:.3g}"),
+            (self.names["sfd"], "sfd", "{:.4g}"),
+            (f"{self.names['kid_x1000']} x 1000", "kid_x1000", "{:.3g}"),
             ("   its spread over subsets", "kid_x1000_spread", "{:.2g}"),
+            (f"precision, k={NEIGHBOURS}", "precision", "{:.4f}"),
+            (f"recall, k={NEIGHBOURS}", "recall", "{:.4f}"),
+            (self.names["inception_score"], "inception_score", "{:.4g}"),
             ("class accuracy", "class_accuracy", "{:.4f}"),
-            (f"nearest neighbour, {self.reference['nearest_neighbour_in']}", "nearest_neighbour", "{:.4g}"),
+            (
+                f"nearest neighbour, {self.reference.get('nearest_neighbour_in')}",
+                "nearest_neighbour",
+                "{:.4g}",
+            ),
             ("images/s", "images_per_second", "{:.1f}"),
             ("images", "images", "{:.0f}"),
         ]
@@ -108,131 +112,218 @@ class Table:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """What is compared with what, before the first image is drawn."""
+
+    scorer: FeatureExtractor
+    sources: list[Source]
+    reference: Source | None
+    statistics: Statistics | None
+
+    @property
+    def reference_size(self) -> int:
+        """How many images the reference is of, as far as it says."""
+        if self.statistics is not None:
+            return self.statistics.moments.count or MOST_IMAGES
+        return len(self.reference)
+
+    def check(self) -> None:
+        """Raise `UserError` for too few images, and for statistics of other features than the extractor's."""
+        for source in [*self.sources, *([self.reference] if self.reference is not None else [])]:
+            if len(source) < FEWEST:
+                raise UserError(
+                    f"{source.name} has {len(source)} images, too few to score; give at least {FEWEST}"
+                )
+        if self.statistics is not None:
+            self.statistics.check(self.scorer)
+
+
 def evaluate(inputs: Sequence[str], *, extractor: str = "digits", reference: str | None = None,
-             guidance: Sequence[float] = (1.0,), sampler: str = "dpm++", steps: int = 50, seed: int = 0,
-             num: int | None = None, labels: str = "reference", image_size: int | None = None, batch_size: int = 128,
-             device: str = "cpu", progress: bool = True) -> Table:  # fmt: skip
+             guidance: Sequence[float] = (1.0,), guidance_interval: tuple[float, float] = (0.0, 1.0),
+             sampler: str = "dpm++", steps: int = 50, seed: int = 0, num: int | None = None, labels: str = "reference", image_size: int | None = None, batch_size: int = 128,
+             device: str = "cpu", save_statistics: Path | None = None, save_npz: Path | None = None,
+             processes: Processes | None = None, progress: bool = True) -> Table | None:  # fmt: skip
     """Score `inputs` (runs, exports, folders, npz files) against `reference`; a run gives one column for each guidance.
 
     Without `reference` it is what the first run was trained on. Beside the inputs stand real images against real ones (held out
-    against the rest, half against half) and noise. Raises `UserError` for what cannot be scored.
+    against the rest, half against half) and noise.
+
+    save_statistics  file for mean and covariance of the reference's features; with it, `inputs` may be empty
+    save_npz         folder for the images of each column, as ADM's evaluator reads them
+    processes        that share the work; the table is on the first of them, the others get None
+
+    Raises `UserError` for what cannot be scored.
     """
-    if not inputs:
+    processes = processes or Processes()
+    device = processes.device or device
+    if not inputs and save_statistics is None:
         raise UserError("there is nothing to score; give a run, a folder of images or an npz file")
-    scorer = load_extractor(extractor, device)
-    models = {path: load_model(path, device=device) for path in inputs if is_run(path)}
-    real_source = _open_reference(reference, next(iter(models.values()), None), extractor, image_size)
-    nearest_in_pixels = torch.tensor(real_source.shape).prod() <= MOST_VALUES
+    for option, value, least in (("--num", num, FEWEST), ("--batch-size", batch_size, 1)):
+        if value is not None and value < least:
+            raise UserError(f"{option} is {value}, too few; give at least {least}")
 
-    def measure(source: Source) -> Measured:
-        return _measure(
-            source, scorer, real_source.shape if nearest_in_pixels else None, batch_size, device, progress
+    def open_all() -> _Opened:
+        scorer = load_extractor(extractor, device)
+        models = {path: load_model(path, device=device) for path in inputs if is_run(path)}
+        real, statistics = _open_reference(
+            reference, next(iter(models.values()), None), extractor, image_size
         )
-
-    sources: list[Source] = []
-    for path in inputs:  # all doors are tried before the first image is drawn
-        if path not in models:
-            sources.append(
-                open_file_or_folder(path, image_channels=real_source.shape[0], image_size=image_size)
+        opened = _Opened(scorer, [], real, statistics)
+        for path in inputs:
+            if path not in models:
+                channels = real.shape[0] if real is not None else _channels(extractor)
+                opened.sources.append(
+                    open_file_or_folder(path, image_channels=channels, image_size=image_size)
+                )
+                continue
+            count = num or min(opened.reference_size, MOST_IMAGES)
+            chosen = choose_labels(
+                labels, count, models[path].num_classes, None if real is None else real.labels, seed
             )
-            continue
-        count = num or min(len(real_source), MOST_IMAGES)
-        chosen = choose_labels(labels, count, models[path].num_classes, real_source.labels, seed)
-        sources += [SampleSource(models[path], f"{models[path].name} g={scale:g}", chosen, count, label_rule=labels,
-                                 guidance=scale, sampler=sampler, steps=steps, seed=seed) for scale in guidance]  # fmt: skip
-    real = measure(real_source)
-    columns = [_column(source.name, measure(source), real, scorer, source.tags) for source in sources]
-    columns += _real_columns(real, scorer)
-    noise_source = NoiseSource(len(real), real_source.shape)
-    noise = _column("noise", measure(noise_source), real, scorer, noise_source.tags)
-    columns.append(noise)
-    for column in columns:
-        column.scores["fd_of_noise"] = column.scores["fd"] / noise.scores["fd"]
-    channels, height, width = real_source.shape
-    about_reference = {**real_source.tags, "images": len(real), "shape": f"{channels}x{height}x{width}",
-                       "nearest_neighbour_in": "rms grey levels" if nearest_in_pixels else "rms features"}  # fmt: skip
-    about_extractor = {"name": scorer.name, "features": scorer.num_features, "weights": scorer.fingerprint,
-                       "resize": scorer.resize}  # fmt: skip
-    return Table(scorer.metric_name, columns, about_reference, about_extractor, environment())
+            opened.sources.extend(
+                SampleSource(models[path], f"{models[path].name} g={scale:g}", chosen, count, label_rule=labels,
+                             guidance=scale, guidance_interval=tuple(guidance_interval), sampler=sampler, steps=steps,
+                             seed=seed) for scale in guidance)  # fmt: skip
+        opened.check()
+        return opened
+
+    opened = processes.together(open_all)
+    if save_statistics is not None and opened.reference is None:
+        raise UserError(f"{reference} has no images to make statistics of; give a folder or an npz of images")
+    nearest_in_pixels = opened.reference is not None and math.prod(opened.reference.shape) <= MOST_VALUES
+    keep_shape = opened.reference.shape if nearest_in_pixels else None
+
+    def measured(source: Source, file: Path | None = None) -> Measured | None:
+        return measure(source, opened.scorer, keep_shape=keep_shape, batch_size=batch_size, device=device,
+                       processes=processes, save_npz=file, progress=progress)  # fmt: skip
+
+    real = None if opened.reference is None else measured(opened.reference)
+    if save_statistics is not None and real is not None:
+        source, hashed = opened.reference.tags["source"], real.dataset_hash
+        said = {"n": real.count, **_made_with(opened.scorer), "source": source, "dataset_hash": hashed}
+        write_statistics(save_statistics, real.moments, real.spatial, said)
+    if opened.statistics is not None:
+        known = {"moments": opened.statistics.moments, "spatial": opened.statistics.spatial}
+        real = replace(real, **known) if real is not None else Measured(count=None, **known)
+
+    columns = []
+    for source, file in zip(opened.sources, _file_names(save_npz, opened.sources), strict=True):
+        images = measured(source, file)
+        if images is not None:  # the first process scores while the others draw on
+            columns.append(_column(source.name, images, real, opened.scorer, source.tags, device))
+    if opened.sources:
+        source = NoiseSource(
+            min(opened.reference_size, MOST_NOISE), (opened.reference or opened.sources[0]).shape
+        )
+        images = measured(source)
+        if images is not None:
+            columns += _real_columns(real, opened.scorer, device)
+            noise = _column(source.name, images, real, opened.scorer, source.tags, device)
+            columns.append(noise)
+            for column in columns if noise.scores["fd"] else []:  # 0 where the reference is noise itself
+                column.scores["fd_of_noise"] = column.scores["fd"] / noise.scores["fd"]
+    return _table(columns, opened, real, nearest_in_pixels, processes) if processes.is_first else None
+
+
+def _channels(extractor: str) -> int:
+    return 1 if extractor == "digits" else 3
 
 
 def _open_reference(
     reference: str | None, model: Model | None, extractor: str, image_size: int | None
-) -> Source:
+) -> tuple[Source | None, Statistics | None]:
     if model is not None:
         data = model.config.get("data", {})
         reference = reference or data.get("source")
         if reference is None:
             raise UserError(f"{model.name} does not say what it was trained on; give --reference")
-        return open_file_or_folder(reference, image_channels=model.autoencoder.image_channels,
-                                   image_size=image_size or data.get("image_size"))  # fmt: skip
+        return open_reference(reference, image_channels=model.autoencoder.image_channels,
+                              image_size=image_size or data.get("image_size"))  # fmt: skip
     if reference is None and extractor != "digits":
         raise UserError("what to compare with? give --reference: a folder of images, an npz, or digits")
-    return open_file_or_folder(reference or "digits", image_channels=1 if extractor == "digits" else 3,
-                               image_size=image_size)  # fmt: skip
+    return open_reference(reference or "digits", image_channels=_channels(extractor), image_size=image_size)
 
 
-def _measure(source: Source, scorer: FeatureExtractor, keep_shape: tuple[int, int, int] | None, batch_size: int, device: str,
-             progress: bool) -> Measured:  # fmt: skip
-    kept = []
-
-    def watched():
-        with tqdm(total=len(source), desc=source.name, unit="img", disable=not progress, leave=False) as bar:
-            for images in source.batches(batch_size):
-                if keep_shape is not None:
-                    kept.append(_as_reference(images, keep_shape))
-                yield images
-                bar.update(len(images))
-
-    features = extract(scorer, watched(), device)
-    pixels = torch.cat(kept) if kept and all(part is not None for part in kept) else None
-    speed = len(source) / source.seconds if source.seconds else None
-    return Measured(features, pixels, source.labels, speed)
+def _file_names(folder: Path | None, sources: list[Source]) -> list[Path | None]:
+    if folder is None:
+        return [None] * len(sources)
+    names = [re.sub(r"[^\w.=-]+", "_", source.name) for source in sources]
+    return [
+        folder / (f"{name}.npz" if names.count(name) == 1 else f"{name}_{place}.npz")
+        for place, name in enumerate(names)
+    ]
 
 
-def _as_reference(images: Tensor, shape: tuple[int, int, int]) -> Tensor | None:
-    """Images (B, c, H, W) as rows of the reference's values (B, c'*H*W): grey where it is grey; None where sizes differ."""
-    if images.shape[-2:] != shape[-2:]:
-        return None
-    if images.shape[1] != shape[0]:
-        images = images.float().mean(1, keepdim=True).round().to(torch.uint8).expand(-1, shape[0], -1, -1)
-    return images.flatten(1)
+def _table(columns: list[Column], opened: _Opened, real: Measured, nearest_in_pixels: bool,
+           processes: Processes) -> Table:  # fmt: skip
+    scorer = opened.scorer
+    titles = {"sfd": "sFID", "kid_x1000": "KID", "inception_score": "Inception score"}
+    made_with = _made_with(scorer)
+    return Table(scorer.named("FID"), {key: scorer.named(title) for key, title in titles.items()}, columns,
+                 _about_reference(opened, real, nearest_in_pixels),
+                 {"name": made_with.pop("extractor"), "features": scorer.num_features, **made_with},
+                 {**environment(), "processes": processes.count})  # fmt: skip
 
 
-def _column(
-    name: str, images: Measured, real: Measured, scorer: FeatureExtractor, tags: dict[str, Any]
-) -> Column:
-    """The scores of `images` against `real`."""
-    kid, spread = kernel_distance(images.features.values, real.features.values)
-    scores = {
-        "fd": frechet_distance(images.features.values, real.features.values),
-        "kid_x1000": 1000 * kid,
-        "kid_x1000_spread": 1000 * spread,
-        "images": len(images),
-    }
-    logits = images.features.logits
-    if logits is not None and images.labels is not None and int(images.labels.max()) < logits.shape[1]:
-        scores["class_accuracy"] = class_accuracy(logits, images.labels)
-    if images.pixels is not None and real.pixels is not None:
-        scores["nearest_neighbour"] = nearest_neighbour_distance(images.pixels, real.pixels)
-    elif real.pixels is None:
-        scores["nearest_neighbour"] = nearest_neighbour_distance(images.features.values, real.features.values)
+def _made_with(scorer: FeatureExtractor) -> dict[str, str]:
+    return {"extractor": scorer.name, "weights": scorer.fingerprint, "resize": scorer.resize}
+
+
+def _about_reference(opened: _Opened, real: Measured, nearest_in_pixels: bool) -> dict[str, Any]:
+    about: dict[str, Any] = {}
+    if opened.statistics is not None:
+        said = opened.statistics.said
+        about = {"statistics": opened.statistics.path, "of": said.get("source"), "images": said.get("n", "not stated"),
+                 "made with": said.get("extractor", "an extractor that the file does not state"),
+                 "dataset_hash": said.get("dataset_hash")}  # fmt: skip
+    if opened.reference is not None:
+        channels, height, width = opened.reference.shape
+        own = {**opened.reference.tags, "images": real.count, "shape": f"{channels}x{height}x{width}",
+               "dataset_hash": real.dataset_hash}  # fmt: skip
+        about = {**{f"image_{key}": value for key, value in own.items()}, **about} if about else own
+        about["nearest_neighbour_in"] = "rms grey levels" if nearest_in_pixels else "rms features"
+    return about
+
+
+def _column(name: str, images: Measured, real: Measured, scorer: FeatureExtractor, tags: dict[str, Any],
+            device: str) -> Column:  # fmt: skip
+    """The scores of `images` against `real`: those that its features allow, or its statistics alone."""
+    scores = {"fd": images.moments.frechet_distance(real.moments), "images": images.count}
+    features = images.features
+    if images.spatial is not None and real.spatial is not None:
+        scores["sfd"] = images.spatial.frechet_distance(real.spatial)
+    if real.features is not None:
+        kid, spread = kernel_distance(features.values, real.features.values)
+        scores |= {"kid_x1000": 1000 * kid, "kid_x1000_spread": 1000 * spread}
+        scores["precision"], scores["recall"] = precision_recall(
+            features.values, real.features.values, device
+        )
+        if images.pixels is not None and real.pixels is not None:
+            scores["nearest_neighbour"] = nearest_neighbour_distance(images.pixels, real.pixels)
+        elif real.pixels is None:
+            scores["nearest_neighbour"] = nearest_neighbour_distance(features.values, real.features.values)
+    if features.logits is not None:
+        scores["inception_score"] = inception_score(features.logits)
+        known = images.labels is not None and int(images.labels.max()) < features.logits.shape[1]
+        if scorer.names_classes and known:
+            scores["class_accuracy"] = class_accuracy(features.logits, images.labels)
     if images.images_per_second is not None:
         scores["images_per_second"] = images.images_per_second
     few = {"warning": f"fewer images than {scorer.num_features} features: the distance means nothing"} \
-        if len(images) < scorer.num_features else {}  # fmt: skip
-    return Column(name, scores, {"N": len(images), **tags, **few})
+        if images.count < scorer.num_features else {}  # fmt: skip
+    return Column(name, scores, {"N": images.count, **tags, **few})
 
 
-def _real_columns(real: Measured, scorer: FeatureExtractor) -> list[Column]:
+def _real_columns(real: Measured, scorer: FeatureExtractor, device: str) -> list[Column]:
     """Held-out images against the rest, and half against half: what a perfect model of the same size could reach."""
-    labels = real.labels if real.labels is not None else torch.zeros(len(real), dtype=torch.int64)
-    if len(real) < 8:
+    if real.features is None:
         return []
-    rest, held_out = real[split_indices(labels, "train")], real[split_indices(labels, "held-out")]
-    halves = [real[(rank_in_class(labels) % 2 == half).nonzero().flatten()] for half in (0, 1)]
-    return [_column("real held-out", held_out, rest, scorer, {"reference": f"the other {len(rest)}"}),
-            _column("real half", halves[0], halves[1], scorer, {"reference": f"the other {len(halves[1])}"})]  # fmt: skip
+    labels = real.labels if real.labels is not None else torch.zeros(len(real.features), dtype=torch.int64)
+    parts = {"held-out": (split_indices(labels, "held-out"), split_indices(labels, "train")),
+             "half": tuple((rank_in_class(labels) % 2 == half).nonzero().flatten() for half in (0, 1))}  # fmt: skip
+    return [_column(f"real {name}", real[some], real[rest], scorer, {"reference": f"the other {len(rest)}"}, device)
+            for name, (some, rest) in parts.items() if min(len(some), len(rest)) > NEIGHBOURS]  # fmt: skip
 
 
 def _in_words(tags: dict[str, Any]) -> str:
@@ -248,34 +339,72 @@ def write_json(table: Table, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.fid", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="run or export folder, hub id, folder of images, or npz"
+        "inputs", nargs="*", metavar="INPUT", help="run or export folder, hub id, folder of images, or npz"
     )
     parser.add_argument("--extractor", default="digits", help=f"{KINDS} (default: %(default)s)")
     parser.add_argument(
-        "--reference", help="folder of images, npz, or digits (default: what the first run learned from)"
+        "--reference",
+        help="folder of images, npz of images or statistics, or digits (default: what the first run learned from)",
     )
     parser.add_argument(
         "--guidance", type=float, nargs="+", default=[1.0], help="one column each (default: 1.0)"
+    )
+    parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("LOW", "HIGH"),
+        help="shares of the times, 0 being the data's end, between which guidance works (default: all)",
     )
     parser.add_argument("--sampler", default="dpm++", help="dpm++, ddim or euler (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps (default: %(default)s)")
     parser.add_argument(
         "--seed", type=int, default=0, help="image i is drawn from seed + i (default: %(default)s)"
     )
-    parser.add_argument(
-        "--num", type=int, help="images to draw (default: as many as the reference has, at most 50000)"
+    parser.add_argument(  # torchrun takes --num for an abbreviation of options of its own
+        "--num",
+        "--samples",
+        dest="num",
+        type=int,
+        metavar="N",
+        help="images to draw (default: as many as the reference has, at most 50000); under torchrun write --samples",
     )
     parser.add_argument(
         "--labels", choices=LABEL_RULES, default="reference", help="classes to draw (default: %(default)s's)"
     )
     parser.add_argument("--image-size", type=int, help="crop and resize folders of images to this size")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument(
+        "--batch-size", type=int, default=128, help="images drawn at once, at most 256 (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="file to write (default: fid.json in the first run folder)")
+    parser.add_argument(
+        "--save-statistics",
+        type=Path,
+        metavar="NPZ",
+        help="keep the reference's mean and covariance, to use as --reference",
+    )
+    parser.add_argument(
+        "--save-npz", type=Path, metavar="DIR", help="keep each column's images, for ADM's evaluator"
+    )
     options = vars(parser.parse_args(arguments))
     json_file = options.pop("json")
-    with exit_on_user_error():
-        table = evaluate(**options)
+    with exit_on_user_error(), joined_processes() as processes:
+        try:
+            table = evaluate(**options, processes=processes)
+        except UserError:
+            if processes.is_first:
+                raise
+            raise SystemExit(2) from None  # the first process says it, once
+        if table is None:
+            return
+        if options["save_statistics"]:
+            print(
+                f"{options['save_statistics']}: statistics of {table.reference['images']} images, {_in_words(table.extractor)}"
+            )
+        if not table.columns:
+            return
         print(table)
         run = next((path for path in options["inputs"] if is_run(path) and os.path.isdir(path)), None)
         if json_file or run:

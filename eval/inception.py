@@ -4,7 +4,8 @@ The network of 2015-12-05 as TensorFlow ran it, which differs from torchvision's
 count, the last block pools by maximum, there are 1008 classes, and images come to 299x299 by TensorFlow 1's bilinear rule.
 Sources: Szegedy et al. 2015 (arXiv 1512.00567) for the blocks; pytorch-fid and torch-fidelity for the differences and names.
 
-The file is `weights-inception-2015-12-05-6726825d.pth` (torch-fidelity) or `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid).
+The file is `weights-inception-2015-12-05-6726825d.pth` (torch-fidelity) or `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid):
+the same bytes under two names. `tests/peers/inception_equality.py` compares the network with torch-fidelity's.
 """
 
 from __future__ import annotations
@@ -19,17 +20,24 @@ from ldm_dcn.errors import UserError
 
 from .extractors import FeatureExtractor, hash_file
 
-SHA256_PREFIX = "6726825d"
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SIDE = 299
-AT_ONCE = 32  # images; 299x299 maps of a larger batch would take GBs
+SPATIAL_CHANNELS = 7  # of 192, so that sFID has about as many features as FID (Nash et al. 2021, section 5)
+SPATIAL_SIDE = 17
 
 
 class Inception(FeatureExtractor):
-    """uint8 (N, 1 or 3, H, W) to (N, 2048), the activations after global average pooling. Grey is repeated to RGB."""
+    """uint8 (N, 1 or 3, H, W) to (N, 2048), the activations after global average pooling. Grey is repeated to RGB.
+
+    Its spatial features, (N, 17 * 17 * 7), are the first seven channels of the 1x1 branch of Mixed_6d after its ReLU, channels
+    fastest: ADM's `mixed_6/conv:0`, whose blocks count from `mixed` = Mixed_5b, laid out as TensorFlow lays it out.
+    """
 
     name = "inception-2015-12-05"
     num_features = 2048
+    num_spatial = SPATIAL_SIDE**2 * SPATIAL_CHANNELS
     resize = "TF1 bilinear to 299x299"
+    at_once = 32  # 299x299 maps of a larger batch would take GBs
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,31 +58,41 @@ class Inception(FeatureExtractor):
         self.Mixed_7a = _BlockD(768)
         self.Mixed_7b = _BlockE(1280, _average_pool)
         self.Mixed_7c = _BlockE(2048, _maximum_pool)
-        self.fc = nn.Linear(2048, 1008)  # in the weights file; no feature comes from it
+        self.fc = nn.Linear(2048, 1008)
 
     @property
-    def metric_name(self) -> str:
-        return "FID" if self.fingerprint.startswith(SHA256_PREFIX) else super().metric_name
+    def is_standard(self) -> bool:
+        return self.fingerprint == SHA256[:16]
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.with_spatial(images)[0]
+
+    def with_spatial(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if images.dtype != torch.uint8 or images.shape[1] not in (1, 3):
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; give uint8 (N, 1 or 3, H, W)")
-        return torch.cat([self._features(part) for part in images.split(AT_ONCE)])
+        parts = [self._features(part) for part in images.split(self.at_once)]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
-    def _features(self, images: Tensor) -> Tensor:
+    def logits(self, features: Tensor) -> Tensor:
+        """(N, 1008), without the bias: TensorFlow's Inception score left it out, and so do ADM's and torch-fidelity's."""
+        return F.linear(features, self.fc.weight.to(features.dtype))
+
+    def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = images.to(self.fc.weight.dtype).expand(-1, 3, -1, -1)
         x = (tf1_bilinear(x, SIDE) - 128) / 128
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, stride=2))))
-        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
+        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
+        spatial = self.Mixed_6d.branch1x1(x)[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        x = self.Mixed_6e(self.Mixed_6d(x))
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
-        return x.mean(dim=(2, 3))
+        return x.mean(dim=(2, 3)), spatial
 
 
-def load_inception(path: str | os.PathLike[str], sha256: str = SHA256_PREFIX) -> Inception:
-    """The network with the weights of file `path`, whose sha256 must start with `sha256`.
+def load_inception(path: str | os.PathLike[str], sha256: str = SHA256) -> Inception:
+    """The network with the weights of file `path`, whose sha256 must be `sha256` or start with it.
 
     Raises `UserError` for a file that is missing, damaged or another one; it is read as data only.
     """
@@ -87,7 +105,7 @@ def load_inception(path: str | os.PathLike[str], sha256: str = SHA256_PREFIX) ->
     digest = hash_file(path)
     if not digest.startswith(sha256):
         raise UserError(
-            f"{path} is not the FID Inception: its sha256 starts with {digest[:8]}, not {sha256}; "
+            f"{path} is not the FID Inception: its sha256 starts with {digest[:8]}, not {sha256[:8]}; "
             "download weights-inception-2015-12-05-6726825d.pth again"
         )
     network = Inception()

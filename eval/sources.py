@@ -1,12 +1,10 @@
-"""Where images to be scored come from: a run that draws them, a data set, an npz file, noise. All give batches of uint8."""
+"""Where images to be scored come from: a run that draws them, a data set, an npz file, noise. All give uint8 by their numbers."""
 
 from __future__ import annotations
 
 import os
 import time
-import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm_dcn.data import Images, list_pictures, open_dataset
+from ldm_dcn.archives import find_tars, is_saved_dataset
+from ldm_dcn.data import list_pictures, open_dataset
 from ldm_dcn.errors import UserError
+from ldm_dcn.images import Images
 from ldm_dcn.sampling import generate
+
+from .moments import Statistics, read_statistics
+from .npz import npz_names, read_npz
 
 if TYPE_CHECKING:
     from ldm_dcn.export import Model
@@ -33,7 +36,7 @@ class Source(ABC):
     tags      what the images are, beside their number
     shape     (c, H, W)
     labels    (N,) int64, or None
-    seconds   how long drawing took, once `batches` has run; None where nothing is drawn
+    seconds   how long drawing has taken so far in this process; None where nothing is drawn
     """
 
     name: str
@@ -46,8 +49,8 @@ class Source(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """The images in order, uint8 (B, c, H, W)."""
+    def read(self, start: int, stop: int, batch_size: int) -> Tensor:
+        """Images start, ..., stop - 1 as uint8 (B, c, H, W); `batch_size` is how many are drawn at once, where any are."""
 
 
 class DatasetSource(Source):
@@ -61,34 +64,30 @@ class DatasetSource(Source):
     def __len__(self) -> int:
         return len(self._images)
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        for start in range(0, len(self), batch_size):
-            pixels, kept = self._images.read(range(start, min(start + batch_size, len(self))))
-            if self._images.bad:
-                # a set with holes would pair the wrong labels with the images
-                bad = next(iter(self._images.bad.values()))
-                raise UserError(f"{bad.path} cannot be read ({bad.reason}); delete or repair it")
-            assert len(kept) == len(pixels)
-            yield pixels
+    def read(self, start: int, stop: int, batch_size: int) -> Tensor:
+        pixels, kept = self._images.read(range(start, stop))
+        if self._images.bad:
+            # a set with holes would pair the wrong labels with the images
+            bad = next(iter(self._images.bad.values()))
+            raise UserError(f"{bad.path} cannot be read ({bad.reason}); delete or repair it")
+        assert len(kept) == len(pixels)
+        return pixels
 
 
 class NpzSource(Source):
     """`arr_0`: uint8 (N, H, W, 3 or 1), and perhaps labels `arr_1` (N,): the layout of ADM's evaluator."""
 
     def __init__(self, path: str) -> None:
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                if "arr_0" not in file.files:
-                    raise UserError(
-                        f"{path} holds {', '.join(file.files) or 'nothing'} and no arr_0; "
-                        "give an npz with images (N, H, W, 3) as arr_0"
-                    )
-                array = file["arr_0"]
-                labels = file["arr_1"] if "arr_1" in file.files else None
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-            raise UserError(f"{path} cannot be read as npz ({_one_line(error)}); write it again") from error
-        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
-            raise UserError(f"{path}: arr_0 is {array.dtype} {array.shape}; it must be uint8 (N, H, W, 3)")
+        arrays = read_npz(path, ("arr_0", "arr_1", "mu"))
+        if "arr_0" not in arrays:
+            if "mu" in arrays:
+                raise UserError(f"{path} holds statistics and no images; give it as --reference")
+            raise UserError(
+                f"{path} holds {', '.join(npz_names(path)) or 'nothing'} and no arr_0; "
+                "give an npz with images (N, H, W, 3) as arr_0"
+            )
+        array, labels = arrays["arr_0"], arrays.get("arr_1")
+        _check_pixels(path, array)
         self.name = Path(path).stem
         self.tags = {"source": path}
         self.shape = (array.shape[3], array.shape[1], array.shape[2])
@@ -100,9 +99,8 @@ class NpzSource(Source):
     def __len__(self) -> int:
         return len(self._array)
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        for start in range(0, len(self), batch_size):
-            yield torch.from_numpy(self._array[start : start + batch_size]).permute(0, 3, 1, 2).contiguous()
+    def read(self, start: int, stop: int, batch_size: int) -> Tensor:
+        return torch.from_numpy(self._array[start:stop]).permute(0, 3, 1, 2).contiguous()
 
 
 class NoiseSource(Source):
@@ -114,16 +112,22 @@ class NoiseSource(Source):
         self.shape = shape
         self.labels = None
         self._count = count
-        self._seed = seed
+        self._generator = torch.Generator().manual_seed(seed)
+        self._drawn = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(self._seed)
-        for start in range(0, self._count, batch_size):
-            size = (min(batch_size, self._count - start), *self.shape)
-            yield torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+    def read(self, start: int, stop: int, batch_size: int) -> Tensor:
+        assert (
+            start >= self._drawn
+        )  # one stream of numbers, gone through once, with what others read left out
+        self._draw(start - self._drawn)
+        self._drawn = stop
+        return self._draw(stop - start)
+
+    def _draw(self, count: int) -> Tensor:
+        return torch.randint(0, 256, (count, *self.shape), dtype=torch.uint8, generator=self._generator)
 
 
 class SampleSource(Source):
@@ -141,7 +145,12 @@ class SampleSource(Source):
         sampler: str,
         steps: int,
         seed: int,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> None:
+        if model.denoiser.takes_text:
+            raise UserError(
+                f"{model.name} draws from prompts, and eval.fid knows classes; draw with sample.py --npz and score that file"
+            )
         self.name = name
         self.labels = labels
         self.shape = (
@@ -149,44 +158,56 @@ class SampleSource(Source):
             *(side * model.autoencoder.factor for side in model.latent_shape[1:]),
         )
         # the run's own tags say "step" for its training step
-        self.tags = {"guidance": guidance, "sampler": sampler, "sampler_steps": steps, "seed": seed, "labels": label_rule,
-                     "run": model.name, "step": model.step, **model.tags}  # fmt: skip
+        self.tags = {"guidance": guidance, "guidance_interval": list(guidance_interval), "sampler": sampler, "sampler_steps": steps, "seed": seed, "labels": label_rule,
+                     "uint8": "round(127.5 x + 127.5)", "run": model.name, "step": model.step, **model.tags}  # fmt: skip
         self._model, self._count, self._seed = model, count, seed
-        self._settings = {"guidance": guidance, "sampler": sampler, "steps": steps}
+        self._settings = {
+            "guidance": guidance,
+            "guidance_interval": guidance_interval,
+            "sampler": sampler,
+            "steps": steps,
+        }
 
     def __len__(self) -> int:
         return self._count
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        self.seconds = 0.0
-        for start in range(0, self._count, batch_size):
-            stop = min(start + batch_size, self._count)
-            labels = None if self.labels is None else self.labels[start:stop]
-            began = time.perf_counter()
+    def read(self, start: int, stop: int, batch_size: int) -> Tensor:
+        labels = None if self.labels is None else self.labels[start:stop]
+        began = time.perf_counter()
+        try:
             images = generate(self._model, labels, range(self._seed + start, self._seed + stop), batch_size=batch_size,
                               **self._settings)  # fmt: skip
-            self.seconds += (
-                time.perf_counter() - began
-            )  # generate ends with the images on the CPU: nothing is left running
-            yield images
+        except ValueError as error:  # pixels that are NaN or infinite
+            raise UserError(f"{self.name}, images {start} to {stop - 1}: {_one_line(error)}") from error
+        # generate ends with the images on the CPU: nothing is left running
+        self.seconds = (self.seconds or 0) + time.perf_counter() - began
+        return images
 
 
 def is_run(path: str) -> bool:
-    """Whether `path` is for `load_model`: a run or export folder, or a hub id; not a file, nor a folder of images."""
+    """Whether `path` is for `load_model`: a run or export folder, or a hub id; not a file, a data set, nor a folder of images."""
     if os.path.isdir(path):
         return any(os.path.exists(os.path.join(path, mark)) for mark in RUN_MARKS)
-    return not os.path.exists(path) and not path.endswith(".npz")
+    return not os.path.exists(path) and not path.endswith(".npz") and path != "digits"
 
 
 def open_file_or_folder(path: str, *, image_channels: int, image_size: int | None = None) -> Source:
-    """An npz, "digits", or a folder of images. A folder's images must be square and of one size, unless `image_size` crops them."""
+    """An npz, or what `open_dataset` opens. A folder's images must be square and of one size, unless `image_size` crops them."""
     if path.endswith(".npz"):
-        if not os.path.isfile(path):
-            raise UserError(f"{path}: no such file; give an npz, a folder of images, or a run")
         return NpzSource(path)
-    own_size = 32 if path == "digits" else None
-    size = image_size or own_size or _common_size(path)
+    size = image_size or (32 if path == "digits" else _common_size(path))
     return DatasetSource(open_dataset(path, image_size=size, image_channels=image_channels), Path(path).name)
+
+
+def open_reference(
+    path: str, *, image_channels: int, image_size: int | None = None
+) -> tuple[Source | None, Statistics | None]:
+    """The images of a reference, its statistics, or both: ADM's npz holds 10,000 images beside statistics of all."""
+    if not path.endswith(".npz"):
+        return open_file_or_folder(path, image_channels=image_channels, image_size=image_size), None
+    statistics = read_statistics(path)
+    images = NpzSource(path) if statistics is None or "arr_0" in npz_names(path) else None
+    return images, statistics
 
 
 def choose_labels(
@@ -219,7 +240,30 @@ def choose_labels(
     )
 
 
+def _check_pixels(path: str, array: np.ndarray) -> None:
+    """Raise `UserError` for what are not uint8 images (N, H, W, 3 or 1) in 0..255."""
+    if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape:
+        raise UserError(f"{path}: arr_0 is {array.dtype} {array.shape}; it must be uint8 (N, H, W, 3)")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        broken = int((~np.isfinite(array)).reshape(len(array), -1).any(1).argmax())
+        raise UserError(
+            f"{path}: image {broken} of arr_0 holds NaN or infinity; draw it again, as uint8 (N, H, W, 3)"
+        )
+    if array.dtype != np.uint8:
+        raise UserError(
+            f"{path}: arr_0 is {array.dtype} in [{array.min():g}, {array.max():g}]; it must be uint8 (N, H, W, 3) in 0..255"
+        )
+    if array.max() <= 1:
+        raise UserError(
+            f"{path}: no value of arr_0 is above 1, as of images in [0, 1] cast to bytes; write 0..255"
+        )
+
+
 def _common_size(folder: str) -> int:
+    if is_saved_dataset(folder) or find_tars(folder):
+        raise UserError(
+            f"{folder} is no plain folder of images; give --image-size to crop all of its images alike"
+        )
     files, _, _ = list_pictures(folder)
     first: tuple[str, tuple[int, int]] | None = None
     for file in files:

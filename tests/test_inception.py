@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eval.extractors import hash_file, load_extractor
-from eval.inception import Inception, _average_pool, load_inception, tf1_bilinear
+from eval.inception import SHA256, Inception, _average_pool, load_inception, tf1_bilinear
 from ldm_dcn.errors import UserError
 
 
@@ -38,9 +38,9 @@ def test_weights_come_in_by_their_hash_only(weights, tmp_path):
     with pytest.raises(UserError, match=r"cut\.pth"):
         load_inception(cut, hash_file(cut))
     network = load_inception(weights, hash_file(weights)[:8])
-    assert network.metric_name == "FD-inception-2015-12-05"  # FID is for the well-known weights alone
-    network.fingerprint = "6726825d01234567"
-    assert network.metric_name == "FID"
+    assert network.named("FID") == "FD-inception-2015-12-05"  # FID is for the well-known weights alone
+    network.fingerprint = SHA256[:16]
+    assert network.named("FID") == "FID"
 
 
 def test_features_do_not_depend_on_batch_or_colour_layout(weights):
@@ -50,10 +50,27 @@ def test_features_do_not_depend_on_batch_or_colour_layout(weights):
     )
     with torch.no_grad():
         both, one = network(grey), network(grey[1:].expand(-1, 3, -1, -1))
-    assert both.shape == (2, 2048) and torch.isfinite(both).all() and network.logits(both) is None
+    assert both.shape == (2, 2048) and torch.isfinite(both).all()
     torch.testing.assert_close(both[1:], one, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="uint8"):
         network(grey.float())
+
+
+def test_spatial_features_and_logits_are_those_of_adm(weights):
+    network = load_inception(weights, "")
+    images = torch.randint(
+        0, 256, (1, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+    seen = []
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        features, spatial = network.with_spatial(images)
+        assert torch.equal(network(images), features)
+    assert spatial.shape == (1, network.num_spatial) == (1, 17 * 17 * 7)
+    grid = spatial.reshape(17, 17, 7)  # TensorFlow's layout: rows, columns, channels
+    assert torch.equal(grid[3, 5], seen[0][0, :7, 3, 5]) and bool((spatial >= 0).all())
+    assert torch.equal(network.logits(features), features @ network.fc.weight.T)  # no bias
+    assert not network.names_classes  # 1008 classes in an order of their own
 
 
 def test_resizing_is_tensorflows():

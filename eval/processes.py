@@ -1,0 +1,85 @@
+"""Work shared among the processes that torchrun or accelerate started: blocks in turn, their results in order on the first.
+
+A block is the same images whatever the number of processes, so that the numbers made of them are the same too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ldm_dcn.errors import UserError
+from ldm_dcn.launch import WORLD_SIZES, start_accelerator
+
+T = TypeVar("T")
+# The first process computes scores while the others wait for it at the next block: half an hour at 50,000 images on a CPU.
+PATIENCE = timedelta(hours=24)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its peers.
+
+    device   of this process where it has peers; None leaves it to the user
+    group    theirs, for objects in main memory
+    """
+
+    rank: int = 0
+    count: int = 1
+    device: str | None = None
+    group: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def together(self, make: Callable[[], T]) -> T:
+        """make() on each process. A `UserError` of one is raised on all, so that none waits for it in vain."""
+        result, error = None, None
+        try:
+            result = make()
+        except UserError as caught:
+            error = caught
+        if self.count > 1:
+            errors: list[str | None] = [None] * self.count
+            dist.all_gather_object(errors, None if error is None else str(error), group=self.group)
+            if error is None:
+                error = next((UserError(text) for text in errors if text is not None), None)
+        if error is not None:
+            raise error
+        return result
+
+    def in_order(self, make: Callable[[int], T], blocks: int) -> Iterator[T]:
+        """On the first process make(0), ..., make(blocks - 1), each of them made by one process; on the others nothing."""
+        for start in range(0, blocks, self.count):
+            mine = start + self.rank
+            result = self.together(lambda block=mine: make(block) if block < blocks else None)
+            if self.count == 1:
+                yield result
+                continue
+            results: list[Any] | None = [None] * self.count if self.is_first else None
+            dist.gather_object(result, results, dst=0, group=self.group)
+            yield from (results or [])[: blocks - start]
+
+
+@contextmanager
+def joined_processes() -> Iterator[Processes]:
+    """The processes of this launch. Raises `UserError` for launches that do not start what they seem to."""
+    if not any(name in os.environ for name in (*WORLD_SIZES, "MASTER_ADDR")):
+        yield Processes()  # plain `python -m`: nothing to join
+        return
+    accelerator = start_accelerator()
+    if accelerator.num_processes == 1:
+        yield Processes()
+        return
+    try:
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield Processes(accelerator.process_index, accelerator.num_processes, str(accelerator.device), group)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,519 @@
+"""From inputs to the table: sources, references, statistics, several processes, and ADM's npz, to the last line of output."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eval import fid, measurement, sources
+from eval.extractors import FeatureExtractor, load_extractor
+from eval.moments import Moments
+from eval.npz import AdmNpzWriter
+from eval.scores import extract, frechet_distance
+from ldm_dcn.data import open_dataset
+from ldm_dcn.errors import UserError
+from tiny import ROOT, environment
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    images = open_dataset("digits", image_size=32, image_channels=1, split="held-out")
+    return images.read(range(len(images)))[0], images.labels
+
+
+# --------------------------------------------------------------------------------------------------- inputs
+
+
+def test_labels_follow_the_rule():
+    reference = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
+    choose = sources.choose_labels
+    assert torch.equal(choose("reference", 8, 3, reference, 0), reference)
+    assert choose("reference", 4, 3, reference, 0).tolist() == [0, 0, 1, 2]  # thinned out, all classes met
+    assert choose("reference", 10, 3, reference, 0).tolist() == [*reference.tolist(), 0, 0]
+    assert choose("balanced", 5, 3, None, 0).tolist() == [0, 1, 2, 0, 1]
+    assert torch.equal(choose("random", 50, 3, None, 4), choose("random", 50, 3, None, 4))
+    assert choose("balanced", 5, 0, None, 0) is None
+    with pytest.raises(UserError, match=r"label 2.*2 classes"):
+        choose("reference", 8, 2, reference, 0)
+    with pytest.raises(UserError, match="no classes"):
+        choose("reference", 8, 2, None, 0)
+
+
+def test_inputs_that_cannot_be_scored_are_refused(tmp_path, digits):
+    images = digits[0][:4]
+
+    def folder(name: str, *sizes: tuple[int, int]) -> str:
+        (tmp_path / name).mkdir()
+        for i, size in enumerate(sizes):
+            Image.new("L", size).save(tmp_path / name / f"{i}.png")
+        return str(tmp_path / name)
+
+    def npz(name: str, **arrays) -> str:
+        np.savez(tmp_path / name, **arrays)
+        return str(tmp_path / name)
+
+    grey = images.permute(0, 2, 3, 1).numpy()
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 not a zip")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    np.savez(tmp_path / "cut.npz", arr_0=np.repeat(grey, 50, 0))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:60_000])
+    np.save(tmp_path / "single.npy", grey)
+    (tmp_path / "single.npy").rename(tmp_path / "single.npz")
+    nan = (grey / 255).astype(np.float32)
+    nan[2, 5] = np.nan
+    cases = {
+        folder("eight", *[(32, 32)] * 8): "8 images, too few",
+        str(tmp_path / "cut.npz"): "cannot be read",
+        str(tmp_path / "single.npz"): "cannot be read",
+        npz("nan.npz", arr_0=nan): "image 2 of arr_0 holds NaN",
+        npz("shares.npz", arr_0=(grey / 255).astype(np.float32)): r"float32 in \[0, 1\]",
+        npz("wide.npz", arr_0=grey.astype(np.int64) * 2): r"int64 in \[0, 510\]",
+        npz("cast.npz", arr_0=(grey / 255).astype(np.uint8)): "cast to bytes",
+        npz("statistics.npz", mu=np.zeros(3), sigma=np.eye(3)): "statistics and no images",
+        folder("two_sizes", (32, 32), (64, 64)): "different sizes",
+        folder("oblong", (32, 16)): "not square",
+        folder("nothing"): "no images",
+        npz("no_arr.npz", images=grey): "no arr_0",
+        npz("float.npz", arr_0=grey.astype(np.float32)): "uint8",
+        npz("flat.npz", arr_0=grey[..., 0]): "uint8",
+        npz("pickled.npz", arr_0=np.array([{}], dtype=object)): "cannot be read",
+        str(tmp_path / "broken.npz"): "cannot be read",
+        str(tmp_path / "missing.npz"): "no such file",
+        str(tmp_path / "no_run_here"): "does not exist",
+        str(tmp_path / "run"): "not saved a model",
+    }
+    for path, reason in cases.items():
+        with pytest.raises(UserError, match=reason) as caught:
+            fid.evaluate([path], progress=False)
+        assert Path(path).name in str(caught.value) and "\n" not in str(caught.value)
+    for settings, reason in (({"num": 8}, "--num is 8"), ({"batch_size": 0}, "--batch-size is 0")):
+        with pytest.raises(UserError, match=reason):
+            fid.evaluate([str(tmp_path / "run")], progress=False, **settings)
+    with pytest.raises(UserError, match="nothing to score"):
+        fid.evaluate([], progress=False)
+    with pytest.raises(UserError, match="--reference"):
+        fid.evaluate(
+            [npz("fine.npz", arr_0=grey)], extractor="import:eval.extractors:DigitsClassifier", progress=False
+        )
+
+
+# --------------------------------------------------------------------------------------------------- the table
+
+
+@pytest.fixture
+def small_reference(tmp_path, digits) -> Path:
+    """A class folder of 300 digits: quick to compare with."""
+    images, labels = digits
+    for i in range(300):
+        place = tmp_path / "reference" / str(int(labels[i]))
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[i, 0].numpy()).save(place / f"{i:03}.png")
+    return tmp_path / "reference"
+
+
+def test_folder_and_npz_of_the_same_images_score_alike(tmp_path, digits, small_reference, capsys):
+    images, labels = digits
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i in range(300, 445):
+        Image.fromarray(images[i, 0].numpy()).save(flat / f"{i:03}.png")
+    array = (
+        images[300:].permute(0, 2, 3, 1).repeat(1, 1, 1, 3).numpy()
+    )  # grey as RGB, as ADM's layout wants it
+    np.savez(tmp_path / "samples.npz", array, labels[300:].numpy())
+    json_file = tmp_path / "out" / "scores.json"
+    fid.main([str(flat), str(tmp_path / "samples.npz"), "--reference", str(small_reference), "--json", str(json_file),
+              "--batch-size", "50", "--device", "cpu"])  # fmt: skip
+    text = capsys.readouterr().out
+    assert "FD-digits-v1" in text and " FID" not in text
+    result = json.loads(json_file.read_text())
+    assert [column["name"] for column in result["columns"]] == [
+        "flat",
+        "samples",
+        "real held-out",
+        "real half",
+        "noise",
+    ]
+    by_name = {column["name"]: column["scores"] for column in result["columns"]}
+    for key in ("fd", "kid_x1000", "nearest_neighbour"):
+        assert by_name["flat"][key] == pytest.approx(by_name["samples"][key], rel=1e-3, abs=1e-3)
+    assert "class_accuracy" not in by_name["flat"] and by_name["samples"]["class_accuracy"] > 0.95
+    assert by_name["noise"]["fd_of_noise"] == 1 and by_name["noise"]["fd"] > 20 * by_name["samples"]["fd"]
+    assert by_name["samples"]["fd_of_noise"] == pytest.approx(
+        by_name["samples"]["fd"] / by_name["noise"]["fd"]
+    )
+    assert all(column["tags"]["N"] == column["scores"]["images"] for column in result["columns"])
+    assert result["extractor"]["weights"] == load_extractor("digits").fingerprint
+    assert result["reference"]["images"] == 300 and result["environment"]["versions"]["torch"]
+
+
+def test_copies_of_the_reference_show_themselves(small_reference):
+    table = fid.evaluate([str(small_reference)], reference=str(small_reference), progress=False)
+    copies, real = table.columns[0].scores, table.columns[1].scores
+    assert copies["fd"] < 1e-6 and copies["nearest_neighbour"] < 1e-3 < 10 < real["nearest_neighbour"]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory) -> Path:
+    """An untrained model on the digits, exported as a run exports it."""
+    from ldm_dcn.autoencoder import load_autoencoder
+    from ldm_dcn.denoiser import Denoiser
+    from ldm_dcn.diffusion import Schedule
+    from ldm_dcn.export import Model, save_export
+    from ldm_dcn.unet import build_unet
+
+    torch.manual_seed(0)
+    unet = build_unet({
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": [16, 16], "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "cross_attention_dim": 16, "attention_head_dim": 2,
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "norm_num_groups": 8})  # fmt: skip
+    model = Model(Denoiser(unet, 10), load_autoencoder("digits"), Schedule(), (4, 8, 8), "untrained", 7,
+                  {"data": {"source": "digits", "image_size": 32}}, {"weights": "EMA 0.99"})  # fmt: skip
+    folder = tmp_path_factory.mktemp("runs") / "untrained"
+    save_export(folder, model)
+    return folder
+
+
+def test_a_run_is_drawn_from_once_for_each_guidance(export, capsys):
+    fid.main(
+        [
+            str(export),
+            "--guidance",
+            "1",
+            "1.5",
+            "--num",
+            "30",
+            "--steps",
+            "2",
+            "--batch-size",
+            "16",
+            "--seed",
+            "5",
+        ]
+    )
+    text = capsys.readouterr().out
+    assert "untrained g=1 " in text and "untrained g=1.5" in text and "EMA 0.99" in text
+    result = json.loads((export / "fid.json").read_text())
+    first, second = result["columns"][:2]
+    assert first["tags"] | {"guidance": 1.5} == second["tags"]
+    wanted = {"N": 30, "guidance": 1.0, "sampler": "dpm++", "sampler_steps": 2, "seed": 5, "step": 7}
+    assert wanted.items() <= first["tags"].items()
+    assert first["scores"]["images_per_second"] > 0 and first["scores"]["fd"] != second["scores"]["fd"]
+    assert "means nothing" in first["tags"]["warning"]  # 30 images in 64 dimensions
+    assert first["tags"]["guidance_interval"] == [0, 1]
+    again = fid.evaluate([str(export)], num=30, steps=2, batch_size=7, seed=5, progress=False)
+    assert again.columns[0].scores["fd"] == pytest.approx(
+        first["scores"]["fd"], rel=1e-3
+    )  # whatever the batch
+
+
+@pytest.mark.parametrize(
+    "mistake", ["no run", "two sizes", "8 images", "no arr_0", "NaN", "other extractor", "cut weights"]
+)
+def test_mistakes_leave_with_code_2_and_one_line(mistake, tmp_path, capsys):
+    for i in range(8):
+        Image.new("L", (32, 64 if mistake == "two sizes" and i else 32)).resize(
+            (32, 32) if i < 4 else (64, 64) if mistake == "two sizes" else (32, 32)
+        ).save(tmp_path / f"{i}.png")
+    arrays = {
+        "no arr_0": {"images": np.zeros((20, 8, 8, 3), np.uint8)},
+        "NaN": {"arr_0": np.full((20, 8, 8, 3), np.nan)},
+    }
+    np.savez(tmp_path / "given.npz", **arrays.get(mistake, {"mu": np.zeros(2048), "sigma": np.eye(2048)}))
+    (tmp_path / "weights.pth").write_bytes(b"PK\x03\x04 cut short")
+    given = {"no run": ["/no/such/run"], "two sizes": [str(tmp_path)], "8 images": [str(tmp_path)],
+             "other extractor": ["digits", "--reference", str(tmp_path / "given.npz")],
+             "cut weights": [str(tmp_path), "--extractor", f"inception:{tmp_path / 'weights.pth'}"]}  # fmt: skip
+    named = {"no run": "/no/such/run", "two sizes": "different sizes", "8 images": "8 images, too few", "no arr_0": "no arr_0",
+             "NaN": "NaN", "other extractor": "2048 features", "cut weights": "weights.pth"}  # fmt: skip
+    with pytest.raises(SystemExit) as left:
+        fid.main([*given.get(mistake, [str(tmp_path / "given.npz")]), "--device", "cpu"])
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert named[mistake] in error
+
+
+def test_features_that_are_nan_do_not_end_the_process(tmp_path, small_reference):
+    """torchmetrics' eigenvalue routine would: hence a process of its own."""
+    (tmp_path / "diverged.py").write_text(
+        "def extractor():\n    return lambda images: images.float().mean((2, 3)).expand(-1, 3) * float('nan')\n"
+    )
+    command = [sys.executable, "-m", "eval.fid", str(small_reference), "--extractor", "import:diverged:extractor",
+               "--reference", str(small_reference), "--device", "cpu"]  # fmt: skip
+    ended = subprocess.run(command, cwd=tmp_path, env=environment(PYTHONPATH=f"{ROOT}:{tmp_path}"), text=True,
+                           capture_output=True, timeout=120)  # fmt: skip
+    last = ended.stderr.strip().splitlines()[-1]
+    assert ended.returncode == 2 and last.startswith("error: ") and "NaN" in last and "[0, 1, 2" in last
+
+
+# --------------------------------------------------------------------------------------------------- statistics
+
+
+class Coloured(FeatureExtractor):
+    """Mean colours, and as spatial features the first two pixels."""
+
+    name, num_features, num_spatial, fingerprint = "coloured", 3, 6, "0123"
+
+    def forward(self, images):
+        return images.float().mean((2, 3))
+
+    def with_spatial(self, images):
+        return self(images), images[:, :, 0, :2].float().flatten(1)
+
+
+def colours(count: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+
+
+def save_images(path: Path, images: torch.Tensor, **more: np.ndarray) -> str:
+    np.savez(path, arr_0=images.permute(0, 2, 3, 1).numpy(), **more)
+    return str(path)
+
+
+def test_statistics_stand_for_the_images_they_are_of(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("test_fid.Coloured", Coloured, raising=False)
+    extractor = "import:test_fid:Coloured"
+    real, drawn = colours(300, 0), colours(200, 1)
+    images, samples = save_images(tmp_path / "real.npz", real), save_images(tmp_path / "samples.npz", drawn)
+    statistics = tmp_path / "out" / "statistics.npz"
+    fid.main(
+        [
+            "--reference",
+            images,
+            "--extractor",
+            extractor,
+            "--save-statistics",
+            str(statistics),
+            "--device",
+            "cpu",
+        ]
+    )
+    assert capsys.readouterr().out.count("\n") == 1
+    with np.load(statistics) as file:
+        assert set(file.files) == {
+            "mu",
+            "sigma",
+            "mu_s",
+            "sigma_s",
+            "n",
+            "extractor",
+            "weights",
+            "resize",
+            "source",
+            "dataset_hash",
+        }
+        features = real.double().mean((2, 3)).numpy()
+        np.testing.assert_allclose(file["mu"], features.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(file["sigma"], np.cov(features.T), rtol=1e-5, atol=1e-3)
+        assert (int(file["n"]), str(file["extractor"]), str(file["source"])) == (300, "coloured", images)
+
+    def score(reference: str) -> dict[str, float]:
+        return (
+            fid.evaluate([samples], extractor=extractor, reference=reference, progress=False)
+            .columns[0]
+            .scores
+        )
+
+    of_images, of_statistics = score(images), score(str(statistics))
+    for key in ("fd", "sfd"):
+        assert of_statistics[key] == pytest.approx(of_images[key], rel=1e-9)
+    assert "precision" in of_images and not {"precision", "kid_x1000", "nearest_neighbour"} & set(
+        of_statistics
+    )
+    a, b = (extract(Coloured(), part) for part in (drawn, real))
+    assert of_images["sfd"] == pytest.approx(frechet_distance(a.spatial, b.spatial), rel=1e-9)
+
+    known = dict(np.load(statistics))
+    others = colours(40, 2)  # ADM's reference: statistics of all, and some images
+    both = save_images(
+        tmp_path / "adm.npz", others, **{key: known[key] for key in ("mu", "sigma", "mu_s", "sigma_s")}
+    )
+    adm = fid.evaluate([samples], extractor=extractor, reference=both, progress=False)
+    assert adm.columns[0].scores["fd"] == pytest.approx(of_images["fd"], rel=1e-9)
+    assert adm.columns[0].scores["precision"] == score(save_images(tmp_path / "o.npz", others))["precision"]
+    assert adm.reference["images"] == "not stated" and "does not state" in adm.reference["made with"]
+    assert [column.name for column in adm.columns] == ["samples", "real held-out", "real half", "noise"]
+
+    def damaged(name: str, **changed: np.ndarray) -> str:
+        np.savez(tmp_path / name, **(known | changed))
+        return str(tmp_path / name)
+
+    cases = {
+        damaged("extractor.npz", extractor=np.array("digits-v1")): "statistics of extractor digits-v1",
+        damaged("weights.npz", weights=np.array("4567")): "statistics of weights 4567",
+        damaged("resize.npz", resize=np.array("antialiased")): "statistics of resize antialiased",
+        damaged("size.npz", mu=np.zeros(4), sigma=np.eye(4)): "4 features.*gives 3",
+        damaged("spatial.npz", mu_s=np.zeros(4), sigma_s=np.eye(4)): "4 spatial features.*gives 6",
+        damaged("nan.npz", mu=np.full(3, np.nan)): "NaN",
+        damaged("shape.npz", sigma=np.eye(4)): r"\(4, 4\)",
+        damaged("crooked.npz", sigma=np.triu(np.ones((3, 3)))): "no covariance",
+        damaged("negative.npz", sigma=-np.eye(3)): "no covariance",
+    }
+    np.savez(tmp_path / "half.npz", mu=np.zeros(3))
+    cases[str(tmp_path / "half.npz")] = "no sigma"
+    for path, reason in cases.items():
+        with pytest.raises(UserError, match=reason) as caught:
+            score(path)
+        assert Path(path).name in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="no images to make statistics of"):
+        fid.evaluate(
+            [], extractor=extractor, reference=str(statistics), save_statistics=tmp_path / "again.npz"
+        )
+
+
+def test_moments_do_not_depend_on_how_they_came():
+    x = (
+        torch.randn(500, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        * torch.arange(1, 8)
+        + 30
+    )
+    at_once, bit_by_bit = Moments.of(x), Moments(7)
+    for part in x.split(37):
+        bit_by_bit.add(part)
+    torch.testing.assert_close(bit_by_bit.covariance, torch.cov(x.T), rtol=1e-10, atol=1e-10)
+    for count in (500, None):
+        known = Moments.known(at_once.mean, at_once.covariance, count)
+        torch.testing.assert_close(known.mean, x.mean(0))
+        assert known.frechet_distance(bit_by_bit) < 1e-9
+        assert known.frechet_distance(Moments.of(2 * x)) == pytest.approx(
+            frechet_distance(x, 2 * x), rel=1e-9
+        )
+    with pytest.raises(UserError, match="at least 2"):
+        at_once.frechet_distance(Moments.of(x[:1]))
+    with pytest.raises(UserError, match="7 and 3 values"):
+        at_once.frechet_distance(Moments.of(x[:, :3]))
+
+
+# --------------------------------------------------------------------------------------------------- any number of processes
+
+
+@pytest.fixture(scope="module")
+def scored_alone(export, tmp_path_factory) -> tuple[dict, np.ndarray]:
+    """300 samples, two blocks, scored by one process; the table and the images."""
+    folder = tmp_path_factory.mktemp("alone")
+    fid.main([str(export), "--num", "300", "--steps", "1", "--json", str(folder / "fid.json"), "--save-npz", str(folder),
+              "--device", "cpu"])  # fmt: skip
+    return json.loads((folder / "fid.json").read_text()), np.load(folder / "untrained_g=1.npz")["arr_0"]
+
+
+def numbers(table: dict) -> dict[str, dict[str, float]]:
+    return {
+        column["name"]: {k: v for k, v in column["scores"].items() if k != "images_per_second"}
+        for column in table["columns"]
+    }
+
+
+def test_two_processes_make_the_numbers_of_one(export, scored_alone, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "eval.fid",
+               str(export), "--samples", "300", "--steps", "1", "--json", str(tmp_path / "fid.json"), "--save-npz", str(tmp_path),
+               "--device", "cpu"]  # fmt: skip
+    ended = subprocess.run(command, cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.count("FD-digits-v1, share") == 1  # one table
+    table, (alone, images) = json.loads((tmp_path / "fid.json").read_text()), scored_alone
+    assert numbers(table) == numbers(alone)  # to the last bit
+    assert np.array_equal(np.load(tmp_path / "untrained_g=1.npz")["arr_0"], images)
+    assert (table["environment"]["processes"], alone["environment"]["processes"]) == (2, 1)
+    assert (
+        table["reference"] == alone["reference"]
+        and table["columns"][0]["tags"] == alone["columns"][0]["tags"]
+    )
+
+
+def test_an_error_in_one_process_ends_all(tmp_path):
+    program = (
+        "from eval.processes import joined_processes\n"
+        "from ldm_dcn.errors import UserError\n"
+        "def make(block):\n"
+        "    if block == 5: raise UserError('block 5 is broken')\n"
+        "    return block\n"
+        "with joined_processes() as processes:\n"
+        "    made = list(processes.in_order(lambda block: -block, 5))\n"
+        "    assert made == ([0, -1, -2, -3, -4] if processes.is_first else [])\n"
+        "    try: list(processes.in_order(make, 9))\n"
+        "    except UserError as error:\n"
+        "        open(f'{processes.rank}.txt', 'w').write(str(error))\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "program.py",
+    ]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment(), text=True, capture_output=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["block 5 is broken"] * 2
+
+
+def test_batches_do_not_change_the_numbers(export, scored_alone, digits):
+    alone, _ = scored_alone
+    again = fid.evaluate([str(export)], num=300, steps=1, batch_size=70, progress=False)
+    assert again.columns[0].scores["fd"] == pytest.approx(numbers(alone)["untrained g=1"]["fd"], rel=1e-6)
+    for column in again.columns[1:]:  # what is read, not drawn, is the same to the last bit
+        assert column.scores == pytest.approx(numbers(alone)[column.name], rel=1e-12)
+
+
+def test_a_set_too_large_to_keep_is_scored_by_an_even_choice(monkeypatch):
+    monkeypatch.setattr(measurement, "MOST_KEPT", 100)
+    source = sources.NoiseSource(700, (1, 4, 4))
+    measured = measurement.measure(source, load_extractor("digits"))
+    assert measured.count == measured.moments.count == 700 and len(measured.features) == 100
+    everything = measurement._evenly(0, 700, 700)
+    in_blocks = [256 * b + measurement._evenly(256 * b, min(256, 700 - 256 * b), 700) for b in range(3)]
+    assert torch.equal(torch.cat(in_blocks), everything) and everything.diff().unique().tolist() == [7]
+
+
+# --------------------------------------------------------------------------------------------------- ADM's npz
+
+
+def read_as_adm(path: Path, batch: int = 7) -> list[np.ndarray]:
+    """arr_0 by the rules of guided-diffusion's evaluator: a zip member, its header, then its bytes in batches."""
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        shape, fortran, dtype = read_header[np.lib.format.read_magic(file)](file)
+        assert not fortran and not dtype.hasobject  # what it streams; anything else it reads into memory
+        batches = []
+        for start in range(0, shape[0], batch):
+            size = min(batch, shape[0] - start)
+            data = file.read(size * int(np.prod(shape[1:])) * dtype.itemsize)
+            batches.append(np.frombuffer(data, dtype).reshape(size, *shape[1:]))
+        assert file.read() == b""
+    return batches
+
+
+def test_written_npz_is_read_as_adm_reads(tmp_path, digits):
+    images, labels = digits
+    path = tmp_path / "new" / "samples.npz"
+    with AdmNpzWriter(path, 20, 32, 32) as file:
+        for part in images[:20].split(8):
+            file.add(part)
+        assert not path.exists()  # unfinished
+        file.label(labels[:20])
+    read = np.concatenate(read_as_adm(path))
+    assert read.dtype == np.uint8 and read.shape == (20, 32, 32, 3)
+    assert np.array_equal(read[..., 1], images[:20, 0].numpy()) and np.array_equal(
+        np.load(path)["arr_1"], labels[:20]
+    )
+    assert sources.NpzSource(str(path)).labels.tolist() == labels[:20].tolist()
+    with pytest.raises(RuntimeError), AdmNpzWriter(tmp_path / "broken.npz", 20, 32, 32):
+        raise RuntimeError("stopped")
+    assert not list(tmp_path.glob("broken*"))
