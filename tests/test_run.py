@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import signal
@@ -352,3 +353,29 @@ def test_scores_on_the_way_carry_their_tags(tmp_path: Path) -> None:
         {"step": 4, "fd": 1.5, "guidance": 1.0, "N": 20},
     ]
     json.dumps(lines(config))
+
+
+def test_train_scores_with_the_extractor_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import train as program
+
+    path = str(write_config(tmp_path))
+    settings = ["train.steps=2", "train.score_every=2", "sample.score_images=20", "train.save_every=0"]
+    monkeypatch.setattr(sys, "argv", ["train.py", path, *settings, "sample.score_extractor=digits"])
+    assert program.main() == 0
+    scored = [line for line in lines(load_config(path)) if "fd_digits-v1" in line]
+    assert len(scored) == 1 and scored[0]["fd_digits-v1"] > 0
+    expected = {"N": 20, "guidance": 1.4, "sampler": "dpm++", "sampler_steps": 2, "weights": "EMA 0.9999"}
+    assert expected.items() <= scored[0].items() and scored[0]["reference"] == "digits"
+
+    monkeypatch.setattr(sys, "argv", ["train.py", path, *settings, "run.name=other"])
+    with pytest.raises(UserError, match=r"sample.score_extractor is not set; set it to digits"):
+        program.main()
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    with pytest.raises(UserError, match="wandb, which is not installed; run `pip install wandb`"):
+        train(tiny_config(tmp_path, "train.trackers=[wandb]"))

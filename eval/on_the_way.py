@@ -1,0 +1,74 @@
+"""The small Frechet distance of `train.score_every`: what the trainer calls with the averaged model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ldm_dcn.config import Config
+from ldm_dcn.errors import UserError
+from ldm_dcn.export import Model
+
+from .extractors import FeatureExtractor, load_extractor
+from .measurement import Measured, measure
+from .moments import Statistics
+from .sources import SampleSource, choose_labels, open_reference
+
+
+class OnTheWay:
+    """Scores models of one run: the same labels, seeds, extractor and reference each time.
+
+    The extractor and the reference come from `sample.score_extractor` and `sample.score_reference` (null: the images trained on).
+    Raises `UserError` where one of them is missing or cannot be had, before training starts.
+    """
+
+    def __init__(self, config: Config) -> None:
+        settings = config.sample
+        if settings.score_extractor is None:
+            raise UserError(
+                "train.score_every is on and sample.score_extractor is not set; set it to digits, inception:WEIGHTS_FILE, or "
+                "another that eval.fid takes"
+            )
+        self._settings = settings
+        self._reference_name = settings.score_reference or config.data.source
+        self._scorer: FeatureExtractor = load_extractor(settings.score_extractor)
+        self._images, self._statistics = open_reference(
+            self._reference_name, image_channels=config.data.image_channels, image_size=config.data.image_size
+        )
+        if self._statistics is not None:
+            self._statistics.check(self._scorer)
+        self._real: Measured | Statistics | None = self._statistics
+
+    def __call__(self, model: Model, count: int) -> dict[str, Any]:
+        """The distance of `count` images, under its own name, and everything it depends on."""
+        settings, device = self._settings, str(model.denoiser.device)
+        self._scorer.to(device)
+        if self._real is None:
+            self._real = measure(self._images, self._scorer, device=device)
+        labels = None if self._images is None else self._images.labels
+        rule = "balanced" if labels is None else "reference"
+        source = SampleSource(
+            model,
+            model.name,
+            choose_labels(rule, count, model.num_classes, labels, 0),
+            count,
+            label_rule=rule,
+            guidance=settings.guidance,
+            guidance_interval=settings.guidance_interval,
+            sampler=settings.sampler,
+            steps=settings.steps,
+            seed=0,
+        )
+        measured = measure(source, self._scorer, batch_size=settings.batch_size, device=device)
+        distance = measured.moments.frechet_distance(self._real.moments)
+        return {
+            f"fd_{self._scorer.name}": distance,
+            "N": count,
+            "guidance": settings.guidance,
+            "guidance_interval": list(settings.guidance_interval),
+            "sampler": settings.sampler,
+            "sampler_steps": settings.steps,
+            "weights": model.tags.get("weights"),
+            "extractor_weights": self._scorer.fingerprint,
+            "reference": self._reference_name,
+            "seed": 0,
+        }
