@@ -252,6 +252,7 @@ class SavedDataset(Images):
         chosen = choose(labels)
         super().__init__(source, image_size, image_channels, labels[chosen], class_names, max_bad)
         self._chosen = chosen.tolist()
+        self.edition = str(rows._fingerprint)  # of state.json: rows have neither names nor sizes
 
     def name(self, index: int) -> str:
         return f"row {self._chosen[index]}"

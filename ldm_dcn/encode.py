@@ -131,7 +131,7 @@ def make_plan(
 
 def _hash_list(images: Images) -> str:
     """sha256 over names and labels, in order."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(images.edition.encode())
     for index, label in enumerate(images.labels.tolist()):
         digest.update(f"{images.name(index)}\n{label}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
@@ -359,7 +359,10 @@ def _is_done(encoding: Encoding, shard: Range) -> bool:
 
 @contextmanager
 def _agreed(accelerator: Any, facts: list[str]) -> Iterator[None]:
-    """Whatever a process finds wrong in the block, all stop with; the main process says it. `facts` must be alike everywhere."""
+    """Whatever a process finds wrong in the block, all stop with; `errors.report` has the main one say it.
+
+    `facts` must be alike everywhere.
+    """
     problem = ""
     try:
         yield
@@ -374,8 +377,6 @@ def _agreed(accelerator: Any, facts: list[str]) -> Iterator[None]:
             problem = (
                 "the processes do not see the same images or models; give all the same files and versions"
             )
-    if problem and not accelerator.is_main_process:
-        raise SystemExit(2)
     if problem:
         raise UserError(problem)
 
@@ -410,7 +411,9 @@ def run(options: argparse.Namespace) -> int:
             if main and not stopped_by:
                 _report(out, finish(encoding))
         finally:
-            presence.leave()
+            # A process that failed stays present until it has said why: the main one's end would be its end too.
+            if main or sys.exc_info()[0] is None:
+                presence.leave()
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
     return 128 + stopped_by if stopped_by not in (0, REQUEUE) else 0
@@ -450,7 +453,8 @@ def _prepare(options: argparse.Namespace, device: torch.device, rank: int, proce
         text_encoder,
         flips=options.flip,
         dtype=options.dtype,
-        shard_size=options.shard_size,
+        # what the first start chose stands, even if another caption in the sample would now move it
+        shard_size=options.shard_size or cache.begun_shard_size(Path(options.out)),
     )
     return Encoding(
         Path(options.out),

@@ -44,7 +44,8 @@ class Images(ABC):
     """Labelled square images of one size, read when asked for.
 
     Attributes: `source`, `image_size`, `image_channels` (1 or 3), `labels` (N,) int64, `class_names` (empty when there are no
-    classes: then every label is 0), `bad` (the pictures that could not be read so far), `max_bad`, `workers` (threads that decode).
+    classes: then every label is 0), `bad` (the pictures that could not be read so far), `max_bad`, `workers` (threads that
+    decode), `edition` (names the content of a source whose images have neither names nor sizes).
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Images(ABC):
         self.max_bad = max_bad
         self.bad: dict[int, BadImage] = {}
         self.workers = min(8, os.cpu_count() or 1)
+        self.edition = ""
         self._captions: Callable[[int], Sequence[str]] | None = None
 
     def __len__(self) -> int:

@@ -98,8 +98,12 @@ def complete(out: Path, plan: dict[str, Any], broken: tuple[int, ...] = ()) -> d
 # ------------------------------------------------------------------------------------------- good weather
 
 
+@pytest.mark.parametrize("serial", [cache.SERIAL, 7])  # several rows at a time, and rows in parts
 @pytest.mark.parametrize("dtype", cache.DTYPES)
-def test_what_is_written_is_read(tmp_path: Path, dtype: str) -> None:
+def test_what_is_written_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, serial: int
+) -> None:
+    monkeypatch.setattr(cache, "SERIAL", serial)
     plan = make_plan(dtype=dtype, text=TEXT)
     complete(tmp_path / "c", plan)
     latents = LatentCache.open(tmp_path / "c")
