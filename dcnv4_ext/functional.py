@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
-from . import ops as _ops  # noqa: F401  registers torch.ops.dcnv4_ext
-from .geometry import Pair, pair
+from . import ops as _ops
+from .geometry import MOST, Pair, pair
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name} is {tensor.dtype}; use float32, float64, bfloat16 or float16")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
+        raise TypeError(f"{name} is {kind}; use a dense one")
+
+
+def _number(name: str, value: Real) -> float:
+    if not isinstance(value, (Real, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got an int beyond the range of float") from None
 
 
 def dcnv4(
@@ -51,15 +72,18 @@ def dcnv4(
         inputs; sums are kept in fp32 (fp64 for fp64).
 
     Raises:
-        TypeError: a dtype that is no floating dtype of the four, or two dtypes outside autocast.
-        ValueError: a rank, size or device that does not fit; the text names the argument.
+        TypeError: no dense tensor of one of the four dtypes, two dtypes outside autocast, a setting of another type.
+        ValueError: a rank, size, device or setting that does not fit, or a tensor whose storage was freed. Either text names
+            the argument.
     """
-    for name, tensor in (("value", value), ("offset_mask", offset_mask)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name} is {tensor.dtype}; use float32, float64, bfloat16 or float16")
-    return torch.ops.dcnv4_ext.forward(
+    _check_tensor("value", value)
+    _check_tensor("offset_mask", offset_mask)
+    # What torch's dispatcher would refuse with a RuntimeError of its own.
+    if not isinstance(groups, (int, torch.SymInt)) or isinstance(groups, bool):
+        raise TypeError(f"groups must be an int, got {groups!r}")
+    if groups > MOST:
+        raise ValueError(f"groups must be at most {MOST}, got {groups}")
+    return _ops.forward(
         value,
         offset_mask,
         pair("kernel_size", kernel_size, 1),
@@ -67,7 +91,7 @@ def dcnv4(
         pair("padding", padding, 0),
         pair("dilation", dilation, 1),
         groups,
-        float(offset_scale),
+        offset_scale if type(offset_scale) is float else _number("offset_scale", offset_scale),
         bool(remove_center),
         bool(softmax),
     )

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 Pair = int | tuple[int, int]
+# What the kernels count with: sizes and positions are 32-bit numbers in csrc/dcnv4.h.
+MOST = 2**31 - 1
+MOST_POINTS = 2**20  # of a kernel, as in csrc/check.h
 
 
 def pair(name: str, value: Pair, least: int) -> tuple[int, int]:
-    """`value` as (height, width); both at least `least`."""
-    if type(value) is int and value >= least:  # the common case, cheaply: this runs in every call
+    """`value` as (height, width); both from `least` to `MOST`."""
+    if type(value) is int and least <= value <= MOST:  # the common case, cheaply: this runs in every call
         return value, value
     both = (
         (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
@@ -19,6 +22,8 @@ def pair(name: str, value: Pair, least: int) -> tuple[int, int]:
         raise TypeError(f"{name} must be an int or an (h, w) pair of ints, got {value!r}")
     if min(both) < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    if max(both) > MOST:
+        raise ValueError(f"{name} must be at most {MOST}, got {value!r}")
     return both
 
 
@@ -43,6 +48,13 @@ class Geometry:
             pair("dilation", dilation, 1),
             bool(remove_center),
         )
+        if geometry.kernel_size[0] * geometry.kernel_size[1] > MOST_POINTS:
+            raise ValueError(f"kernel_size={geometry.kernel_size} has more than {MOST_POINTS} points")
+        for size, spread in zip(geometry.kernel_size, geometry.dilation, strict=True):
+            if spread * (size - 1) > MOST:
+                raise ValueError(
+                    f"dilation={geometry.dilation} spreads kernel_size={geometry.kernel_size} over more than {MOST} pixels"
+                )
         if remove_center:
             if geometry.kernel_size[0] % 2 == 0 or geometry.kernel_size[1] % 2 == 0:
                 raise ValueError(

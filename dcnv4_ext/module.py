@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -62,9 +64,21 @@ class DCNv4(nn.Module):
         mask_init: MaskInit = "zero",
     ) -> None:
         super().__init__()
-        if not isinstance(channels, int) or channels < 1:
+        if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
             raise ValueError(f"channels must be a positive int, got {channels!r}")
         groups = default_groups(channels) if groups is None else groups
+        out_channels = channels if out_channels is None else out_channels
+        for name, size in (
+            ("groups", groups), ("out_channels", out_channels), ("dw_kernel_size", dw_kernel_size or 1)
+        ):  # fmt: skip
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise TypeError(f"{name} must be an int, got {size!r}")
+        if not isinstance(offset_scale, Real):
+            raise TypeError(f"offset_scale must be a number, got {offset_scale!r}")
+        if not math.isfinite(offset_scale):
+            raise ValueError(f"offset_scale must be finite, got {offset_scale}")
+        if out_channels < 1:
+            raise ValueError(f"out_channels must be at least 1, got {out_channels}")
         if groups < 1 or channels % groups != 0:
             raise ValueError(
                 f"channels={channels} is not divisible by groups={groups}; use a divisor of {channels}"
@@ -79,7 +93,6 @@ class DCNv4(nn.Module):
             raise ValueError(
                 'mask_init="center" needs the centre tap that remove_center leaves out; use "uniform"'
             )
-        out_channels = channels if out_channels is None else out_channels
         if without_pointwise and out_channels != channels:
             raise ValueError(
                 f"without_pointwise keeps {channels} channels; out_channels={out_channels} needs output_proj"
@@ -146,10 +159,18 @@ class DCNv4(nn.Module):
         Returns:
             (N, Ho, Wo, out_channels), or (N, Ho * Wo, out_channels) for an (N, L, C) input.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"x is {x.dtype}; use float32, float64, bfloat16 or float16")
         flat = x.dim() == 3
         if flat:
             if shape is None:
                 raise ValueError(f"an (N, L, C) input, here {tuple(x.shape)}, needs shape=(H, W)")
+            if len(shape) != 2 or not all(
+                isinstance(size, (int, torch.SymInt)) and size > 0 for size in shape
+            ):
+                raise ValueError(f"shape must be two positive ints (H, W), got {shape!r}")
             if shape[0] * shape[1] != x.shape[1]:
                 raise ValueError(
                     f"shape={tuple(shape)} has {shape[0] * shape[1]} positions, the input has {x.shape[1]}"
@@ -198,6 +219,8 @@ class DCNv4(nn.Module):
                 continue
             size = x.shape[axis]
             out = (size + 2 * pad - (dilation * (kernel - 1) + 1)) // stride + 1
+            if out < 1:
+                continue  # a map smaller than the kernel: dcnv4 says so
             if first >= 0:
                 x = x.narrow(axis, first, size - first)
                 x = (x[:, ::stride] if axis == 1 else x[:, :, ::stride]).narrow(axis, 0, out)
@@ -227,6 +250,7 @@ class DCNv4(nn.Module):
 class DCNv4Conv(nn.Module):
     """DCNv4 in the dress of `torch.nn.Conv2d`: (N, C_in, H, W) to (N, C_out, Ho, Wo), for YOLO-style blocks and the like.
 
+    It takes the place of `cv2` in a C2f bottleneck as it stands: `DCNv4Conv(c, c, 3)`, `DCNv4Conv(c1, c2, 3, 2)` for a stride.
     A channels_last input costs no copy on the way in or out. `padding=None` keeps the size at stride 1, as the `autopad` of
     YOLO code bases does.
     """
@@ -255,6 +279,8 @@ class DCNv4Conv(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"expected (N, C, H, W), got shape {tuple(x.shape)}")
         # One copy of a contiguous input here, where the two projections would make one each; none of a channels_last input.

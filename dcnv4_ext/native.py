@@ -113,7 +113,23 @@ def cuda() -> ctypes.CDLL:
     return library
 
 
-def rows(tensor: Tensor) -> Tensor:
+def extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> int:
+    """Bytes from the first to the last element of a tensor, both included; 0 for an empty one."""
+    if 0 in shape:
+        return 0
+    return (1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))) * itemsize
+
+
+def check_memory(name: str, tensor: Tensor, size: int) -> None:
+    """`tensor` has `size` bytes behind its first element. With a storage that was freed or cut (`resize_`) it has not."""
+    held = tensor.untyped_storage().nbytes()
+    if held < size or held < size + tensor.storage_offset() * tensor.itemsize:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} but a storage of {held} bytes; it was freed or resized"
+        )
+
+
+def rows(tensor: Tensor, name: str = "value") -> Tensor:
     """`tensor` itself where its pixels stand a constant number of elements apart (a slice of a wider Linear's output does),
     else a contiguous copy."""
     if tensor.is_contiguous():
@@ -123,6 +139,8 @@ def rows(tensor: Tensor) -> Tensor:
         by_image, by_row, by_pixel, by_channel = tensor.stride()
         if by_channel == 1 and by_pixel >= c and by_row == w * by_pixel and by_image == h * by_row:
             return tensor
+    # torch's copy reads a freed storage without asking, and the process ends.
+    check_memory(name, tensor, extent(tensor.shape, tensor.stride(), tensor.itemsize))
     return tensor.contiguous()
 
 
@@ -165,7 +183,10 @@ def _raise(status: int, problem: Problem, library: ctypes.CDLL) -> None:
     if status == _OUT_OF_MEMORY:
         raise MemoryError(f"dcnv4: no memory for the scratch of a problem with {sizes}")
     if status == _BAD_PROBLEM:
-        raise ValueError(f"dcnv4: sizes contradict each other or pass 2^31 cells of one padded map ({sizes})")
+        raise ValueError(
+            f"value and offset_mask are too large for a kernel on this device, which numbers the pixels of a map and of the "
+            f"output in 32 bits: {sizes}"
+        )
     if status == _NO_KERNEL:
         raise RuntimeError(f"dcnv4: no kernel for this problem ({sizes}, dtype code {problem.dtype})")
     raise RuntimeError(f"dcnv4: unknown status {status} ({sizes})")

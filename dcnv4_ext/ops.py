@@ -1,10 +1,14 @@
 """The operator in torch: schemas, shapes, gradients, autocast.
 
 Path of a call: functional.dcnv4 (checks) -> ops (this file: torch.ops.dcnv4_ext.forward) -> native (pointers) -> csrc.
+
+AOTInductor packages hold a call of torch.ops.dcnv4_ext.forward. The kernels behind it are registered from Python, so a package
+loads in Python processes that import dcnv4_ext, and not in a C++ program without Python ("Could not find schema").
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -13,7 +17,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 
 from . import native
-from .geometry import Geometry
+from .geometry import MOST, Geometry
 
 _ARGUMENTS = (
     "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups, float offset_scale, "
@@ -26,8 +30,10 @@ _library.define(
 )
 
 
-def output_shape(value, offset_mask, geometry: Geometry, groups: int) -> tuple[int, int, int, int]:
-    """(N, Ho, Wo, C) of a valid pair of inputs, or an error that names the argument. Nothing unchecked reaches a kernel.
+def output_shape(
+    value, offset_mask, geometry: Geometry, groups: int, offset_scale: float
+) -> tuple[int, int, int, int]:
+    """(N, Ho, Wo, C) of a valid call, or an error that names the argument. Nothing unchecked reaches a kernel.
 
     `value` and `offset_mask` are tensors or anything with their shape, dtype and device.
     """
@@ -46,6 +52,12 @@ def output_shape(value, offset_mask, geometry: Geometry, groups: int) -> tuple[i
     n, h, w, c = value.shape
     if h < 1 or w < 1 or c < 1:
         raise ValueError(f"value has shape {tuple(value.shape)}: an empty map; only the batch may be empty")
+    if (h + 4) * (w + 2) > MOST:
+        raise ValueError(
+            f"value has a {h}x{w} map; kernels number its cells and a border in 32 bits: use smaller ones"
+        )
+    if not math.isfinite(offset_scale):
+        raise ValueError(f"offset_scale must be finite, got {offset_scale}")
     if groups < 1 or c % groups != 0:
         raise ValueError(
             f"value has {c} channels, which groups={groups} does not divide; use a divisor of {c}"
@@ -70,6 +82,24 @@ def output_shape(value, offset_mask, geometry: Geometry, groups: int) -> tuple[i
     return n, ho, wo, c
 
 
+def check_grad_output(grad_output, shape: tuple[int, ...], value) -> None:
+    """Backward's third tensor is what forward gave, or an error that says so."""
+    if (
+        tuple(grad_output.shape) != shape
+        or grad_output.dtype != value.dtype
+        or grad_output.device != value.device
+    ):
+        raise ValueError(
+            f"grad_output must be {shape} {value.dtype} on {value.device}, got {tuple(grad_output.shape)} "
+            f"{grad_output.dtype} on {grad_output.device}"
+        )
+
+
+def _check_needed(needed: list[bool]) -> None:
+    if len(needed) != 2:
+        raise ValueError(f"needed must be two bools, for value and offset_mask; got {needed}")
+
+
 class _Description(NamedTuple):
     """What a call needs to know of a tensor, hashable."""
 
@@ -78,58 +108,64 @@ class _Description(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
-    @staticmethod
-    def of(tensor: Tensor) -> _Description:
-        return _Description(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    def bytes(self) -> int:
+        return native.extent(self.shape, self.strides, self.dtype.itemsize)
 
 
 class _Call(NamedTuple):
-    """A checked call: what the kernel is told, and the shape of the output."""
+    """A checked call: what the kernel is told, the shape of the output, and the bytes that each input must have behind it."""
 
     problem: native.Problem
     output_shape: tuple[int, int, int, int]
+    bytes: tuple[int, ...]
 
 
-# Calls repeat: a network makes the same few over and over. Checks and the struct are paid for once.
+# Calls repeat: a network makes the same few over and over. Checks and the struct are paid for once. Tensors come as the fields of
+# a _Description: a plain tuple is made in half the time.
 @lru_cache(maxsize=4096)
 def _call(
     value, offset_mask, grad_output, kernel_size, stride, padding, dilation, groups, scale, remove_center, softmax,
     deterministic, threads,
 ) -> _Call:  # fmt: skip
+    value, offset_mask = _Description(*value), _Description(*offset_mask)
     geometry = Geometry.of(kernel_size, stride, padding, dilation, remove_center)
-    shape = output_shape(value, offset_mask, geometry, groups)
-    if grad_output is not None and (tuple(grad_output.shape), *grad_output[2:]) != (
-        shape,
-        value.dtype,
-        value.device,
-    ):
-        raise ValueError(
-            f"grad_output must be {shape} {value.dtype} on {value.device}, got {tuple(grad_output.shape)} "
-            f"{grad_output.dtype} on {grad_output.device}"
-        )
+    shape = output_shape(value, offset_mask, geometry, groups, scale)
+    sizes = [value.bytes(), offset_mask.bytes()]
+    output_stride = shape[3]
+    if grad_output is not None:
+        grad_output = _Description(*grad_output)
+        check_grad_output(grad_output, shape, value)
+        sizes.append(grad_output.bytes())
+        output_stride = grad_output.strides[2]
     problem = native.problem(
         geometry, groups, scale, softmax, value.dtype, value.shape, offset_mask.shape, shape,
-        value_stride=value.strides[2], offset_mask_stride=offset_mask.strides[2],
-        output_stride=grad_output.strides[2] if grad_output is not None else shape[3],
+        value_stride=value.strides[2], offset_mask_stride=offset_mask.strides[2], output_stride=output_stride,
         deterministic=deterministic, threads=threads, device=value.device.index or 0,
     )  # fmt: skip
-    return _Call(problem, shape)
+    return _Call(problem, shape, tuple(sizes))
 
 
 def _prepare(value, offset_mask, grad_output, settings) -> _Call:
     kernel_size, stride, padding, dilation, *others = settings
-    return _call(
-        _Description.of(value), _Description.of(offset_mask),
-        None if grad_output is None else _Description.of(grad_output),
+    call = _call(
+        (value.shape, value.stride(), value.dtype, value.device),
+        (offset_mask.shape, offset_mask.stride(), offset_mask.dtype, offset_mask.device),
+        None if grad_output is None
+        else (grad_output.shape, grad_output.stride(), grad_output.dtype, grad_output.device),
         tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), *others,
         torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(),
     )  # fmt: skip
+    native.check_memory("value", value, call.bytes[0])
+    native.check_memory("offset_mask", offset_mask, call.bytes[1])
+    if grad_output is not None:
+        native.check_memory("grad_output", grad_output, call.bytes[2])
+    return call
 
 
 def _forward_kernel(value, offset_mask, *settings):
-    value, offset_mask = native.rows(value), native.rows(offset_mask)
+    value, offset_mask = native.rows(value), native.rows(offset_mask, "offset_mask")
     call = _prepare(value, offset_mask, None, settings)
-    output = value.new_empty(call.output_shape)
+    output = value.new_empty(*call.output_shape)
     if call.output_shape[0] > 0:
         native.forward(call.problem, value, offset_mask, output)
     return output
@@ -137,10 +173,12 @@ def _forward_kernel(value, offset_mask, *settings):
 
 def _backward_kernel(value, offset_mask, grad_output, *settings):
     *settings, needed = settings
-    value, offset_mask, grad_output = native.rows(value), native.rows(offset_mask), native.rows(grad_output)
+    _check_needed(needed)
+    value, offset_mask = native.rows(value), native.rows(offset_mask, "offset_mask")
+    grad_output = native.rows(grad_output, "grad_output")
     call = _prepare(value, offset_mask, grad_output, settings)
-    grad_value = value.new_empty(value.shape if needed[0] else (0,))
-    grad_offset_mask = offset_mask.new_empty(offset_mask.shape if needed[1] else (0,))
+    grad_value = value.new_empty(*value.shape) if needed[0] else value.new_empty(0)
+    grad_offset_mask = offset_mask.new_empty(*offset_mask.shape) if needed[1] else offset_mask.new_empty(0)
     if call.output_shape[0] > 0:
         native.backward(
             call.problem, value, offset_mask, grad_output,
@@ -154,46 +192,86 @@ for _device in ("CPU", "CUDA"):
     _library.impl("backward", _backward_kernel, _device)
 
 
+def _shape(value, offset_mask, settings) -> tuple[int, int, int, int]:
+    kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, _ = settings
+    geometry = Geometry.of(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), remove_center)
+    return output_shape(value, offset_mask, geometry, groups, offset_scale)
+
+
 @torch.library.register_fake("dcnv4_ext::forward", lib=_library)
 def _forward_shape(value, offset_mask, *settings):
-    kernel_size, stride, padding, dilation, groups, _, remove_center, _ = settings
-    geometry = Geometry.of(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), remove_center)
-    return value.new_empty(output_shape(value, offset_mask, geometry, groups))
+    return value.new_empty(_shape(value, offset_mask, settings))
 
 
+# Checks as the kernel does: torch calls this one too where one tensor of several is on the meta device.
 @torch.library.register_fake("dcnv4_ext::backward", lib=_library)
 def _backward_shape(value, offset_mask, grad_output, *settings):
-    needed = settings[-1]
+    *settings, needed = settings
+    _check_needed(needed)
+    check_grad_output(grad_output, _shape(value, offset_mask, settings), value)
     return (
         value.new_empty(value.shape if needed[0] else (0,)),
         offset_mask.new_empty(offset_mask.shape if needed[1] else (0,)),
     )
 
 
-_forward = torch.ops.dcnv4_ext.forward.default
+forward = torch.ops.dcnv4_ext.forward.default
 _backward = torch.ops.dcnv4_ext.backward.default
+
+
+def _keys(*names: str) -> int:
+    """The set of these dispatch keys, as torch writes it in one number."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+    for name in names[1:]:
+        keys = keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+    return keys.raw_repr()
+
+
+# The state in which nothing stands between the Autograd key and the kernels: ordinary dense tensors, no mode, no transform, no
+# tracing. The dispatcher's second round, which would find just that, is then left out: it is a quarter of a small call.
+_ORDINARY_STATE = _keys("BackendSelect", "ADInplaceOrView")
+_ORDINARY_TENSORS = frozenset(
+    _keys(device, "ADInplaceOrView", f"Autograd{device}", f"Autocast{device}") for device in ("CPU", "CUDA")
+)
+
+
+def _ordinary(*tensors: Tensor) -> bool:
+    if torch._C._dispatch_tls_local_include_set().raw_repr() != _ORDINARY_STATE:
+        return False
+    return all(torch._C._dispatch_keys(tensor).raw_repr() in _ORDINARY_TENSORS for tensor in tensors)
+
+
+def _below_autograd(value, offset_mask, settings):
+    with torch._C._AutoDispatchBelowAutograd():
+        if _ordinary(value, offset_mask):
+            return _forward_kernel(value, offset_mask, *settings)
+        return forward(value, offset_mask, *settings)
+
+
+def _gradients(ctx, grad_output):
+    value, offset_mask = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:2]
+    run = _backward_kernel if _ordinary(value, offset_mask, grad_output) else _backward
+    grad_value, grad_offset_mask = run(value, offset_mask, grad_output, *ctx.settings, needed)
+    return grad_value if needed[0] else None, grad_offset_mask if needed[1] else None, None
+
+
+_gradients_once = torch.autograd.function.once_differentiable(_gradients)
 
 
 # The plain class below autograd.Function: Function.apply would start the dispatch of torch.func's transforms anew, which has
 # happened already when a kernel under the Autograd key runs.
 class _Differentiable(torch.autograd.function._SingleLevelFunction):
     @staticmethod
-    def forward(ctx, value, offset_mask, *settings):
+    def forward(ctx, value, offset_mask, settings):
         ctx.settings = settings
         ctx.save_for_backward(value, offset_mask)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _forward(value, offset_mask, *settings)
+        return _below_autograd(value, offset_mask, settings)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        value, offset_mask = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:2]
-        gradients = _backward(value, offset_mask, grad_output, *ctx.settings, needed)
-        return (
-            *(g if n else None for g, n in zip(gradients, needed, strict=True)),
-            *(None for _ in ctx.settings),
-        )
+        # Only with create_graph=True does autograd run backward with gradients enabled.
+        return _gradients_once(ctx, grad_output) if torch.is_grad_enabled() else _gradients(ctx, grad_output)
 
 
 # A kernel under the Autograd key costs half of what torch.library.register_autograd does in a call with gradients.
@@ -201,10 +279,9 @@ def _autograd_kernel(value, offset_mask, *settings):
     if torch.is_grad_enabled() and (value.requires_grad or offset_mask.requires_grad):
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
-                return _Differentiable.apply(value, offset_mask, *settings)
-        return _Differentiable.apply(value, offset_mask, *settings)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _forward(value, offset_mask, *settings)
+                return _Differentiable.apply(value, offset_mask, settings)
+        return _Differentiable.apply(value, offset_mask, settings)
+    return _below_autograd(value, offset_mask, settings)
 
 
 _library.impl("forward", _autograd_kernel, "Autograd")
@@ -219,7 +296,7 @@ def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 @torch.library.register_vmap("dcnv4_ext::forward", lib=_library)
 def _forward_vmap(info, dims, value, offset_mask, *settings):
     size = info.batch_size
-    output = _forward(_fold(value, dims[0], size), _fold(offset_mask, dims[1], size), *settings)
+    output = forward(_fold(value, dims[0], size), _fold(offset_mask, dims[1], size), *settings)
     return output.unflatten(0, (size, -1)), 0
 
 
@@ -245,7 +322,7 @@ def _register_autocast(device: str) -> None:
     def kernel(value, offset_mask, *settings):
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return _forward(cast(value, dtype), cast(offset_mask, dtype), *settings)
+            return forward(cast(value, dtype), cast(offset_mask, dtype), *settings)
 
     _library.impl("forward", kernel, f"Autocast{device}")
 

@@ -49,7 +49,7 @@ class Problem:
 
 
 def between_cells(shape: tuple[int, ...], generator: torch.Generator, largest: float) -> Tensor:
-    """Offsets that are odd sixteenths: exact in bf16, and at offset_scale 1/2, 1 and 2 never on a cell's border, where the
+    """Offsets that are odd sixteenths: exact in bf16, and at offset_scale 1/2, 1, 2 and -3/2 never on a cell's border, where the
     derivative jumps and the rounding of a position would decide."""
     steps = int(largest * 8)
     return (2 * torch.randint(-steps, steps, shape, generator=generator) + 1) / 16
@@ -77,7 +77,7 @@ def random_problem(seed: int, dtype: torch.dtype | None = None) -> Problem:
     p = 3 * g * k + draw.choice([0, 5, 8])
     settings = dict(
         groups=g, kernel_size=kernel, stride=stride, padding=padding, dilation=dilation,
-        offset_scale=draw.choice([1.0, 1.0, 0.5, 2.0]), remove_center=remove_center, softmax=draw.random() < 0.25,
+        offset_scale=draw.choice([1.0, 1.0, 1.0, 0.5, 2.0, -1.5]), remove_center=remove_center, softmax=draw.random() < 0.25,
     )  # fmt: skip
 
     generator = torch.Generator().manual_seed(seed)
@@ -86,15 +86,17 @@ def random_problem(seed: int, dtype: torch.dtype | None = None) -> Problem:
     offset_mask = torch.randn(n, ho, wo, p, generator=generator)
     groups = offset_mask[..., : 3 * g * k].unflatten(-1, (g, 3 * k))
     offsets = groups[..., : 2 * k]
-    spread = draw.choice(["none", "near", "near", "far"])
+    spread = draw.choice(["lattice", "near", "near", "far"])
     offsets.copy_(
-        torch.zeros_like(offsets)
-        if spread == "none" and settings["offset_scale"] == 1.0
+        # Exact in every type: all agree on the cell, and on the one-sided derivative.
+        torch.randint(-2, 3, tuple(offsets.shape), generator=generator) * (seed % 3)
+        if spread == "lattice"
         else between_cells(tuple(offsets.shape), generator, 1.5 if spread != "far" else 12)
     )
     if draw.random() < 0.3:
         wild = torch.rand(offsets.shape, generator=generator) < 0.05
         offsets[wild] = draw.choice([float("nan"), float("inf"), -float("inf"), 30000.0, -30000.0])
+    offset_mask[..., 3 * g * k :] = float("nan")  # channels never to be read
     return Problem(seed, value, offset_mask.to(dtype), grad_output, settings)
 
 

@@ -1,11 +1,16 @@
-"""The operator as a citizen of torch: opcheck, compile, export, autocast, FLOP counting, vmap's refusal."""
+"""The operator as a citizen of torch: opcheck, compile, export, autocast, FLOP counting, vmap, DDP and FSDP."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from dcnv4_ext import DCNv4, dcnv4
+from dcnv4_ext import DCNv4, DCNv4Conv, dcnv4
 
 SETTINGS = ([3, 3], [1, 1], [1, 1], [1, 1], 2, 1.0, False, False)
 
@@ -62,6 +67,69 @@ def test_compile_with_gradients(backend: str) -> None:
     y.square().sum().backward()
     for p, want in zip(module.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrapper", ["module", "one_projection", "channels_last"])
+def test_compile_adds_no_copies_around_the_operator(wrapper: str) -> None:
+    """What inductor writes: matrix products and the operator, on views of each other's results; nothing that copies."""
+    from torch._inductor.utils import run_and_get_code
+
+    class OneProjection(torch.nn.Module):
+        """value and offset_mask as slices of one product: rows wider than the tensors."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = torch.nn.Linear(32, 32 + 56)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return dcnv4(*self.both(x).split([32, 56], -1), groups=2)
+
+    x = torch.randn(2, 6, 5, 32)
+    if wrapper == "channels_last":
+        module, x = DCNv4Conv(32, 24), x.permute(0, 3, 1, 2)
+    else:
+        module = trained_module() if wrapper == "module" else OneProjection()
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        y, codes = run_and_get_code(torch.compile(module, fullgraph=True), x)
+        torch.testing.assert_close(y, module(x), rtol=1e-4, atol=1e-5)
+    (code,) = codes
+    assert code.count("dcnv4_ext.forward.default(") == 1
+    # Every loop nest of inductor's own, a copy among them, is a cpp_fused_ kernel.
+    assert "cpp_fused" not in code and ".copy_(" not in code and ".clone(" not in code, code
+
+
+@pytest.mark.slow
+def test_ahead_of_time_inductor(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """A package for Python processes that import dcnv4_ext: the operator's kernels are registered from Python."""
+    if "slow" not in request.config.getoption("markexpr"):
+        pytest.skip("compiles for half a minute: run it with -m slow")
+    module, x = trained_module().eval(), torch.randn(2, 6, 5, 32)
+    with torch.no_grad():
+        program = torch.export.export(module, (x,))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
+        torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), module(x))
+
+
+def test_data_parallel_and_sharded_gradients(tmp_path: Path) -> None:
+    """DistributedDataParallel and FSDP2 over gloo, two processes."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch is built without distributed")
+    worker = Path(__file__).parent / "distributed_worker.py"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(worker), str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        texts = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(texts)
 
 
 def test_compile_dynamic_makes_one_graph() -> None:
@@ -150,6 +218,29 @@ def test_per_sample_gradients() -> None:
     dcnv4(*leaves, groups=2).square().sum().backward()
     for gradient, leaf in zip(got, leaves, strict=True):
         torch.testing.assert_close(gradient, leaf.grad)
+
+
+def test_only_ordinary_calls_skip_the_dispatcher() -> None:
+    """What tracing, modes, transforms and lazy views must see still goes through torch's dispatcher."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from dcnv4_ext.ops import _ordinary
+
+    value, offset_mask = inputs()
+    assert _ordinary(value, offset_mask) and _ordinary(torch.nn.Parameter(value), offset_mask[..., :54])
+    complex_numbers = torch.view_as_complex(torch.randn(2, 2))
+    assert not _ordinary(value, complex_numbers.conj().imag)
+    assert not _ordinary(value, value.to("meta")) and not _ordinary(value.to_sparse())
+    with FakeTensorMode() as mode:
+        assert not _ordinary(mode.from_tensor(value))
+        assert not _ordinary(value)
+    with FlopCounterMode(display=False):
+        assert not _ordinary(value)
+    seen = []
+    torch.func.vmap(lambda v: (seen.append(_ordinary(v)), v)[1])(value)
+    torch.func.grad(lambda v: (seen.append(_ordinary(v)), v.sum())[1])(value)
+    assert seen == [False, False]
 
 
 def test_meta_device() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -117,11 +120,79 @@ def test_groups_of_32_where_they_divide() -> None:
         (dict(channels=32, mask_init="center", remove_center=True), "needs the centre tap"),
         (dict(channels=32, without_pointwise=True, out_channels=16), "needs output_proj"),
         (dict(channels=32, padding=-1), "padding must be at least 0"),
+        (dict(channels=True), "channels must be a positive int"),
+        (dict(channels=32, out_channels=0), "out_channels must be at least 1"),
+        (dict(channels=32, offset_scale=float("nan")), "offset_scale must be finite"),
+        (dict(channels=32, groups=2.0), "groups must be an int, got 2.0"),
+        (dict(channels=32, dw_kernel_size=(3, 3)), "dw_kernel_size must be an int"),
+        (dict(channels=32, out_channels="8"), "out_channels must be an int"),
+        (dict(channels=32, offset_scale="1"), "offset_scale must be a number"),
+        (dict(channels=32, padding="same"), "padding must be an int or"),
     ],
 )
 def test_bad_arguments(arguments: dict, text: str) -> None:
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((ValueError, TypeError), match=text):
         DCNv4(**arguments)
+
+
+@pytest.mark.parametrize(
+    "call, text",
+    [
+        (lambda: DCNv4(16)([1.0]), "x must be a torch.Tensor, got list"),
+        (lambda: DCNv4(16)(torch.zeros(1, 4, 4, 16, dtype=torch.int64)), "x is torch.int64"),
+        (lambda: DCNv4(16)(torch.zeros(4, 16)), "expected .N, H, W, C. or .N, L, C."),
+        (lambda: DCNv4(16)(torch.zeros(1, 16, 16), shape=(16,)), "shape must be two positive ints"),
+        (lambda: DCNv4(16)(torch.zeros(1, 16, 16), shape=(-4, -4)), "shape must be two positive ints"),
+        (lambda: DCNv4(16)(torch.zeros(1, 16, 16), shape=(4.0, 4.0)), "shape must be two positive ints"),
+        (lambda: DCNv4(16, kernel_size=5, padding=0)(torch.zeros(1, 3, 3, 16)), "smaller than the kernel"),
+        (lambda: DCNv4(16, 5, 2, 0, dw_kernel_size=3)(torch.zeros(1, 3, 9, 16)), "smaller than the kernel"),
+        (lambda: DCNv4(16)(torch.zeros(1, 0, 4, 16)), "an empty map"),
+        (lambda: DCNv4Conv(16, 16)([1.0]), "x must be a torch.Tensor, got list"),
+        (lambda: DCNv4Conv(16, 16)(torch.zeros(16, 4, 4)), "expected .N, C, H, W."),
+        (lambda: DCNv4Conv(16, 16)(torch.zeros(1, 8, 4, 4)), "expected 16 channels"),
+    ],
+)
+def test_bad_calls(call, text: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=text):
+        call()
+
+
+def test_copies_and_pickles_compute_the_same() -> None:
+    """deepcopy and pickle, before a call and after one."""
+    module, x = DCNv4(32, stride=2, mask_init="uniform", dw_kernel_size=3), torch.randn(1, 5, 6, 32)
+    early = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+    want = module(x)
+    for other in (*early, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(x), want)
+
+
+def test_conv_wrapper_in_a_c2f_block() -> None:
+    """The C2f block of YOLOv8 with DCNv4Conv as the second convolution of its bottlenecks: NCHW, bf16 and half sizes too."""
+
+    class C2f(torch.nn.Module):
+        def __init__(self, c1: int, c2: int, n: int) -> None:
+            super().__init__()
+            self.c = c2 // 2
+            self.cv1 = torch.nn.Conv2d(c1, 2 * self.c, 1)
+            self.cv2 = torch.nn.Conv2d((2 + n) * self.c, c2, 1)
+            self.m = torch.nn.ModuleList(
+                torch.nn.Sequential(torch.nn.Conv2d(self.c, self.c, 3, 1, 1), DCNv4Conv(self.c, self.c, 3))
+                for _ in range(n)
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = list(self.cv1(x).chunk(2, 1))
+            for block in self.m:
+                y.append(y[-1] + block(y[-1]))
+            return self.cv2(torch.cat(y, 1))
+
+    for dtype, layout in ((torch.float32, torch.contiguous_format), (torch.bfloat16, torch.channels_last)):
+        block = C2f(24, 32, 2).to(dtype).to(memory_format=layout)
+        y = block(torch.randn(2, 24, 7, 9, dtype=dtype).to(memory_format=layout))
+        assert y.shape == (2, 32, 7, 9)
+        y.float().square().mean().backward()
+        assert all(p.grad.isfinite().all() for p in block.parameters())
+        assert all(b[1].dcn.offset_mask.weight.grad.abs().sum() > 0 for b in block.m)
 
 
 def test_wrong_number_of_channels_is_named() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -324,6 +328,17 @@ BAD_INPUT = {
     "odd kernel height and width": dict(kernel_size=2, remove_center=True),
     "without taps": dict(kernel_size=1, padding=0, remove_center=True),
     "empty map": dict(value=torch.zeros(1, 0, 4, 16)),
+    "value has a 65536x65536 map": dict(value=torch.zeros(0, 2**16, 2**16, 16)),
+    "groups must be at most": dict(groups=2**70),
+    "kernel_size must be at most": dict(kernel_size=2**70),
+    "stride must be at most": dict(stride=(2**32 + 1, 1)),
+    # A C int of these is 1: the kernel would compute something else.
+    "padding must be at most": dict(padding=2**32 + 1, dilation=2**32 + 1),
+    "over more than 2147483647 pixels": dict(padding=2**30, dilation=2**30),
+    "more than 1048576 points": dict(kernel_size=(1, 2**20 + 1), padding=(0, 2**19)),
+    "offset_scale must be finite, got nan": dict(offset_scale=float("nan")),
+    "offset_scale must be finite, got -inf": dict(offset_scale=-float("inf")),
+    "offset_scale must be finite, got an int": dict(offset_scale=10**400),
 }
 
 
@@ -344,17 +359,75 @@ BAD_TYPE = {
     "value must be a torch.Tensor, got list": dict(value=[1.0]),
     "kernel_size must be an int or an (h, w) pair": dict(kernel_size=(3, 3, 3)),
     "dilation must be an int or an (h, w) pair": dict(dilation=1.5),
+    "groups must be an int, got 1.0": dict(groups=1.0),
+    "groups must be an int, got True": dict(groups=True),
+    "groups must be an int, got None": dict(groups=None),
+    "offset_scale must be a number, got 'a'": dict(offset_scale="a"),
+    "offset_scale must be a number, got None": dict(offset_scale=None),
+    "value is a tensor of layout torch.sparse_coo": dict(value=lambda: torch.zeros(1, 4, 4, 16).to_sparse()),
+    "offset_mask is a tensor of layout torch.sparse_csr": dict(
+        offset_mask=lambda: torch.zeros(4, 4).to_sparse_csr()
+    ),
+    "value is a nested tensor": dict(
+        value=lambda: torch.nested.nested_tensor([torch.zeros(4, 4, 16)], layout=torch.strided)
+    ),
+    "value is torch.quint8": dict(
+        value=lambda: torch.quantize_per_tensor(torch.zeros(1, 4, 4, 16), 1.0, 0, torch.quint8)
+    ),
 }
 
 
+@pytest.mark.filterwarnings("ignore")  # torch warns that some of these tensors are young or old
 @pytest.mark.parametrize("text", BAD_TYPE)
 def test_bad_type(text: str) -> None:
-    call = (
-        dict(value=torch.zeros(1, 4, 4, 16), offset_mask=torch.zeros(1, 4, 4, 32), groups=1) | BAD_TYPE[text]
-    )
+    call = dict(value=torch.zeros(1, 4, 4, 16), offset_mask=torch.zeros(1, 4, 4, 32), groups=1)
+    call |= {name: made() if callable(made) else made for name, made in BAD_TYPE[text].items()}
     with pytest.raises(TypeError) as error:
         dcnv4(call.pop("value"), call.pop("offset_mask"), **call)
     assert text in str(error.value)
+
+
+BAD_CALLS_OF_BACKWARD = {
+    "grad_output must be (1, 4, 4, 16) torch.float32 on cpu": [
+        dict(grad_output=torch.zeros(1, 4, 4, 15)), dict(grad_output=torch.zeros(4)), dict(grad_output=torch.tensor(1.0)),
+        dict(grad_output=torch.zeros(1, 4, 4, 16, dtype=torch.int64)),
+        # With one tensor on the meta device torch runs the function for shapes, whose result would be memory as it was found.
+        dict(grad_output=torch.zeros(1, 4, 4, 16, device="meta")),
+    ],
+    "grad_output must be (1, 4, 4, 16) torch.float32 on meta": [
+        dict(value=torch.zeros(1, 4, 4, 16, device="meta"), offset_mask=torch.zeros(1, 4, 4, 27, device="meta"))
+    ],
+    "value must be (N, H, W, C)": [dict(value=torch.zeros(4, 4, 16))],
+    "fewer than 3 * groups * taps": [dict(offset_mask=torch.zeros(1, 4, 4, 5))],
+    "needed must be two bools": [dict(needed=[]), dict(needed=[True]), dict(needed=[True, True, True])],
+    "offset_scale must be finite": [dict(offset_scale=float("nan"))],
+    "groups=0 does not divide": [dict(groups=0)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BAD_CALLS_OF_BACKWARD)
+def test_bad_calls_of_the_registered_backward(text: str) -> None:
+    """torch.ops.dcnv4_ext.backward is public too: autograd is not its only caller."""
+    for change in BAD_CALLS_OF_BACKWARD[text]:
+        arguments = dict(
+            value=torch.zeros(1, 4, 4, 16), offset_mask=torch.zeros(1, 4, 4, 27), grad_output=torch.zeros(1, 4, 4, 16),
+            kernel_size=[3, 3], stride=[1, 1], padding=[1, 1], dilation=[1, 1], groups=1, offset_scale=1.0,
+            remove_center=False, softmax=False, needed=[True, True],
+        )  # fmt: skip
+        with pytest.raises(ValueError) as error:
+            torch.ops.dcnv4_ext.backward(**arguments | change)
+        assert text in str(error.value)
+
+
+def test_a_freed_tensor_is_refused() -> None:
+    """What FSDP does to the storage of parameters that it does not need now; reading it would crash the process."""
+    for name, keep in (("value", 0), ("value", 64), ("offset_mask", 0)):
+        for view in (torch.Tensor.contiguous, lambda tensor: tensor.transpose(1, 2)):
+            tensors = dict(value=torch.zeros(2, 4, 4, 16)[1:], offset_mask=torch.zeros(2, 4, 4, 32)[1:])
+            tensors[name] = view(tensors[name])
+            tensors[name].untyped_storage().resize_(keep)
+            with pytest.raises(ValueError, match=f"{name} has shape .* a storage of {keep} bytes"):
+                dcnv4(**tensors, groups=1)
 
 
 def test_the_c_interface_refuses_what_python_would_have_caught() -> None:
@@ -375,8 +448,207 @@ def test_the_c_interface_refuses_what_python_would_have_caught() -> None:
         dict(D=0),
         dict(value_stride=7),
         dict(kernel_h=0),
+        dict(kernel_h=2**16, kernel_w=2**16),
+        dict(dilation_h=2**30),
+        dict(G=2**40),
+        dict(H=2**40, W=2**40),
+        dict(threads=0),
+        dict(offset_scale=float("nan")),
         dict(dtype=9),
     ):
         problem = native.Problem(**(good | change))
         status = library.dcnv4_cpu_forward(problem, *buffers)
         assert (status == 0) == (not change), change
+    problem = native.Problem(**good)
+    assert library.dcnv4_cpu_forward(problem, None, *buffers[1:]) == 1
+    assert library.dcnv4_cpu_backward(problem, *buffers[:2], None, buffers[2], None) == 1
+    assert library.dcnv4_cpu_backward(problem, None, None, None, None, None) == 0
+    nothing = native.Problem(**good | dict(N=0, threads=4))
+    assert library.dcnv4_cpu_forward(nothing, None, None, None) == 0
+    assert library.dcnv4_cpu_backward(nothing, None, None, None, buffers[0], None) == 0
+
+
+# ---- Odd tensors, threads and processes.
+
+
+def test_any_view_gives_what_a_copy_gives() -> None:
+    """Strides that kernels cannot read, and views that torch resolves first: forward and both gradients."""
+    wide = torch.randn(2, 5, 8, 128)
+    complex_numbers = torch.view_as_complex(torch.randn(2, 5, 4, 64, 2))
+    views = {
+        "flipped": wide[:, :, :4, :64].flip(1, 2),
+        "every second column": wide[:, :, ::2, :64],
+        "every second channel": wide[:, :, :4, ::2],
+        "inner window": wide[:, :, 2:6, 32:96],
+        "expanded": wide[:1, :1, :1, :64].expand(2, 5, 4, 64),
+        "expanded channel": wide[:, :, :4, :1].expand(2, 5, 4, 64),
+        "channels first": torch.randn(2, 64, 5, 4).permute(0, 2, 3, 1),
+        "negative bit": complex_numbers.conj().imag,
+        "real part": complex_numbers.real,
+        "zero tensor": torch._efficientzerotensor(2, 5, 4, 64),
+    }
+    assert views["negative bit"].is_neg()
+    generator = torch.Generator().manual_seed(0)
+    others = torch.randn(2, 5, 4, 64, generator=generator), torch.randn(2, 5, 4, 27, generator=generator)
+
+    def outcome(value: torch.Tensor, grad_output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        inputs = value.detach().requires_grad_(), others[1].detach().requires_grad_()
+        output = dcnv4(*inputs, groups=1)
+        return output, *torch.autograd.grad(output, inputs, grad_output)
+
+    for name, view in views.items():
+        copy = view.resolve_neg().clone(memory_format=torch.contiguous_format) + 0
+        for arguments, plain in (
+            ((view, others[0]), (copy, others[0])),
+            ((others[0], view), (others[0], copy)),
+        ):
+            for got, want in zip(outcome(*arguments), outcome(*plain), strict=True):
+                assert torch.equal(got, want), name
+
+
+def test_mixed_needs_and_inference_mode() -> None:
+    value, offset_mask = torch.randn(1, 4, 4, 16), torch.randn(1, 4, 4, 27)
+    want = dcnv4(value, offset_mask, groups=1)
+    with torch.inference_mode():
+        inside = dcnv4(value, offset_mask, groups=1)
+        made_there = value.clone()
+    assert torch.equal(inside, want) and inside.is_inference() and not want.requires_grad
+    assert torch.equal(dcnv4(made_there, offset_mask, groups=1), want)
+    with torch.no_grad():
+        assert not dcnv4(value.clone().requires_grad_(), offset_mask, groups=1).requires_grad
+    assert dcnv4(value, offset_mask.clone().requires_grad_(), groups=1).requires_grad
+
+
+def test_threads_call_at_once() -> None:
+    """ctypes lets go of the interpreter lock: kernels of several threads run side by side, each with its own scratch."""
+    problems = [random_problem(seed) for seed in range(100, 140)]
+    expected = [solve(dcnv4, problem) for problem in problems]
+    wrong: list[str] = []
+
+    def work(first: int) -> None:
+        for index in range(len(problems)):
+            problem = problems[(index + first) % len(problems)]
+            for got, want in zip(
+                solve(dcnv4, problem), expected[(index + first) % len(problems)], strict=True
+            ):
+                if not torch.equal(got.nan_to_num(), want.nan_to_num()):
+                    wrong.append(str(problem))
+
+    threads = [threading.Thread(target=work, args=(11 * i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong[:3]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_with_one_thread_goes_on() -> None:
+    """As DataLoader's workers are: forked after use, then set to one thread. (With more, OpenMP itself hangs in a child, for
+    torch's own operators as for this one.)"""
+    program = (
+        "import os, torch\nfrom dcnv4_ext import dcnv4\ntorch.set_num_threads(2)\n"
+        "v, a = torch.randn(2, 32, 32, 64), torch.randn(2, 32, 32, 54)\nwant = dcnv4(v, a, groups=2)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n    torch.set_num_threads(1)\n    os._exit(not torch.equal(dcnv4(v, a, groups=2), want))\n"
+        "raise SystemExit(os.waitpid(child, 0)[1])"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], timeout=120)
+    assert done.returncode == 0
+
+
+def test_nothing_outside_the_tensors_is_touched() -> None:
+    """Tensors that end, or begin, at a page nobody may read: masked vector loads, which sanitizers do not watch, included."""
+    command = [sys.executable, "-W", "ignore", "-m", "emulation.fenced"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=250)
+    if done.returncode == 77:
+        pytest.skip(done.stdout)
+    assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+# ---- Large.
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_that_fp32_cannot_tell_apart(isa: str) -> None:
+    """Past 2^24 rows the bounds of a packed window round: a tap one row above it must still find its value."""
+    height, row = 2**24 + 32, 2**24 + 10
+    value = torch.zeros(1, height, 1, 1)
+    value[0, -64:, 0, 0] = torch.arange(1.0, 65.0)
+    for dy in (-6.0, -4.0, 2.0, 4.0, 6.0):
+        offset_mask = torch.zeros(1, 2, 1, 3)
+        offset_mask[..., 1], offset_mask[..., 2] = dy, 1
+        with native.forced_isa(isa):
+            got = dcnv4(value, offset_mask, groups=1, kernel_size=1, padding=0, stride=(row, 1))
+        assert float(got[0, 1, 0, 0]) == float(value[0, row + int(dy), 0, 0]), dy
+
+
+def available_memory() -> int:
+    """Bytes; 0 where the system does not tell."""
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
+
+
+# One of the tensors passes 2^31 elements: 4.3 GB in bf16. (N, H, W, C, groups) and settings.
+PAST_2_31 = {
+    "value": ((2, 4100, 4100, 64, 4), dict(stride=41)),
+    "offset_mask": ((1, 2230, 2230, 16, 16), dict()),
+    "output": ((1, 6, 5, 64, 1), dict(kernel_size=1, padding=2900)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor", PAST_2_31)
+def test_past_2_31_elements(tensor: str, request: pytest.FixtureRequest) -> None:
+    """bf16 on the CPU; the last rows, which lie beyond, against the reference on a crop that holds all they look at."""
+    if "slow" not in request.config.getoption("markexpr"):
+        pytest.skip("needs 8 GiB and a minute: run it with -m slow")
+    if available_memory() < 9 * 2**30:
+        pytest.skip("less than 9 GiB of memory available")
+    (n, h, w, c, groups), settings = PAST_2_31[tensor]
+    taps = settings.get("kernel_size", 3) ** 2
+    generator = torch.Generator().manual_seed(0)
+    # Only what the last rows can see is random, the rest zero: drawing it all would take longer than the kernel.
+    seen = min(h, 120)
+    value = torch.zeros(n, h, w, c, dtype=torch.bfloat16)
+    value[-1, -seen:] = torch.randn(seen, w, c, generator=generator).bfloat16()
+    _, ho, wo, _ = shape = (*dcnv4_shape(value, settings), c)
+    offset_mask = torch.zeros(n, ho, wo, 3 * groups * taps, dtype=torch.bfloat16)
+    pad = settings.get("padding", 1)
+    rows = range(pad, pad + h) if tensor == "output" else range(ho - 2, ho)  # that see the map
+    last = torch.randn(len(rows), wo, groups, 3 * taps, generator=generator)
+    last[..., : 2 * taps] = between_cells((len(rows), wo, groups, 2 * taps), generator, 2)
+    offset_mask[-1, rows.start : rows.stop] = last.flatten(2).bfloat16()
+    assert (
+        dict(value=value, offset_mask=offset_mask).get(tensor, torch.empty(shape, device="meta")).numel()
+        > 2**31
+    )
+    output = dcnv4(value, offset_mask, groups=groups, **settings)
+    assert output.shape == shape
+
+    # The crop starts where an output row stands, as the whole map does, and leaves room for the offsets above.
+    stride = settings.get("stride", 1)
+    first = 0 if tensor == "output" else stride * (rows.start - 1 - 8 // stride)
+    crop = value[-1:, first:].double()
+    outputs = dcnv4_shape(crop, settings)[1]
+    weights = torch.zeros(1, outputs, wo, offset_mask.shape[3], dtype=torch.float64)
+    kept = slice(rows.start, rows.stop) if tensor == "output" else slice(outputs - 2, outputs)
+    columns = slice(pad - 2, pad + w + 2) if tensor == "output" else slice(wo - 40, wo)
+    weights[:, kept, columns] = offset_mask[-1:, rows.start : rows.stop, columns].double()
+    if (
+        tensor == "output"
+    ):  # the reference needs memory by the output: a narrow frame about the map tells as much
+        frame = 4
+        weights = weights[:, pad - frame : pad + h + frame, pad - frame : pad + w + frame]
+        want = dcnv4_reference(crop, weights, groups=groups, kernel_size=1, padding=frame)
+        got = output[-1:, pad - frame : pad + h + frame, pad - frame : pad + w + frame]
+        kept, columns = slice(frame, frame + h), slice(frame - 2, frame + w + 2)
+        assert not output[-1, -1].any() and got[:, kept, columns].any()
+    else:
+        want = dcnv4_reference(crop, weights, groups=groups, **settings)
+        got = output[-1:, -outputs:]
+    relative, absolute = TOLERANCES[torch.bfloat16]
+    got, want = got[:, kept, columns].double(), want[:, kept, columns]
+    assert want.abs().max() > 1
+    torch.testing.assert_close(got, want, rtol=relative, atol=absolute * float(want.abs().max()))

@@ -1,7 +1,7 @@
 // The CPU library's door: which instruction sets this processor runs, the choice among them, the last check of a problem.
-#include <limits>
 #include <string>
 
+#include "../check.h"
 #include "plan.h"
 
 #if defined(DCNV4_X86) && defined(_MSC_VER)
@@ -52,18 +52,10 @@ Choice& choice() {
   return instance;
 }
 
-// What Python checks too; here so that no caller of the C interface reaches a kernel with sizes that contradict each other.
 int32_t check(const dcnv4_problem& p) {
-  if (p.abi_version != DCNV4_ABI_VERSION) return DCNV4_BAD_PROBLEM;
-  if (p.N < 0 || p.H < 1 || p.W < 1 || p.G < 1 || p.D < 1 || p.Ho < 1 || p.Wo < 1) return DCNV4_BAD_PROBLEM;
-  if (p.kernel_h < 1 || p.kernel_w < 1 || p.stride_h < 1 || p.stride_w < 1 || p.pad_h < 0 || p.pad_w < 0 || p.dilation_h < 1 ||
-      p.dilation_w < 1 || taps_of(p) < 1 || p.threads < 1)
-    return DCNV4_BAD_PROBLEM;
-  if (p.P < 3 * p.G * int64_t(taps_of(p)) || p.value_stride < p.G * p.D || p.offset_mask_stride < p.P ||
-      p.output_stride < p.G * p.D)
-    return DCNV4_BAD_PROBLEM;
+  if (const int32_t status = check_sizes(p)) return status;
   // Cells of one packed map are numbered in 32 bits.
-  if ((p.H + 4) * (p.W + 2) > std::numeric_limits<int32_t>::max()) return DCNV4_BAD_PROBLEM;
+  if (p.threads < 1 || (p.H + 4) * (p.W + 2) > INT32_MAX) return DCNV4_BAD_PROBLEM;
   return DCNV4_OK;
 }
 
@@ -93,15 +85,17 @@ int32_t dcnv4_cpu_select(const char* isa) {
 const char* dcnv4_cpu_selected(void) { return choice().selected.load()->name; }
 
 int32_t dcnv4_cpu_forward(const dcnv4_problem* problem, const void* value, const void* offset_mask, void* output) {
-  if (int32_t status = check(*problem)) return status;
+  const int32_t status = check(*problem);
+  if (status != DCNV4_OK || problem->N == 0) return status;
+  if (!value || !offset_mask || !output) return DCNV4_BAD_PROBLEM;
   return choice().selected.load()->forward(*problem, value, offset_mask, output);
 }
 
 int32_t dcnv4_cpu_backward(const dcnv4_problem* problem, const void* value, const void* offset_mask, const void* grad_output,
                            void* grad_value, void* grad_offset_mask) {
-  if (int32_t status = check(*problem)) return status;
-  if ((grad_value && problem->grad_value_stride < problem->G * problem->D) ||
-      (grad_offset_mask && problem->grad_offset_mask_stride < problem->P))
-    return DCNV4_BAD_PROBLEM;
+  const int32_t status = check(*problem);
+  if (status != DCNV4_OK || problem->N == 0 || (!grad_value && !grad_offset_mask)) return status;
+  if (const int32_t wrong = check_gradients(*problem, grad_value, grad_offset_mask)) return wrong;
+  if (!value || !offset_mask || !grad_output) return DCNV4_BAD_PROBLEM;
   return choice().selected.load()->backward(*problem, value, offset_mask, grad_output, grad_value, grad_offset_mask);
 }

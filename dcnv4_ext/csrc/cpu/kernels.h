@@ -40,6 +40,14 @@ inline void softmax_row(const T* row, int64_t K, S* out) {
   for (int64_t k = 0; k < K; ++k) out[k] /= sum;
 }
 
+// The smallest number of the type that is not below `row`: fp32 has not every row past 2^24, and a bound that rounds the wrong
+// way would let a tap read outside its window.
+template <class S>
+inline S at_least(int64_t row) {
+  const S rounded = S(row);
+  return int64_t(rounded) < row ? std::nextafter(rounded, std::numeric_limits<S>::infinity()) : rounded;
+}
+
 // What locating a tap needs besides its offset, in vectors that stay in registers over a row.
 template <class V>
 struct Frame {
@@ -55,12 +63,12 @@ struct Frame {
         width(V::set1(plan.width)),
         height(V::set1(plan.height)),
         scale(V::set1(plan.scale)),
-        first(V::set1(S(window.first))),
-        last(V::set1(S(window.last - 2))),  // rows y0 and y0 + 1 are read
+        first(V::set1(at_least<S>(window.first))),
+        last(V::set1(-at_least<S>(2 - window.last))),  // rows y0 and y0 + 1 are read
         first_row(int32_t(window.first)),
         pitch(int32_t(plan.pitch)),
         blank(blank),
-        whole(window.first == -1 && S(window.last) == plan.height + 1) {}
+        whole(window.first == -1 && window.last == plan.rows + 1) {}
 };
 
 // Positions of all taps of the pixel whose offset row is `row`. `weights` replaces the row's weights where softmax is on.
@@ -281,6 +289,7 @@ struct TapGrid {
     plan.at_once = int(at_once);
     plan.packed_width = (vectors + at_once - 1) / at_once * at_once * V::width;
     plan.pitch = p.W + 2;
+    plan.rows = p.H;
     plan.center_y = (p.dilation_h * (p.kernel_h - 1)) / 2;
     plan.width = S(p.W);
     plan.height = S(p.H);

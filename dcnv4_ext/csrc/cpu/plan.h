@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 
 #include "../sampling.h"
 
@@ -87,6 +88,7 @@ struct Plan {
   int64_t D, packed_width;  // channels a group, and rounded up to whole vectors
   int at_once;              // vectors of channels taken together
   int64_t pitch;            // cells of a packed row: W + 2
+  int64_t rows;             // of the value map: H
   int64_t center_y;         // of the kernel, in rows
   S width, height, scale;
   const S *grid_x, *grid_y;  // padded_taps each

@@ -402,8 +402,8 @@ int32_t dcnv4_cuda_backward(const dcnv4_problem* problem, const void* value, con
   const dcnv4_problem& p = *problem;
   const int32_t status = check_problem(p);
   if (status != DCNV4_OK || p.N == 0 || (!grad_value && !grad_offset_mask)) return status;
-  if ((grad_value && p.grad_value_stride < p.G * p.D) || (grad_offset_mask && p.grad_offset_mask_stride < p.P))
-    return DCNV4_BAD_PROBLEM;
+  if (const int32_t wrong = check_gradients(p, grad_value, grad_offset_mask)) return wrong;
+  if (!value || !offset_mask || !grad_output) return DCNV4_BAD_PROBLEM;
   const DeviceGuard guard(p.device);
   if (guard.error() != cudaSuccess) return status_of(guard.error());
   const BackwardCall call{

@@ -222,6 +222,7 @@ int32_t dcnv4_cuda_forward(const dcnv4_problem* problem, const void* value, cons
   using namespace dcnv4;
   const int32_t status = check_problem(*problem);
   if (status != DCNV4_OK || problem->N == 0) return status;
+  if (!value || !offset_mask || !output) return DCNV4_BAD_PROBLEM;
   const DeviceGuard guard(problem->device);
   if (guard.error() != cudaSuccess) return status_of(guard.error());
   const Call call{*problem, value, offset_mask, output, static_cast<cudaStream_t>(stream)};

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <initializer_list>
 
+#include "../check.h"
 #include "taps.h"
 
 namespace dcnv4 {
@@ -82,26 +83,14 @@ inline bool aligned(const void* pointer, int64_t stride, int64_t element, int64_
   return reinterpret_cast<uintptr_t>(pointer) % uint64_t(bytes) == 0 && stride * element % bytes == 0;
 }
 
-constexpr int64_t kMostPoints = 1 << 20;  // of a kernel: 1024 x 1024
-
-// Sizes no kernel may be given. Python checks the arguments and says which is wrong; this is the last line.
+// Sizes that no CUDA kernel may be given: pixels of one map and positions are 32-bit numbers, row strides 32-bit byte counts.
 inline int32_t check_problem(const dcnv4_problem& p) {
   constexpr int64_t limit = INT32_MAX;
-  if (p.abi_version != DCNV4_ABI_VERSION || p.dtype < DCNV4_FLOAT32 || p.dtype > DCNV4_FLOAT16) return DCNV4_BAD_PROBLEM;
-  for (int64_t size : {p.H, p.W, p.G, p.D, p.Ho, p.Wo, p.P})
-    if (size < 1 || size > limit) return DCNV4_BAD_PROBLEM;
-  for (int64_t size : {p.kernel_h, p.kernel_w, p.stride_h, p.stride_w, p.dilation_h, p.dilation_w})
-    if (size < 1) return DCNV4_BAD_PROBLEM;
-  const int64_t channels = p.G * p.D, points = int64_t(p.kernel_h) * p.kernel_w, taps = points - (p.remove_center ? 1 : 0);
-  if (p.N < 0 || p.N > limit || p.pad_h < 0 || p.pad_w < 0 || taps < 1 || points > kMostPoints) return DCNV4_BAD_PROBLEM;
-  if (p.G > p.P / (3 * taps) || p.value_stride < channels || p.output_stride < channels || p.offset_mask_stride < p.P)
-    return DCNV4_BAD_PROBLEM;
-  // Pixels of one map and positions are 32-bit numbers, row strides 32-bit byte counts.
+  if (const int32_t status = check_sizes(p)) return status;
   if (p.H > limit / p.W || p.Ho > limit / p.Wo) return DCNV4_BAD_PROBLEM;
   for (int64_t stride : {p.value_stride, p.offset_mask_stride, p.output_stride, p.grad_value_stride, p.grad_offset_mask_stride})
     if (stride > limit / 8) return DCNV4_BAD_PROBLEM;
   const int64_t reach_w = int64_t(p.dilation_w) * (p.kernel_w - 1), reach_h = int64_t(p.dilation_h) * (p.kernel_h - 1);
-  if (reach_w > limit || reach_h > limit) return DCNV4_BAD_PROBLEM;
   if (p.Wo > (limit - reach_w) / p.stride_w || p.Ho > (limit - reach_h) / p.stride_h) return DCNV4_BAD_PROBLEM;
   return DCNV4_OK;
 }

@@ -1,24 +1,20 @@
-"""Random problems for the kernels, and what their results are held to."""
+"""Problems for the emulated kernels, drawn or made by hand, and what their results are held to."""
 
 from __future__ import annotations
 
 import math
-import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dcnv4_ext import dcnv4_reference
+from problems import random_problem
 
 from .library import Operator
 
-KERNELS = [  # (kernel_size, remove_center), by number of taps: 1, 4, 8, 9, 25, and shapes that are not square
-    ((1, 1), False), ((2, 2), False), ((3, 3), True), ((3, 3), False), ((3, 3), False), ((5, 5), False), ((2, 4), False),
-    ((9, 1), False), ((1, 3), False), ((3, 5), True),
-]  # fmt: skip
-DEPTHS = [1, 3, 4, 8, 12, 16, 24, 32, 40, 48, 64, 80, 128]
-OFFSETS = ["zero", "lattice", "sixteenths", "normal", "wide", "wild"]
+# Standard deviation of the offsets by their kind, in pixels.
+SPREAD = {"zero": 0.0, "lattice": 2.0, "sixteenths": 2.0, "normal": 1.5, "wide": 3.0, "wild": 2.0}
 # Rounding of one result to the storage type, and of the sums behind it, relative to the largest of them.
 ROUNDING = {
     torch.float64: 2.0**-52,
@@ -39,7 +35,7 @@ class Case:
     depth: int
     padding_channels: int  # of offset_mask
     row_gap: int  # elements between the rows of every tensor
-    offsets: str
+    offsets: str  # a key of SPREAD, or "drawn"
     dtype: torch.dtype
     seed: int
 
@@ -63,48 +59,17 @@ class Tensors:
     grad_output: Tensor  # (N, Ho, Wo, C)
 
 
-def random_case(seed: int) -> Case:
-    """Case number `seed`, the same everywhere."""
-    rng = random.Random(seed)
-    kernel_size, remove_center = rng.choice(KERNELS)
-    dilation = rng.choice([(1, 1), (1, 1), (2, 2), (1, 2)])
-    padding = rng.choice([(0, 0), (1, 1), (1, 1), (2, 2), (2, 0)])
-    stride = rng.choice([(1, 1), (1, 1), (2, 2), (1, 2)])
-    batch = rng.choice([0, 1, 1, 1, 3, 3, 6, 257])
-    groups = rng.choice([1, 1, 2, 3, 5])
-    depth = rng.choice(DEPTHS)
-    edge = 2 if batch == 257 else rng.choice([3, 6, 9, 17])
-    if batch == 257:
-        groups, depth = 1, min(depth, 16)
-        kernel_size, remove_center = rng.choice([item for item in KERNELS if math.prod(item[0]) <= 9])
-    op = Operator(
-        groups, kernel_size, stride, padding, dilation, rng.choice([1.0, 1.0, 1.0, 0.5, 2.0, -1.5]), remove_center,
-        rng.random() < 0.25,
+def random_case(seed: int) -> tuple[Case, Tensors]:
+    """Problem number `seed` of tests/problems.py, two in five with a gap behind every pixel."""
+    problem = random_problem(seed)
+    op, gap = Operator(**problem.settings), (0, 0, 0, 8, 3)[seed % 5]
+    n, h, w, c = problem.value.shape
+    padding_channels = problem.offset_mask.shape[3] - 3 * op.groups * op.taps
+    case = Case(
+        op, n, (h, w), c // op.groups, padding_channels, gap, "drawn", problem.value.dtype, seed
     )  # fmt: skip
-    # Large enough for one output, small enough for the emulation.
-    size = []
-    for axis in (0, 1):
-        least = max(1, dilation[axis] * (kernel_size[axis] - 1) + 1 - 2 * padding[axis])
-        size.append(rng.randint(least, max(least, edge)))
-    while batch * math.prod(op.output_size(*size)) * groups * depth * op.taps > 150_000:
-        if groups > 1:
-            groups -= 1
-            op = replace(op, groups=groups)
-        elif batch > 1 and batch != 257:
-            batch = 1
-        else:
-            smaller = [max(least, s - 1) for s, least in zip(size, _least(op), strict=True)]
-            if smaller == size:
-                break
-            size = smaller
-    return Case(
-        op, batch, tuple(size), depth, rng.choice([0, 0, 1, 5, 8]), rng.choice([0, 0, 0, 8, 3]), rng.choice(OFFSETS),
-        rng.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64]), seed,
-    )  # fmt: skip
-
-
-def _least(op: Operator) -> list[int]:
-    return [max(1, op.dilation[a] * (op.kernel_size[a] - 1) + 1 - 2 * op.padding[a]) for a in (0, 1)]
+    tensors = problem.value, problem.offset_mask, problem.grad_output
+    return case, Tensors(*(_rows(tensor, gap) for tensor in tensors))
 
 
 def _rows(tensor: Tensor, gap: int) -> Tensor:
@@ -117,7 +82,7 @@ def _rows(tensor: Tensor, gap: int) -> Tensor:
 
 
 def tensors_of(case: Case) -> Tensors:
-    """Random tensors for `case`. Offsets but the normal ones are multiples of 1/16 below 8, so that positions are exact in every
+    """Random tensors for a case made by hand. Offsets but the normal ones are multiples of 1/16 below 8, so that positions are exact in every
     type and kernels and reference agree on the cell."""
     random_numbers = torch.Generator().manual_seed(case.seed)
     op, k = case.op, case.op.taps
@@ -127,10 +92,7 @@ def tensors_of(case: Case) -> Tensors:
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=random_numbers, dtype=torch.float64)
 
-    scale = {"zero": 0.0, "lattice": 2.0, "sixteenths": 2.0, "normal": 1.5, "wide": 3.0, "wild": 2.0}[
-        case.offsets
-    ]
-    offsets = normal(*shape, 2 * k) * scale
+    offsets = normal(*shape, 2 * k) * SPREAD[case.offsets]
     if case.offsets != "normal":
         step = 1.0 if case.offsets == "lattice" else 16.0
         offsets = (offsets * step).round().clamp(-7.9 * step, 7.9 * step).trunc() / step
