@@ -7,18 +7,17 @@ torchrun --standalone --nproc_per_node 2 train.py configs/digits_dcn.yaml
 
 from __future__ import annotations
 
-import argparse
-import sys
-
-from ldm_dcn.config import load_config
-from ldm_dcn.errors import exit_on_user_error
+from ldm_dcn.errors import Parser, exit_on_user_error, report
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        description=__doc__,
+        usage="%(prog)s CONFIG [section.key=value ...] [--print-config] [--allow-change KEY ...]",
     )
-    parser.add_argument("config", help="a YAML file, such as configs/digits_dcn.yaml")
+    parser.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="a YAML file, such as configs/digits_dcn.yaml"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings over those of the file"
     )
@@ -27,8 +26,13 @@ def main() -> int:
         "--allow-change", nargs="+", default=[], metavar="KEY", help="settings that may differ from the run's"
     )
     arguments = parser.parse_intermixed_args()
+    if arguments.config is None:  # argparse itself would ask for overrides too
+        parser.error("give a config, such as configs/digits_dcn.yaml")
+
+    from ldm_dcn.config import check_keys, load_config  # Ctrl-C while this loads leaves no traceback either
 
     config = load_config(arguments.config, arguments.overrides)
+    check_keys("--allow-change", arguments.allow_change)
     if arguments.print_config:
         print(config.to_yaml(), end="")
         return 0
@@ -39,10 +43,15 @@ def main() -> int:
         train,
     )  # takes seconds: not before the config is known to be right
 
+    score = None
+    if config.train.score_every:
+        from eval.on_the_way import OnTheWay
+
+        score = OnTheWay(config)
     try:
-        return train(config, arguments.allow_change)
+        return train(config, arguments.allow_change, score)
     except NonFinite as error:
-        print(f"error: {error}", file=sys.stderr)
+        report(str(error))
         return NON_FINITE
 
 

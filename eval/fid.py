@@ -11,7 +11,6 @@ and the numbers are those of one process:
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from ldm_dcn.data import rank_in_class, split_indices
-from ldm_dcn.errors import UserError, exit_on_user_error
+from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.export import Model, load_model
 
 from .environment import environment
@@ -337,7 +336,7 @@ def write_json(table: Table, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m eval.fid", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m eval.fid", description=__doc__.splitlines()[0])
     parser.add_argument(
         "inputs", nargs="*", metavar="INPUT", help="run or export folder, hub id, folder of images, or npz"
     )

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import dcnv4_ext
 from dcnv4_ext import dcnv4, native
-from ldm_dcn.errors import UserError, exit_on_user_error
+from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 
 from .chart import Panel, draw
 from .environment import cpu_name, environment
@@ -508,7 +508,7 @@ def parse_rows(names: Sequence[str]) -> list[str]:
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.operators", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m eval.operators", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )

@@ -13,7 +13,6 @@ of kernels and the allocator's slack are not in the figures: leave a tenth.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.denoiser import Denoiser
-from ldm_dcn.errors import UserError, exit_on_user_error
+from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.run import ARITHMETIC
 from ldm_dcn.unet import build_unet
 
@@ -209,7 +208,7 @@ def table(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m eval.plan", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m eval.plan", description=__doc__.splitlines()[0])
     parser.add_argument("configs", nargs="+", metavar="CONFIG")
     parser.add_argument("--gpus", type=int, nargs="+", default=list(GPUS), help="default: 1 8 64")
     parser.add_argument(

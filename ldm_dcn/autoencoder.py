@@ -11,28 +11,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
-import re
 import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from .errors import UserError
+from .hub import HUB_ID, Unavailable, from_hub_or_cache
 
 ASSETS = Path(__file__).parent / "assets"
 DIGITS_FOLDER = ASSETS / "digits_autoencoder"
 SD_CONFIG_FOLDER = ASSETS / "sd_vae"  # Stable Diffusion 1.x, for single files that come without a config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOATS = (
+    "F64",
+    "F32",
+    "BF16",
+    "F16",
+)  # as safetensors calls the formats of weights; all others are quantised
 LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution
 NO_VARIANCE = -60.0  # log-variance of the identity: a std of 1e-13 vanishes in float32 pixels
 IGNORED_WHEN_COMPARED = ("spec",)  # the same weights may lie elsewhere
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -142,6 +148,7 @@ class KLAutoencoder(Autoencoder):
         self, model: torch.nn.Module, spec: str, dtype: str = "auto", device: str | torch.device = "cpu"
     ) -> None:
         config = model.config
+        shift, scaling = _checked_affine(spec, config)
         self.spec = spec
         self.image_channels = int(config.in_channels)
         self.latent_channels = int(config.latent_channels)
@@ -152,7 +159,6 @@ class KLAutoencoder(Autoencoder):
         self._sha256 = _hash_weights(model)
         self._model = model.requires_grad_(False).eval()
         _cast(self._model, device=self.device, dtype=self.dtype, memory_format=torch.channels_last)
-        shift, scaling = _affine(config)
         self._shift = torch.tensor(shift, dtype=torch.float32).view(1, -1, 1, 1)
         self._scaling = torch.tensor(scaling, dtype=torch.float32).view(1, -1, 1, 1)
 
@@ -256,11 +262,14 @@ def _from_folder(folder: str) -> torch.nn.Module:
             )
         folder = inner
     _read_config(folder)
-    if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
+    files = [name for name in sorted(os.listdir(folder)) if name.endswith(".safetensors")]
+    if not files:
         raise UserError(
             f"autoencoder folder {folder} has a config.json and no .safetensors weights; copy "
             "diffusion_pytorch_model.safetensors into it, or name a weights file itself"
         )
+    for name in files:
+        _check_floats(os.path.join(folder, name))
     return _load_pretrained(
         AutoencoderKL,
         folder,
@@ -270,19 +279,50 @@ def _from_folder(folder: str) -> torch.nn.Module:
     )
 
 
+def _check_floats(path: str) -> None:
+    """Refuse whole numbers for weights, which diffusers would take at face value. Reads the header only."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):  # loading says what is wrong with it
+        return
+    for name, kind in kinds.items():
+        if kind not in FLOATS:
+            _refuse_quantised(path, name, kind)
+
+
+def _refuse_quantised(path: str, name: str, kind: str) -> NoReturn:
+    raise UserError(
+        f"autoencoder file {path} holds quantised weights ({name} is {kind}); give them in float32, bfloat16 or float16"
+    )
+
+
 def _from_hub(spec: str) -> torch.nn.Module:
     from diffusers import AutoencoderKL
 
     mend = "check the name and the network, or download it elsewhere and give the folder or the weights file"
     what = f"autoencoder {spec} (neither a folder nor a file here, so a hub id)"
+
+    def load(local_only: bool) -> torch.nn.Module:
+        try:
+            config, _ = AutoencoderKL.load_config(
+                spec, return_unused_kwargs=True, local_files_only=local_only
+            )
+            subfolder = None
+        except Exception:  # a pipeline keeps its autoencoder in vae/; whatever else it is shows itself below
+            config, subfolder = None, "vae"
+        if config is not None and config.get("_class_name") != "AutoencoderKL":
+            raise UserError(f"{what} is a {config.get('_class_name')}; give an AutoencoderKL")
+        return _load_pretrained(
+            AutoencoderKL, spec, what, mend, subfolder=subfolder, local_files_only=local_only
+        )
+
     try:
-        config, _ = AutoencoderKL.load_config(spec, return_unused_kwargs=True)
-        subfolder = None
-    except Exception:  # a pipeline keeps its autoencoder in vae/; whatever else it is shows itself below
-        config, subfolder = None, "vae"
-    if config is not None and config.get("_class_name") != "AutoencoderKL":
-        raise UserError(f"{what} is a {config.get('_class_name')}; give an AutoencoderKL")
-    return _load_pretrained(AutoencoderKL, spec, what, mend, subfolder=subfolder)
+        return from_hub_or_cache(spec, load)
+    except Unavailable as error:
+        raise UserError(f"{what} cannot be had ({error}); {mend}") from error
 
 
 def _load_pretrained(cls: Any, path: str, what: str, mend: str, **options: Any) -> torch.nn.Module:
@@ -356,6 +396,9 @@ def _read_weights(path: str) -> dict[str, Tensor]:
         weights = weights["state_dict"]
     if not isinstance(weights, dict) or not any(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"autoencoder file {path} holds no weights; give a state dict")
+    for name, value in weights.items():
+        if isinstance(value, Tensor) and value.ndim > 1 and value.element_size() == 1:
+            _refuse_quantised(path, name, str(value.dtype).removeprefix("torch."))
     return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
 
 
@@ -394,6 +437,25 @@ def _choose_dtype(spec: str, config: Any, dtype: str) -> torch.dtype:
             f"autoencoder {spec} overflows in float16 (its config says force_upcast); use float32 or bfloat16"
         )
     return DTYPES[dtype]
+
+
+def _checked_affine(spec: str, config: Any) -> tuple[list[float], list[float]]:
+    """`_affine`, or `UserError` naming the entry of config.json that is no such number."""
+    channels = int(config.latent_channels)
+    for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        value, many = config.get(key), key.startswith("latents_")
+        if value is None and key != "scaling_factor":
+            continue
+        values = value if many and isinstance(value, (list, tuple)) else [value]
+        numbers = all(type(v) in (int, float) and math.isfinite(v) for v in values)
+        positive = key in ("scaling_factor", "latents_std")
+        if not numbers or (positive and min(values) <= 0) or len(values) != (channels if many else 1):
+            wanted = f"{channels} numbers" if many else "a number"
+            raise UserError(
+                f"autoencoder {spec}: its config.json has {key} {_short(value)}; it takes {wanted}"
+                f"{' above 0' if positive else ''}; copy the config.json that it was published with"
+            )
+    return _affine(config)
 
 
 def _affine(config: Any) -> tuple[list[float], list[float]]:

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import UserError
+from .files import existing_folder, naming
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -35,6 +36,10 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 class DiskFull(UserError):
     """There was no room to write a folder. Nothing that was there before is lost."""
+
+
+class OtherFormat(UserError):
+    """A folder that another version of this program wrote."""
 
 
 class Damaged(UserError):
@@ -48,8 +53,8 @@ class Damaged(UserError):
 def committed_folder(final: Path) -> Iterator[Path]:
     """A temporary folder that takes the name `final` when the block ends well, replacing what was there.
 
-    Raises `DiskFull` where the disk, a quota or a file size limit stopped the writing; the temporary folder
-    is then removed.
+    Raises `DiskFull` where the disk, a quota or a file size limit stopped the writing, and OSError for all else that the
+    operating system refuses; the temporary folder is then removed.
     """
     temporary = final.parent / f".tmp-{final.name}"
     try:
@@ -62,13 +67,14 @@ def committed_folder(final: Path) -> Iterator[Path]:
         _put_in_place(temporary, final)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if _is_disk_full(error):
+        refused = _refused(error, temporary)
+        if refused is None:
+            raise
+        if refused.errno in _NO_SPACE:
             raise DiskFull(
-                f"no room to write {final}: {error}; what was saved before is kept; "
-                "free some space, or keep fewer "
-                "checkpoints with train.keep_checkpoints=1"
+                f"no room to write {final}: {refused.strerror}; what was saved before is kept; free some space"
             ) from error
-        raise
+        raise refused from error
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
@@ -95,12 +101,17 @@ def verify(folder: Path) -> None:
     """Raise `Damaged`, naming the file and what is wrong, unless `folder` is what its manifest says."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise OtherFormat(
+                f"{folder / MANIFEST} has format {manifest['format']!r}, this program reads {FORMAT}; use the version "
+                "that wrote it"
+            )
         files = {
             str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
         }
     except FileNotFoundError:
         raise Damaged(f"{folder} is incomplete: it has no {MANIFEST}") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Damaged(f"{folder / MANIFEST} cannot be read: {error}") from None
     for name, (size, _) in files.items():
         path = folder / name
@@ -120,11 +131,16 @@ def write_json(path: Path, value: Any) -> None:
 def replace_file(path: Path, text: str) -> None:
     """Write a small text file so that a crash leaves the old or the new one, never a part."""
     temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with naming(path), temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
     _fsync(path.parent)
 
 
@@ -170,11 +186,14 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _is_disk_full(error: BaseException) -> bool:
+def _refused(error: BaseException, folder: Path) -> OSError | None:
+    """`error` as the operating system's; None where it is none."""
     if isinstance(error, OSError):
-        return error.errno in _NO_SPACE
+        named = error.filename is not None or error.errno is None
+        return error if named else OSError(error.errno, error.strerror, str(folder))
     # safetensors reports the operating system's error as text
-    return isinstance(error, SafetensorError) and any(f"os error {code})" in str(error) for code in _NO_SPACE)
+    found = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) if found else None
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -189,25 +208,53 @@ def save(
 ) -> Path:
     """Write `root/step-N/`: groups of named tensors, a JSON-able state. Then drop all but the newest `keep`.
 
-    Raises `DiskFull` before anything is written where the disk visibly lacks room.
+    Those beyond `keep` from before, when more were kept, go first: their room may be needed. Raises `DiskFull` before
+    anything is written where the disk visibly lacks room.
     """
     final = root / f"step-{step}"
     root.mkdir(parents=True, exist_ok=True)
+    _discard_all_but(root, keep)
     needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
-    free = shutil.disk_usage(root).free
-    if needed > free:
-        raise DiskFull(
-            f"no room to write {final}: it takes {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; "
-            "what was "
-            "saved before is kept; free some space, or keep fewer checkpoints with "
-            "train.keep_checkpoints=1"
-        )
-    with committed_folder(final) as folder:
-        _write_groups(folder, tensors)
-        write_json(folder / "state.json", {"step": step, **state})
+    if needed > shutil.disk_usage(root).free:
+        raise DiskFull(_no_room(final, needed, keep))
+    try:
+        with committed_folder(final) as folder:
+            _write_groups(folder, tensors)
+            write_json(folder / "state.json", {"step": step, **state})
+    except DiskFull as error:  # a quota, or somebody else's files
+        raise DiskFull(f"{_no_room(final, needed, keep)} ({error.__cause__})") from error
+    _discard_all_but(root, keep)
+    return final
+
+
+def _discard_all_but(root: Path, keep: int) -> None:
     for old in _steps(root)[keep:]:
         discard(root / f"step-{old}")
-    return final
+
+
+def _no_room(final: Path, needed: int, keep: int) -> str:
+    """What is missing to write `final`, and what would help."""
+    free = shutil.disk_usage(final.parent).free
+    room = f"it takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"
+    if needed > free:
+        room += f", {(needed - free) / 1e6:.1f} MB too few"
+    older = [final.parent / f"step-{step}" for step in _steps(final.parent)[1:]]
+    gained = sum(file.stat().st_size for folder in older for file in folder.glob("*"))
+    mend = "free some space"
+    if keep > 1 and older and free + gained >= needed:
+        mend += f", or set train.keep_checkpoints=1, which gives {gained / 1e6:.1f} MB back"
+    return f"no room to write {final}: {room}; what was saved before is kept; {mend}"
+
+
+def check_room(root: Path, needed: int) -> None:
+    """Raise `DiskFull` before days of training whose first checkpoint, of `needed` bytes, would not fit."""
+    free = shutil.disk_usage(existing_folder(root)).free
+    if needed > free:
+        raise DiskFull(
+            f"no room for the checkpoints of this run in {root}: one takes {needed / 1e6:.1f} MB with its export and "
+            f"{free / 1e6:.1f} MB are free, {(needed - free) / 1e6:.1f} MB too few; free some space, or choose another "
+            "run.dir"
+        )
 
 
 def save_tensors(final: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
@@ -255,7 +302,7 @@ def newest(root: Path, report: Callable[[str], None]) -> Path | None:
         raise UserError(
             f"every checkpoint in {root} is damaged ({'; '.join(damaged.values())}); "
             "bring one back from a backup, "
-            f"or delete {root} to start again from step 0"
+            "or delete the run's folder, or choose another run.name, to start again from step 0"
         )
     return None
 

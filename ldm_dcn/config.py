@@ -20,17 +20,45 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from .errors import UserError
 
-Count = Annotated[int, Field(ge=1)]
-Every = Annotated[int, Field(ge=0)]  # a period in steps; 0 means never
+LARGEST = 2**63 - 1  # of a whole number: what torch holds
+LONGEST_NAME = 200  # bytes of a run's name; file systems take 255, and temporary names are longer
+SHOWN = 80  # characters of a wrong value in its error
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("takes printable characters only")
+    return text
+
+
+def _file_name(text: str) -> str:
+    if text.strip() in ("", ".", "..") or "/" in text or "\\" in text:
+        raise ValueError("names one folder in run.dir: no path, and neither . nor ..")
+    if len(text.encode("utf-8", "surrogateescape")) > LONGEST_NAME:
+        raise ValueError(f"is too long for a folder's name; use at most {LONGEST_NAME} bytes")
+    return text
+
+
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Every = Annotated[int, Field(ge=0, le=LARGEST)]  # a period in steps; 0 means never
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(min_length=1), AfterValidator(_printable)]
+FileName = Annotated[Name, AfterValidator(_file_name)]
 Width = Annotated[float, Field(gt=0, lt=0.28)]  # of a power-function average
 
 
@@ -80,10 +108,10 @@ class DataConfig(_Section):
 
     source: Name
     split: Literal["all", "train", "held-out"]
-    image_size: Count
+    image_size: Annotated[int, Field(ge=1, le=2**14)]
     image_channels: Literal[1, 3]
     condition: Literal["labels", "text"]
-    num_classes: Annotated[int, Field(ge=0)] | None
+    num_classes: Annotated[int, Field(ge=0, le=2**31)] | None
     flip: bool | None
     max_bad: NonNegative
     encode_batch_size: Count
@@ -92,11 +120,20 @@ class DataConfig(_Section):
 class DiffusionConfig(_Section):
     """The noise schedule and what the network predicts (`ldm_dcn.diffusion.Schedule`); `flow` has no betas."""
 
-    num_steps: Count
+    num_steps: Annotated[int, Field(ge=1, le=10**6)]
     beta_schedule: Literal["scaled_linear", "linear"]
     beta_start: Annotated[float, Field(gt=0, lt=1)]
     beta_end: Annotated[float, Field(gt=0, lt=1)]
     prediction: Literal["noise", "v", "x0", "flow"]
+
+    @model_validator(mode="after")
+    def _noise_grows(self) -> DiffusionConfig:
+        if self.beta_start > self.beta_end:
+            raise ValueError(
+                f"diffusion.beta_start={self.beta_start} is more than diffusion.beta_end={self.beta_end}; noise grows "
+                "from the first to the second, so give the smaller one first"
+            )
+        return self
 
 
 class TrainConfig(_Section):
@@ -150,13 +187,24 @@ class SampleConfig(_Section):
     images_per_class: Count
     prompts: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
     score_images: Count
+    score_extractor: Name | None
+    score_reference: Name | None
+
+    @model_validator(mode="after")
+    def _interval_runs_forwards(self) -> SampleConfig:
+        low, high = self.guidance_interval
+        if low > high:
+            raise ValueError(
+                f"sample.guidance_interval=[{low}, {high}] runs backwards; write [{high}, {low}]"
+            )
+        return self
 
 
 class RunConfig(_Section):
     """Where the run lives: `dir/name`. A null name is the config file's."""
 
     dir: Name
-    name: Name | None
+    name: FileName | None
 
 
 class Config(_Section):
@@ -169,6 +217,15 @@ class Config(_Section):
     train: TrainConfig
     sample: SampleConfig
     run: RunConfig
+
+    @model_validator(mode="after")
+    def _enough_times(self) -> Config:
+        if self.sample.steps > self.diffusion.num_steps:
+            raise ValueError(
+                f"sample.steps={self.sample.steps} is more than diffusion.num_steps={self.diffusion.num_steps}, and no "
+                f"time is taken twice; set sample.steps={self.diffusion.num_steps} or less"
+            )
+        return self
 
     def resolved(self) -> dict[str, Any]:
         """Every setting as plain JSON-able values."""
@@ -188,26 +245,69 @@ class Config(_Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars: `1e-4` is a float, `no` is a string. A key given twice is an error."""
+    """YAML 1.2's plain scalars: `1e-4` is a float, `no` and `2001-01-01` are strings, `010` is ten.
+
+    A key that is given twice or is no word, a reference (`*name`), nesting that no setting has, and types that JSON does
+    not know are errors.
+    """
+
+    DEEPEST = 32
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None,
+                None,
+                f"references (*{event.anchor}) are not taken; write the value out",
+                event.start_mark,
+            )
+        self._depth += 1
+        if self._depth > self.DEEPEST:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "nested too deeply for a setting", mark)
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise self._error(f"a key is a word, not {_shown(key)}", key_node)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key}' is given twice", key_node.start_mark
-                )
+                raise self._error(f"key '{key}' is given twice", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_whole(self, node: yaml.ScalarNode) -> int:
+        text = str(self.construct_scalar(node))
+        digits = text.lstrip("+-").lstrip("0") or "0"
+        if len(digits) > len(str(LARGEST)) or int(digits) > LARGEST:
+            raise self._error(f"a whole number of {len(digits)} digits is too large", node)
+        return -int(digits) if text.startswith("-") else int(digits)
 
+    @staticmethod
+    def _error(text: str, node: yaml.Node) -> yaml.YAMLError:
+        return yaml.constructor.ConstructorError(None, None, text, node.start_mark)
+
+
+_TAG = "tag:yaml.org,2002:"
+_OWN = ("bool", "float", "int", "timestamp")  # PyYAML's rules for these are YAML 1.1's
 _Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, rule) for tag, rule in rules if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
+    first: [(tag, rule) for tag, rule in rules if tag.removeprefix(_TAG) not in _OWN]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_JSON = ("null", "bool", "float", "str", "seq", "map")
+_Loader.yaml_constructors = {
+    **{_TAG + kind: yaml.SafeLoader.yaml_constructors[_TAG + kind] for kind in _JSON},
+    None: yaml.SafeLoader.yaml_constructors[None],  # an error that names the tag
+}
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
@@ -236,24 +336,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def make_config(settings: Mapping[str, Any], name: str, origin: str = "config") -> Config:
     """The config of nested `settings`; `name` is the run's name where the settings give none."""
+    settings = _normalised(settings)
+    run = settings.get("run")
+    if isinstance(run, Mapping) and run.get("name", "") is None:
+        settings["run"] = {**run, "name": name}
     try:
-        config = Config.model_validate(_normalised(settings))
+        return Config.model_validate(settings)
     except ValidationError as error:
         problems = sorted({_explain(e) for e in error.errors()})
         count = "" if len(problems) == 1 else f"{len(problems)} mistakes: "
         raise UserError(f"{origin}: {count}" + "; ".join(problems)) from None
-    if config.run.name is None:
-        config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
-    return config
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in chain:
-        raise UserError(f"{path}: its `base:` leads back to itself; break the circle")
     try:
+        if path.resolve() in chain:
+            raise UserError(f"{path}: its `base:` leads back to itself; break the circle")
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # not there, not UTF-8, a circle of links, NUL in its name
+        reason = error.strerror if isinstance(error, OSError) else f"it is not UTF-8 text ({error})"
         raise UserError(f"cannot read the config {path}: {reason}; give the path of a YAML file") from None
     try:
         settings = yaml.load(text, _Loader)
@@ -295,6 +400,8 @@ def _override(settings: dict[str, Any], override: str) -> None:
     if parts == ["autoencoder"] and isinstance(value, str):
         parts = ["autoencoder", "spec"]
     node = settings
+    if len(parts) > _Loader.DEEPEST:
+        raise UserError(f"'{override[:SHOWN]}' is nested too deeply for a setting; write section.key=value")
     for depth, part in enumerate(parts[:-1], 1):
         if node.get(part) is None:
             node[part] = {}
@@ -329,29 +436,69 @@ def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[
             yield f"{prefix}{name}"
 
 
+# What other programs of this field call these settings.
+OTHER_NAMES = {
+    "learning_rate": "train.lr",
+    "mixed_precision": "train.precision",
+    "resolution": "data.image_size",
+    "max_train_steps": "train.steps",
+    "train_batch_size": "train.batch_size",
+    "guidance_scale": "sample.guidance",
+    "output_dir": "run.dir",
+}
+
+
 def _nearest(key: str) -> str | None:
+    if (leaf := key.rsplit(".", 1)[-1]) in OTHER_NAMES:
+        return OTHER_NAMES[leaf]
     keys = list(valid_keys())
     same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     if same_leaf:
         return same_leaf[0]
-    if near := difflib.get_close_matches(key, [*keys, *Config.model_fields], n=1, cutoff=0.7):
+    sections = () if "." in key else Config.model_fields
+    if near := difflib.get_close_matches(key, [*keys, *sections], n=1, cutoff=0.7):
         return near[0]
     leaves = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
     near = difflib.get_close_matches(key.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.6)
     return leaves[near[0]] if near else None
 
 
+def _unknown(key: str) -> str:
+    """The tail of an error: the nearest setting, or those of the section, where there is one."""
+    if near := _nearest(key):
+        return f"; did you mean {near}?"
+    field = Config.model_fields.get(key.partition(".")[0])
+    return "" if field is None else f"; there are {', '.join(field.annotation.model_fields)}"
+
+
+def check_keys(option: str, keys: Sequence[str]) -> None:
+    """Raise `UserError`, naming the nearest, for one of `keys` that is no setting."""
+    known = (
+        *valid_keys(),
+        "model.unet.",
+        "model.swap.",
+    )  # the last two take what diffusers and the swap take
+    for key in keys:
+        if key not in known and not key.startswith(known[-2:]):
+            hint = _unknown(key) or "; write section.key, such as train.lr"
+            raise UserError(f"{option} {_shown(key)}: unknown setting{hint}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
 def _explain(error: Mapping[str, Any]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = _nearest(key)
-        return f"{key}: unknown setting" + (f"; did you mean {near}?" if near else "")
+        return f"{key}: unknown setting{_unknown(key)}"
     if error["type"] == "missing":
         return f"{key}: missing; set it, or start the file with `base: base.yaml`"
     message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return message
-    return f"{key}: {message[0].lower()}{message[1:]} (got {error['input']!r})"
+    if error["type"] == "value_error" and not isinstance(error["input"], str):
+        return message  # of a section, which names its keys
+    return f"{key}: {message[0].lower()}{message[1:]} (got {_shown(error['input'])})"
 
 
 # -------------------------------------------------------------------------------------------------- comparing
@@ -359,14 +506,15 @@ def _explain(error: Mapping[str, Any]) -> str:
 # Settings that make the network and its data another thing: a checkpoint cannot go on under other values.
 ARCHITECTURE = (
     "model.",
-    "autoencoder.",
+    "autoencoder.dtype",
     "diffusion.",
     "data.image",
     "data.condition",
     "data.num_classes",
-    "data.source",
     "data.split",
 )
+# Where the data and the autoencoder lie, which may have moved, stands in neither list: when its change is allowed, the
+# autoencoder's fingerprint and the identity of the data say whether they are still the same.
 # Settings that leave the path of the weights as it is, up to rounding: they may change at a resume.
 FREE = (
     "run.",

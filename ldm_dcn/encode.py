@@ -35,7 +35,7 @@ from . import cache
 from .autoencoder import Autoencoder, load_autoencoder
 from .cache import LatentCache, Range
 from .data import open_dataset
-from .errors import UserError, exit_on_user_error
+from .errors import Parser, UserError, exit_on_user_error
 from .images import LOOK_ON, PREPROCESSING, BadImage, Images, name_bad, to_float
 from .launch import REQUEUE, StopSignals, start_accelerator
 from .text import EMPTY, TextEncoder, load_text_encoder
@@ -546,7 +546,7 @@ def _limit(text: str) -> float:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m ldm_dcn.encode",
         description="Fill the latent cache OUT with the images of IMAGES. The same command again resumes.",
     )

@@ -15,8 +15,7 @@ export/
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,13 @@ from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .autoencoder import Autoencoder, load_autoencoder
+from .autoencoder import DTYPES, Autoencoder, load_autoencoder
 from .checkpoint import MANIFEST, committed_folder, verify, write_json
+from .config import DiffusionConfig
 from .denoiser import Denoiser
 from .diffusion import Schedule
 from .errors import UserError
+from .hub import HUB_ID, from_hub_or_cache
 from .sampling import published_scheduler
 from .swap import swap_table, swapped_sites
 from .text import TextEncoder, load_text_encoder
@@ -40,7 +41,6 @@ from .unet import load_unet
 
 FORMAT = 2
 EXPORT = "export"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass
@@ -51,6 +51,7 @@ class Model:
     config          the run's resolved settings, as plain values
     tags            what must stand beside every number measured with this model
     text_encoder    fingerprint of the text encoder of a model that takes text
+    between_batches called by `generate`; what it raises ends the drawing
     """
 
     denoiser: Denoiser
@@ -62,6 +63,7 @@ class Model:
     config: dict[str, Any] = field(default_factory=dict)
     tags: dict[str, Any] = field(default_factory=dict)
     text_encoder: dict[str, Any] | None = None
+    between_batches: Callable[[], object] | None = field(default=None, repr=False)
     _encoder: TextEncoder | None = field(default=None, repr=False)
 
     @property
@@ -191,6 +193,8 @@ def load_model(
     folder = _find(path)
     if (folder / MANIFEST).exists():
         verify(folder)
+    elif _is_run(folder.parent):  # where every export has one; a copy may have been stripped of it
+        raise UserError(f"{folder} is not a whole export: it has no {MANIFEST}; export it again")
     try:
         run = _read_json(folder / "run.json")
         if run["format"] != FORMAT:
@@ -199,14 +203,16 @@ def load_model(
                 "use the version that wrote it"
             )
         reference = _read_json(folder / "autoencoder.json")
-        schedule = Schedule(**run["schedule"])
+        _check_facts(run, reference)
+        schedule = Schedule(**DiffusionConfig.model_validate(run["schedule"]).model_dump())
         embedding, empty, text_encoder = _read_conditioning(folder)
         latent_shape = tuple(run["latent_shape"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise UserError(
             f"{folder} is not a whole export: {type(error).__name__} {error}; export it again"
         ) from None
     unet = load_unet(folder / "unet")
+    _check_widths(folder, unet, latent_shape, embedding)
     denoiser = Denoiser(unet, 0 if embedding is None else len(embedding) - 1, empty)
     if embedding is not None:
         denoiser.class_embedding.weight.data.copy_(embedding)
@@ -219,6 +225,11 @@ def load_model(
         image_channels=run["image_channels"],
     )
     own.check(reference["fingerprint"])
+    if own.latent_channels != latent_shape[0]:
+        raise UserError(
+            f"{folder} is not a whole export: its latent_shape is {latent_shape} and its autoencoder's latents have "
+            f"{own.latent_channels} channels; export it again"
+        )
     return Model(
         denoiser,
         own,
@@ -230,6 +241,41 @@ def load_model(
         run["tags"],
         text_encoder,
     )
+
+
+def _check_facts(run: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
+    """Raise ValueError for entries of run.json and autoencoder.json that cannot be what `save_export` wrote."""
+    kinds = {"name": str, "step": int, "config": dict, "tags": dict, "schedule": dict, "latent_shape": list}
+    for key, kind in kinds.items():
+        if not isinstance(run[key], kind):
+            raise ValueError(f"run.json has {key} {run[key]!r}")
+    for key, kind in {"spec": str, "fingerprint": dict}.items():
+        if not isinstance(reference[key], kind):
+            raise ValueError(f"autoencoder.json has {key} {reference[key]!r}")
+    shape = run["latent_shape"]
+    if len(shape) != 3 or not all(type(size) is int and size > 0 for size in shape):
+        raise ValueError(f"run.json has latent_shape {shape!r}")
+    if run["image_channels"] not in (1, 3):
+        raise ValueError(f"run.json has image_channels {run['image_channels']!r}")
+    settings = run["config"].get("autoencoder", {})
+    if not isinstance(settings, dict) or settings.get("dtype", "auto") not in ("auto", *DTYPES):
+        raise ValueError(f"run.json has config.autoencoder {settings!r}")
+
+
+def _check_widths(
+    folder: Path,
+    unet: UNet2DConditionModel,
+    latent_shape: tuple[int, int, int],
+    embedding: torch.Tensor | None,
+) -> None:
+    what = None
+    if unet.config.in_channels != latent_shape[0]:
+        what = f"its latent_shape is {latent_shape} and its U-Net takes {unet.config.in_channels} channels"
+    width = unet.config.cross_attention_dim
+    if embedding is not None and (embedding.ndim != 2 or embedding.shape[1] != width or not len(embedding)):
+        what = f"its class embedding is {tuple(embedding.shape)} and its U-Net's tokens have {width} channels"
+    if what is not None:
+        raise UserError(f"{folder} is not a whole export: {what}; export it again")
 
 
 def _read_conditioning(
@@ -267,7 +313,7 @@ def _find(path: str | Path) -> Path:
     if folder.is_dir():
         if (folder / "model_index.json").exists():
             return folder
-        if (folder / "config.yaml").exists() or (folder / "checkpoints").is_dir():
+        if _is_run(folder):
             old = folder / f".old-{EXPORT}"  # a run killed between the two renames of a replacement
             if not (folder / EXPORT).exists() and old.exists():
                 return old
@@ -282,17 +328,26 @@ def _find(path: str | Path) -> Path:
         )
     if folder.exists():
         raise UserError(f"{folder} is a file; give a run folder, an export folder or a hub id")
-    if _HUB_ID.fullmatch(str(path)) and not str(path).startswith((".", "runs/")):
+    if HUB_ID.fullmatch(str(path)) and not str(path).startswith((".", "runs/")):
         return _download(str(path))
     raise UserError(f"{path} does not exist; give a run folder, an export folder or a hub id (owner/name)")
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").exists() or (folder / "checkpoints").is_dir()
 
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download  # only this way needs it
 
+    def load(local_only: bool) -> str:
+        return snapshot_download(
+            hub_id, allow_patterns=["*.json", "*.safetensors"], local_files_only=local_only
+        )
+
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub client has a dozen kinds: offline, unknown, private, ...
+        folder = Path(from_hub_or_cache(hub_id, load))
+    except Exception as error:  # the hub client has a dozen kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{hub_id} is no folder here, and it could not be had from the hub ({reason}); "

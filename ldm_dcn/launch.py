@@ -6,17 +6,19 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 import torch
 from accelerate import Accelerator
 
-from .errors import UserError
+from .errors import UserError, explain
+from .files import existing_folder
 
-# What torchrun and the MPI launchers tell a process about the number of its peers; accelerate reads the same.
 REQUEUE = int(getattr(signal, "SIGUSR1", 0))  # what batch systems send to a job that they will start again
+# What torchrun and the MPI launchers tell a process about the number of its peers; accelerate reads the same.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -30,6 +32,8 @@ def start_accelerator() -> Accelerator:
     folder. Raises `UserError`, with the right command, for launches that do not start what they seem to.
     """
     check_plugins(os.environ)
+    if not can_join(os.environ):
+        check_launch(1, os.environ, sys.argv)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     check_launch(accelerator.num_processes, os.environ, sys.argv)
     return accelerator
@@ -43,6 +47,13 @@ def check_plugins(environ: Mapping[str, str]) -> None:
                 f"accelerate was told to use {what}; leave that out of its config and set train.parallel=fsdp, which "
                 "shares out parameters, gradients and optimiser as FSDP2 and ZeRO-3 do"
             )
+
+
+def can_join(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun's variables say who this process is and where its peers meet; without, joining them fails."""
+    told = environ.get("WORLD_SIZE", "")
+    alone = not told.isdigit() or int(told) == 1
+    return alone or all(environ.get(name) for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def check_launch(num_processes: int, environ: Mapping[str, str], argv: list[str]) -> None:
@@ -67,21 +78,54 @@ def check_launch(num_processes: int, environ: Mapping[str, str], argv: list[str]
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; the operating system lets go of it however the process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Hold `folder` for this process; the operating system lets go of it however the process ends.
+
+    A folder that was made for this and in which nothing else came to lie is removed again.
+    """
+    first_made = existing_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _locked(folder / ".lock")
+    except OSError as error:
+        raise UserError(f"cannot train in {folder}: {explain(error)}, with run.dir or run.name") from None
+    with file:
+        try:
+            yield
+        finally:
+            if first_made != existing_folder(folder):
+                _remove_empty(folder, first_made)
+
+
+def _locked(path: Path) -> IO[str]:
     try:
         import fcntl
     except ImportError:  # Windows: no lock, and no launcher that starts independent runs either
-        yield
-        return
-    with (folder / ".lock").open("w") as file:
+        return path.open("w")
+    while True:
+        file = path.open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BlockingIOError:
+            file.close()
             raise UserError(
-                f"another process is training in {folder}; wait for it, or choose another run.name"
+                f"another process is training in {path.parent}; wait for it, or choose another run.name"
             ) from None
-        yield
+        except FileNotFoundError:
+            pass
+        file.close()  # a refused start took its lock away as we opened it
+
+
+def _remove_empty(folder: Path, until: Path) -> None:
+    """Remove `folder` where there is nothing but the lock in it, and then its parents below `until`."""
+    with suppress(OSError):
+        if [path.name for path in folder.iterdir()] == [".lock"]:
+            (folder / ".lock").unlink()
+        place = Path(os.path.abspath(folder))
+        while place != until:
+            place.rmdir()  # refuses a folder that is not empty
+            place = place.parent
 
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, *((signal.SIGUSR1,) if REQUEUE else ()))

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import replace_file
 from .errors import UserError
+from .files import naming
 
 
 class MetricsLog:
-    """Appends to `folder/metrics.jsonl`; each line is flushed: a crash loses at most the one it cuts."""
+    """Appends to `folder/metrics.jsonl`; each line is written at once: a crash loses at most the one it cuts.
+
+    Lines for which there was no room wait for the next that can be written.
+    """
 
     def __init__(
         self,
@@ -25,24 +32,52 @@ class MetricsLog:
         """`step` is where training goes on; later lines, from before a crash, are dropped."""
         path = folder / "metrics.jsonl"
         if path.exists():
-            replace_file(
-                path, "".join(json.dumps(line) + "\n" for line in read(path) if line["step"] <= step)
-            )
+            kept = "".join(json.dumps(line) + "\n" for line in read(path) if line["step"] <= step)
+            if (
+                kept.encode() != path.read_bytes()
+            ):  # on a full disk a run that has ended can still be asked for
+                replace_file(path, kept)
         self._trackers = [_open_tracker(name, folder, step, settings or {}) for name in trackers]
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open(
+            "ab", buffering=0
+        )  # a buffer would keep half a line, and fail again when closed
+        self._waiting = b""
 
     def write(self, step: int, **values: Any) -> None:
-        """Values that JSON has no number for (NaN, infinity) are written as null."""
+        """Values that JSON has no number for (NaN, infinity) are written as null. Raises OSError or `UserError` where they cannot be."""
         known = {name: None if _is_no_number(value) else value for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **known}) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps({"step": step, **known}).encode() + b"\n"
+        failed = None
         for tracker in self._trackers:
-            tracker.log(values, step=step)
+            try:
+                tracker.log(values, step=step)
+            except Exception as error:  # of a program that is not ours: its network, its disk
+                failed = UserError(f"{tracker.name} took no values: {error}")
+        self._append()
+        if failed is not None:
+            raise failed
+
+    def _append(self) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            with naming(Path(self._file.name)):
+                written = self._file.write(self._waiting)
+            if written != len(self._waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
+        except OSError:
+            with suppress(OSError):
+                self._file.truncate(size)
+            raise
+        self._waiting = b""
 
     def close(self) -> None:
+        with suppress(OSError):
+            if self._waiting:
+                self._append()
         self._file.close()
         for tracker in self._trackers:
-            tracker.finish()
+            with suppress(OSError):  # the run is over and saved
+                tracker.finish()
 
 
 def _is_no_number(value: Any) -> bool:
@@ -50,14 +85,14 @@ def _is_no_number(value: Any) -> bool:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that a crash cut short is left out."""
+    """The lines of a metrics.jsonl; one that a crash cut short, or that is no such line, is left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_bytes().splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and "step" in line:
+        if isinstance(line, dict) and type(line.get("step")) is int:
             lines.append(line)
     return lines
 

@@ -8,12 +8,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .files import replacing
+
 SMALLEST_CELL = 64  # pixels; smaller images are enlarged in a grid by whole pixels
 
 
 def save_png(image: torch.Tensor, path: Path) -> None:
     """One uint8 image (c, H, W), c = 1 or 3."""
-    to_pil(image).save(path, format="PNG")
+    with replacing(path) as file:
+        to_pil(image).save(file, format="PNG")
 
 
 def save_grid(images: torch.Tensor, columns: int, path: Path) -> None:
@@ -25,10 +28,9 @@ def save_grid(images: torch.Tensor, columns: int, path: Path) -> None:
     grid = cells.reshape(rows, columns, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, rows * h, columns * w)
     scale = -(-SMALLEST_CELL // h) if h < SMALLEST_CELL else 1
     picture = to_pil(grid)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(
-        path, format="PNG"
-    )
+    large = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    with replacing(path) as file:
+        large.save(file, format="PNG")
 
 
 def save_adm_npz(images: torch.Tensor, labels: torch.Tensor | None, path: Path) -> None:
@@ -36,8 +38,7 @@ def save_adm_npz(images: torch.Tensor, labels: torch.Tensor | None, path: Path) 
     arrays = [images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()]
     if labels is not None:
         arrays.append(labels.numpy())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:  # np.savez would add a suffix to a name it does not like
+    with replacing(path) as file:  # np.savez would add a suffix to a name it does not like
         np.savez(file, *arrays)
 
 

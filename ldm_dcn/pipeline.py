@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from .device import choose_device
 from .errors import UserError
 from .export import Model, load_model
 from .pictures import to_pil
@@ -27,8 +28,7 @@ class LatentDiffusion:
     ) -> LatentDiffusion:
         """Load what train.py exported. `device` None takes a GPU where there is one; `autoencoder` says where that lies on
         this machine, when not where the run had it. Raises `UserError` for what is no such model, or damaged."""
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(load_model(path, device=device, autoencoder=autoencoder))
+        return cls(load_model(path, device=choose_device(device), autoencoder=autoencoder))
 
     def __call__(
         self,

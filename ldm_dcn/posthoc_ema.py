@@ -5,7 +5,6 @@ python -m ldm_dcn.posthoc_ema runs/NAME --width 0.075 --out runs/NAME/export-0.0
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 
 from .checkpoint import verify
 from .ema import mixture
-from .errors import UserError, exit_on_user_error
+from .errors import Parser, UserError, exit_on_user_error
 from .export import load_model, save_export
 
 
@@ -52,9 +51,7 @@ def synthesise(run: Path, width: float, step: int | None = None) -> tuple[dict[s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder with averages/")
     parser.add_argument(
         "--width", type=float, required=True, help="share of the run, such as 0.075; below 0.28"

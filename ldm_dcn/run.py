@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -9,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,24 +23,35 @@ from tqdm import tqdm
 from . import checkpoint, diffusion, ema, export, pictures, randomness
 from .autoencoder import Autoencoder, load_autoencoder
 from .cache import LatentCache, is_cache
-from .config import Config, TrainConfig, check_same_run, config_hash, provenance
+from .config import Config, TrainConfig, check_keys, check_same_run, config_hash, load_config, provenance
 from .data import Latents, encode_dataset, open_dataset
 from .denoiser import Denoiser
-from .errors import UserError
-from .launch import run_lock, start_accelerator
+from .errors import UserError, explain
+from .files import naming
+from .images import Images
+from .launch import StopSignals, run_lock, start_accelerator
 from .matching import Matching, new_parameters
-from .metrics import MetricsLog
+from .metrics import MetricsLog, read
 from .parallel import in_shares_of, replicate, reshard, shard, whole
 from .sampling import generate
 from .swap import apply_swap, plan_swap, swapped_sites
-from .unet import build_unet, empty_twin, load_unet, set_attention, swap_options
+from .unet import build_unet, empty_twin, load_pretrained_unet, set_attention, swap_options
 
 GRID_ROWS = 10  # classes at most in the grids drawn on the way
 FIRST_LOSS_SCALE = 2.0**16  # of fp16, as torch.amp's GradScaler
 EMA_GROUPS = ("ema", "ema_2")  # names in a checkpoint
+# What may go wrong beside the training without being its end: a disk, a picture of NaN, a sampler's batch too large.
+SPARED = (OSError, ValueError, UserError, torch.OutOfMemoryError)
+SMALL_NETWORK = 10**7  # parameters, of which one forward pass takes less than a second on a CPU
+FILES = ("config.yaml", "provenance.jsonl", "metrics.jsonl")  # of a run folder
+FOLDERS = ("checkpoints", "averages", "samples", export.EXPORT)
 ARITHMETIC = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Score = Callable[[export.Model, int], dict[str, Any]]  # a model, a number of images -> names and values
+
+
+class Interrupted(Exception):
+    """A signal came while drawing: the grid or score can wait, the checkpoint cannot."""
 
 
 @dataclass
@@ -80,6 +92,7 @@ class Run:
     levels: tuple[torch.Tensor, torch.Tensor]  # alpha and sigma at each time, on the device
     latent_shape: tuple[int, int, int]
     state: State
+    identity: str | None = None  # of the data: another one is refused at a resume
     originals: dict[str, torch.nn.Module] = field(default_factory=dict)  # the blocks that were swapped out
     model: torch.nn.Module = None  # the denoiser as the processes share it
     parameters: list[torch.nn.Parameter] = field(default_factory=list)  # those that learn now
@@ -88,6 +101,7 @@ class Run:
     metrics: MetricsLog | None = None  # on the main process
     bar: tqdm | None = None  # on the main process
     scorer: Score | None = None
+    stop: StopSignals | None = None
     stopped_by: int = 0  # the signal that asked us to stop
     gradient_norm: float = 0.0  # of the last step, as the next
     learning_rate: float = 0.0
@@ -95,6 +109,7 @@ class Run:
     window_began: float = field(default_factory=time.perf_counter)
     window_pause: float = 0.0  # seconds since then that went into saving and sampling
     window_steps: int = 0
+    _failing: set[str] = field(default_factory=set)  # what the user was warned of
     _loader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "loader"))
     _ahead: dict[tuple[int, int], Future[Batch]] = field(default_factory=dict)
 
@@ -245,7 +260,8 @@ class Run:
         self.window_steps += 1
         self.recent.append(loss)
         if self.bar is not None:
-            self.bar.update()
+            with suppress(OSError):  # standard error may be a file on a full disk
+                self.bar.update()
 
     def log(self) -> None:
         """One line in metrics.jsonl: the mean loss since the last, and what the last step was made with."""
@@ -259,18 +275,19 @@ class Run:
                 if settings.precision == "fp16"
                 else {}
             )
-            self.metrics.write(
-                state.step,
-                loss=mean,
-                lr=self.learning_rate,
-                ema_decay=self.averages[0].rule.at(state.step),
-                gradient_norm=self.gradient_norm,
-                samples=state.step * settings.batch_size,
-                images_per_second=round(speed, 2),
-                **extra,
-                **({"left_out": state.left_out} if state.left_out else {}),
-                **({"phase": self.phase} if self.phase != "all" else {}),
-            )
+            with self.spared("the line of metrics.jsonl"):
+                self.metrics.write(
+                    state.step,
+                    loss=mean,
+                    lr=self.learning_rate,
+                    ema_decay=self.averages[0].rule.at(state.step),
+                    gradient_norm=self.gradient_norm,
+                    samples=state.step * settings.batch_size,
+                    images_per_second=round(speed, 2),
+                    **extra,
+                    **({"left_out": state.left_out} if state.left_out else {}),
+                    **({"phase": self.phase} if self.phase != "all" else {}),
+                )
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{mean:.4f}", **{"images/s": f"{speed:.1f}"}, refresh=False)
         state.loss_sum, state.loss_count = 0.0, 0
@@ -280,13 +297,31 @@ class Run:
     def pause(self) -> Iterator[None]:
         """Time that does not count as training."""
         began = time.perf_counter()
-        yield
-        self.window_pause += time.perf_counter() - began
+        try:
+            yield
+        finally:
+            self.window_pause += time.perf_counter() - began
+
+    @contextmanager
+    def spared(self, what: str) -> Iterator[None]:
+        """What training can do without: where it fails there is one warning, until it succeeds again."""
+        try:
+            yield
+        except Interrupted:
+            self.say(f"step {self.state.step}: asked to stop, {what} is left out")
+        except SPARED as error:
+            if what not in self._failing:
+                reason = explain(error) if isinstance(error, OSError) else str(error)
+                self.say(f"warning: step {self.state.step}: {what} failed ({reason}); training goes on")
+            self._failing.add(what)
+        else:
+            self._failing.discard(what)
 
     def say(self, text: str) -> None:
         """One line for the user, from the main process, around the progress bar."""
         if self.accelerator.is_main_process:
-            tqdm.write(text, file=sys.stderr)
+            with suppress(OSError):  # standard error may be a file on a full disk
+                tqdm.write(" ".join(text.split()), file=sys.stderr)
 
     def describe_batch(self, loss: float) -> Path:
         """Write down what was in this step's batch, for whoever looks for the cause of a NaN."""
@@ -302,7 +337,8 @@ class Run:
                 "times": self.times(everyone).tolist(),
                 "recent_losses": list(self.recent),
             }
-            checkpoint.write_json(where, facts)
+            with self.spared(f"to write {where}"):
+                checkpoint.write_json(where, facts)
         return where
 
     # ---------------------------------------------------------------------- drawing
@@ -338,7 +374,13 @@ class Run:
             settings,
             tags,
             text_encoder=self.latents.text.encoder if self.latents.text else None,
+            between_batches=self._look_up,
         )
+
+    def _look_up(self) -> None:
+        """Between two batches of images. With FSDP all processes must draw to the end together."""
+        if self.stop is not None and self.stop.received and not self._is_sharded:
+            raise Interrupted
 
     @property
     def _draws(self) -> bool:
@@ -354,12 +396,12 @@ class Run:
         if not self._draws:
             return
         settings, columns = self.config.sample, self.config.sample.images_per_class
-        if self.denoiser.takes_text:
-            rows = self._grid_tokens()
-        else:
-            rows = torch.arange(min(self.denoiser.num_classes, GRID_ROWS) or 1)
-        seeds = list(range(columns)) * len(rows)
-        with self.pause(), self.averaged():
+        with self.spared("the grid of samples"), self.pause(), self.averaged():
+            if self.denoiser.takes_text:
+                rows = self._grid_tokens()
+            else:
+                rows = torch.arange(min(self.denoiser.num_classes, GRID_ROWS) or 1)
+            seeds = list(range(columns)) * len(rows)
             images = generate(
                 self.averaged_model(),
                 rows.repeat_interleave(columns, 0) if self.denoiser.is_conditional else None,
@@ -387,10 +429,11 @@ class Run:
         """A small Frechet distance of the averaged model, in metrics.jsonl, with what it was measured with."""
         if self.scorer is None or not self._draws:
             return
-        with self.pause(), self.averaged():
-            values = self.scorer(self.averaged_model(), self.config.sample.score_images)
-        if self.metrics is not None:
-            self.metrics.write(self.state.step, **values)
+        with self.spared("the score"):
+            with self.pause(), self.averaged():
+                values = self.scorer(self.averaged_model(), self.config.sample.score_images)
+            if self.metrics is not None:
+                self.metrics.write(self.state.step, **values)
 
     # ---------------------------------------------------------------------- leaving things behind
 
@@ -408,10 +451,11 @@ class Run:
                     root, self.state.step, tensors, self._facts(), self.config.train.keep_checkpoints
                 )
                 self.export(tensors["ema"])
-            except checkpoint.DiskFull as error:
+            except (checkpoint.DiskFull, OSError) as error:
                 if self.finished or self.stopped_by or not any(root.glob("step-*")):
                     raise
-                self.say(f"warning: {error}; training goes on and tries again at the next save")
+                reason = explain(error) if isinstance(error, OSError) else str(error)
+                self.say(f"warning: {reason}; training goes on and tries again at the next save")
 
     def export(self, averaged: dict[str, torch.Tensor]) -> None:
         folder = self.config.folder / export.EXPORT
@@ -429,7 +473,7 @@ class Run:
         """The power averages of this step in half precision, from which others are made afterwards."""
         if not self._draws or len(self.averages) < 2:
             return
-        with self.pause():
+        with self.spared("the snapshot of the averages"), self.pause():
             averages = [
                 {name: whole(t).half() for name, t in average.shadow.items()} for average in self.averages
             ]
@@ -460,7 +504,7 @@ class Run:
             "autoencoder": self.autoencoder.fingerprint(),
             "images": len(self.latents),
             "num_classes": self.denoiser.num_classes,
-            "data": getattr(self.latents, "identity", None),
+            "data": self.identity,
             "processes": self.accelerator.num_processes,
         }
 
@@ -471,6 +515,7 @@ class Run:
 @contextmanager
 def open_run(config: Config, allow_change: Sequence[str] = (), scorer: Score | None = None) -> Iterator[Run]:
     """The run of `config`: new, or as its newest good checkpoint left it."""
+    check_keys("--allow-change", allow_change)
     accelerator = start_accelerator()
     _check_settings(config.train, accelerator)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
@@ -483,6 +528,8 @@ def open_run(config: Config, allow_change: Sequence[str] = (), scorer: Score | N
         run.scorer = scorer
         if facts:
             _restore(run, tensors, facts)
+        elif main:
+            checkpoint.check_room(config.folder / "checkpoints", _bytes_to_save(run))
         if config.train.compile:
             run.denoiser.unet.compile()
         if main:
@@ -499,7 +546,8 @@ def open_run(config: Config, allow_change: Sequence[str] = (), scorer: Score | N
         finally:
             run._loader.shutdown(cancel_futures=True)
             if run.bar is not None:
-                run.bar.close()
+                with suppress(OSError):
+                    run.bar.close()
             if run.metrics is not None:
                 run.metrics.close()
             if accelerator.num_processes > 1 and not sys.exc_info()[0]:
@@ -531,14 +579,66 @@ def _find_checkpoint(config: Config, accelerator: Accelerator) -> Path | None:
     """The main process clears up, checks and chooses; the others take its word."""
     answer: list[str | None] = [None]
     if accelerator.is_main_process:
+        _check_folder(config.folder)
         root = config.folder / "checkpoints"
         checkpoint.sweep(root)
         checkpoint.recover(config.folder / export.EXPORT)
         found = checkpoint.newest(root, lambda line: tqdm.write(line, file=sys.stderr))
+        if found is None:
+            _check_past(config.folder)
         answer = [str(found) if found else None]
     if accelerator.num_processes > 1:
         broadcast_object_list(answer)
     return Path(answer[0]) if answer[0] else None
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a run folder in which something else has the name of what a run writes, before days of training."""
+    mend = "move it away, or choose another run.name"
+    for name in FILES:
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise UserError(f"{folder / name} is a folder, and a run keeps a file there; {mend}")
+    for name in FOLDERS:
+        place = folder / name
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{place} is a file, and a run keeps a folder there; {mend}")
+    for place in (folder / "checkpoints", folder / "averages"):
+        for path in place.glob("step-*"):
+            if not path.is_dir():
+                raise UserError(f"{path} is a file, and a run keeps a folder there; {mend}")
+
+
+def _check_past(folder: Path) -> None:
+    """Refuse to start at step 0 where a run has been: it would drop the metrics and replace the export.
+
+    A run that ended before its first save has lost nothing that the same command does not make again.
+    """
+    has = None
+    if (folder / export.EXPORT).exists():
+        has = f"an export of step {export.exported_step(folder)}"
+    elif (folder / "metrics.jsonl").exists():
+        step = max((line["step"] for line in read(folder / "metrics.jsonl")), default=0)
+        has = f"{step} steps in metrics.jsonl" if step > _first_save(folder) else None
+    if has is not None:
+        raise UserError(
+            f"{folder} has {has} and no checkpoint to go on from; bring {folder / 'checkpoints'} back, choose another "
+            f"run.name, or delete {folder} to start again from step 0"
+        )
+
+
+def _first_save(folder: Path) -> int:
+    """The step of a run's first checkpoint; 0 where its config does not tell."""
+    try:
+        settings = load_config(folder / "config.yaml").train
+    except UserError:
+        return 0
+    return settings.save_every or settings.steps
+
+
+def _bytes_to_save(run: Run) -> int:
+    """Of one checkpoint and the export: weights, AdamW's two moments, the averages, and the first of them again."""
+    size = sum(p.numel() * p.element_size() for p in run.denoiser.parameters())
+    return size * (1 + 2 + len(run.averages) + 1)
 
 
 def _build(config: Config, accelerator: Accelerator, facts: dict[str, Any]) -> Run:
@@ -553,9 +653,11 @@ def _build(config: Config, accelerator: Accelerator, facts: dict[str, Any]) -> R
         autoencoder.check(facts["autoencoder"])
     randomness.fix_global(settings.seed, "weights", 0)
     unet, originals = _build_unet(config)
-    latents = _open_latents(config, autoencoder, accelerator.is_main_process)
+    latents, identity = _open_latents(config, autoencoder, accelerator.is_main_process)
     denoiser = Denoiser(unet, *_condition(config, latents))
     _check_fit(denoiser, autoencoder, latents)
+    if not facts:
+        _check_forward(denoiser, latents.latent_shape)
     denoiser.train().to(device=device)
     for old in originals.values():
         old.to(device=device, memory_format=torch.channels_last)
@@ -590,6 +692,7 @@ def _build(config: Config, accelerator: Accelerator, facts: dict[str, Any]) -> R
         latent_shape=tuple(latents.latent_shape),
         state=State(loss_scale=FIRST_LOSS_SCALE if settings.precision == "fp16" else 1.0),
         originals=originals,
+        identity=identity,
     )
 
 
@@ -603,8 +706,7 @@ def _build_unet(config: Config) -> tuple[torch.nn.Module, dict[str, torch.nn.Mod
                 "set model.pretrained, or both to 0"
             )
         return build_unet(model.preset or model.unet, swap=model.swap), {}
-    folder = Path(model.pretrained)
-    unet = load_unet(model.pretrained, subfolder="unet" if (folder / "unet").is_dir() else None)
+    unet = load_pretrained_unet(model.pretrained)
     if model.swap is None:
         return unet, {}
     if already := swapped_sites(unet):
@@ -614,13 +716,21 @@ def _build_unet(config: Config) -> tuple[torch.nn.Module, dict[str, torch.nn.Mod
     return apply_swap(unet, plan), originals if settings.match_steps else {}
 
 
-def _open_latents(config: Config, autoencoder: Autoencoder, main: bool) -> Latents | LatentCache:
-    """What the run learns from; a latent cache where `data.source` is one, else encoded now, in memory."""
+def _open_latents(
+    config: Config, autoencoder: Autoencoder, main: bool
+) -> tuple[Latents | LatentCache, str | None]:
+    """What the run learns from, and its identity; a latent cache where `data.source` is one, else encoded now, in memory."""
     data = config.data
     if is_cache(data.source):
         cache = LatentCache.open(data.source)
         autoencoder.check(cache.fingerprint)
-        return _checked(config, cache, autoencoder)
+        return _checked(config, cache, autoencoder), cache.identity
+    if data.image_size % autoencoder.factor:
+        below = data.image_size // autoencoder.factor * autoencoder.factor
+        raise UserError(
+            f"data.image_size={data.image_size} is no multiple of {autoencoder.factor}, the pixels that autoencoder "
+            f"'{autoencoder.spec}' makes one latent of; set data.image_size={below or autoencoder.factor}"
+        )
     images = open_dataset(
         data.source,
         image_size=data.image_size,
@@ -629,9 +739,18 @@ def _open_latents(config: Config, autoencoder: Autoencoder, main: bool) -> Laten
         max_bad=data.max_bad,
     )
     with tqdm(total=len(images), desc="encoding", unit="image", disable=not main, leave=False) as bar:
-        return _checked(
-            config, encode_dataset(images, autoencoder, data.encode_batch_size, bar.update), autoencoder
+        latents = encode_dataset(images, autoencoder, data.encode_batch_size, bar.update)
+    return _checked(config, latents, autoencoder), _identity(images)
+
+
+def _identity(images: Images) -> str:
+    """12 hex digits: the same files, by name and size, with the same labels, in the same order, have the same."""
+    digest = hashlib.sha256()
+    for index, label in enumerate(images.labels.tolist()):
+        digest.update(
+            f"{images.name(index)}\0{images.size(index)}\0{label}\n".encode("utf-8", "surrogateescape")
         )
+    return digest.hexdigest()[:12]
 
 
 def _checked(
@@ -661,6 +780,11 @@ def _condition(config: Config, latents: Latents | LatentCache) -> tuple[int, tor
     wanted = config.data.num_classes
     if wanted is None or wanted == 0:
         return latents.num_classes if wanted is None else 0, None
+    if not latents.num_classes:
+        raise UserError(
+            f"{config.data.source} has no classes and data.num_classes={wanted}; sort its images into a subfolder a class, "
+            "or set data.num_classes=0"
+        )
     if latents.num_classes > wanted:
         raise UserError(
             f"{config.data.source} has {latents.num_classes} classes and data.num_classes={wanted}; "
@@ -684,17 +808,51 @@ def _check_fit(denoiser: Denoiser, autoencoder: Autoencoder, latents: Latents | 
         )
 
 
+def _check_forward(denoiser: Denoiser, latent_shape: tuple[int, int, int]) -> None:
+    """One forward pass before the first step: diffusers checks a config where it is used.
+
+    A large network takes it on the meta device, without numbers and without time.
+    """
+    size = sum(p.numel() for p in denoiser.parameters())
+    device = "cpu" if size < SMALL_NETWORK else "meta"
+    shape = (2, *latent_shape)
+    x, times = torch.zeros(shape, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+    try:
+        network = denoiser if device == "cpu" else _empty_denoiser(denoiser)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            given = tuple(network(x, times, network.null_condition(2)).shape)
+    except Exception as error:  # a bad value may surface as any kind of error
+        raise UserError(
+            f"the U-Net of this config cannot take latents of shape {shape[1:]}: {type(error).__name__}: {error}; mend "
+            "model.unet"
+        ) from error
+    if given != shape:
+        raise UserError(
+            f"the U-Net of this config makes {given[1:]} of latents of shape {shape[1:]}; use a data.image_size that "
+            "halves as often as model.unet does"
+        )
+
+
+def _empty_denoiser(denoiser: Denoiser) -> Denoiser:
+    tokens = None if denoiser.empty_tokens is None else denoiser.empty_tokens.to("meta")
+    unet = empty_twin(denoiser.unet)
+    with torch.device("meta"):
+        return Denoiser(unet, denoiser.num_classes, tokens)
+
+
 def _restore(run: Run, tensors: dict[str, dict[str, torch.Tensor]], facts: dict[str, Any]) -> None:
-    source, identity = run.config.data.source, getattr(run.latents, "identity", None)
+    source = run.config.data.source
     if (facts["images"], facts["num_classes"]) != (len(run.latents), run.denoiser.num_classes):
         raise UserError(
             f"{run.config.folder} was trained on {facts['images']} images of {facts['num_classes']} classes, "
             f"{source} now holds {len(run.latents)} of {run.denoiser.num_classes}; bring the data "
             "back, or choose another run.name"
         )
-    if facts.get("data") != identity:
+    known = facts.get("data")
+    # runs on images in memory did not always note it
+    if known != run.identity and (known is not None or isinstance(run.latents, LatentCache)):
         raise UserError(
-            f"{run.config.folder} was trained on another state of {source} (cache {facts.get('data')}, now {identity}); "
+            f"{run.config.folder} was trained on another state of {source} (it was {known}, now it is {run.identity}); "
             "bring the data back, or choose another run.name"
         )
     _load(run.denoiser.state_dict(), tensors["model"])
@@ -727,8 +885,11 @@ def _load(own: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> Non
 def _write_down(run: Run, averaged: dict[str, torch.Tensor] | None) -> None:
     """config.yaml, a line in provenance.jsonl for every start, and the export where a crash left it out."""
     folder = run.config.folder
-    checkpoint.replace_file(folder / "config.yaml", run.config.to_yaml())
-    with (folder / "provenance.jsonl").open("a", encoding="utf-8") as file:
+    text, path = run.config.to_yaml(), folder / "config.yaml"
+    if not path.exists() or path.read_bytes() != text.encode():
+        checkpoint.replace_file(path, text)
+    path = folder / "provenance.jsonl"
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": run.state.step, **provenance()}) + "\n")
     if run.state.step and export.exported_step(folder) != run.state.step:
         run.export(averaged)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -184,9 +185,12 @@ def generate(
     batch_size         images at once: changes memory and speed, not the images
     progress           called after each batch with the number of images it made
 
-    Raises `UserError` for a label the model does not know.
+    Raises `UserError` for a label the model does not know, and for settings that mean nothing.
     """
-    seeds = torch.as_tensor(seeds, dtype=torch.int64).reshape(-1)
+    check_guidance(guidance, guidance_interval)
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size}: draw at least one image at once")
+    seeds = _whole_numbers(seeds, "seed")
     conditions = _checked_conditions(model, conditions, len(seeds))
     if len(seeds) and int(seeds.min()) < 0:
         raise UserError(f"seed {int(seeds.min())} is negative; use 0 or more")
@@ -214,9 +218,29 @@ def generate(
             images.append(to_uint8(model.autoencoder.decode(latents)).cpu())
             if progress is not None:
                 progress(len(some_seeds))
+            if model.between_batches is not None:
+                model.between_batches()
     finally:
         denoiser.train(was_training)
     return torch.cat(images)
+
+
+def check_guidance(scale: float, interval: tuple[float, float]) -> None:
+    """Raise `UserError` for a guidance, or an interval of times for it, that means nothing."""
+    if not (math.isfinite(scale) and scale >= 0):
+        raise UserError(f"guidance {scale}: guidance must be finite and not negative; 1 is none")
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise UserError(
+            f"guidance interval {low} to {high}: give two shares of the times, 0 to 1, the smaller first"
+        )
+
+
+def _whole_numbers(values: Sequence[int] | torch.Tensor, what: str) -> torch.Tensor:
+    try:
+        return torch.as_tensor(values, dtype=torch.int64).reshape(-1)
+    except (OverflowError, ValueError, RuntimeError):  # which of them depends on torch's version
+        raise UserError(f"every {what} must be a whole number of at most {2**63 - 1}") from None
 
 
 def _checked_conditions(
@@ -227,7 +251,7 @@ def _checked_conditions(
         return denoiser.null_condition(count).cpu()
     if denoiser.takes_text:
         return _checked_tokens(model, torch.as_tensor(conditions), count)
-    classes, labels = model.num_classes, torch.as_tensor(conditions, dtype=torch.int64).reshape(-1)
+    classes, labels = model.num_classes, _whole_numbers(conditions, "label")
     if len(labels) != count:
         raise ValueError(f"{len(labels)} labels came with {count} seeds; give one label a seed")
     wrong = labels[(labels < 0) | (labels >= classes)]

@@ -27,9 +27,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from types import NoneType
 from typing import Any, TypeAlias
 
 import torch
@@ -218,6 +220,13 @@ def plan_swap(
         raise UserError(f"group_channels={group_channels!r}; give the number of channels a group, such as 32")
     if type(kernel_size) is not int or kernel_size < 1 or kernel_size % 2 == 0:
         raise UserError(f"kernel_size={kernel_size!r}; give an odd number, so that the map keeps its size")
+    for option, value in (("softmax", softmax), ("remove_center", remove_center)):
+        if type(value) is not bool:
+            raise UserError(f"{option}={value!r}; give true or false")
+    if type(offset_scale) not in (int, float) or not math.isfinite(offset_scale):
+        raise UserError(f"offset_scale={offset_scale!r}; give a finite number, such as 1.0")
+    if dw_kernel_size is not None and type(dw_kernel_size) is not int:
+        raise UserError(f"dw_kernel_size={dw_kernel_size!r}; give an odd number, or null for none")
     starts = _mask_starts(mask_init)
     found = {kind: finder(unet) for kind, finder in FINDERS.items()}
     kinds = _kinds(sites)
@@ -242,7 +251,11 @@ def plan_swap(
 
 
 def _kinds(sites: Sequence[str] | str) -> tuple[str, ...]:
-    kinds = (sites,) if isinstance(sites, str) else tuple(dict.fromkeys(sites))
+    if isinstance(sites, str):
+        sites = (sites,)
+    if not isinstance(sites, (list, tuple)) or not all(isinstance(kind, str) for kind in sites):
+        raise UserError(f"sites={sites!r}; give a list of some of {', '.join(FINDERS)}")
+    kinds = tuple(dict.fromkeys(sites))
     if not kinds:
         raise UserError(f"sites is empty; name at least one of {', '.join(FINDERS)}")
     for kind in kinds:
@@ -253,6 +266,10 @@ def _kinds(sites: Sequence[str] | str) -> tuple[str, ...]:
 def _mask_starts(mask_init: str | Mapping[str, str] | None) -> dict[str, str]:
     if isinstance(mask_init, str):
         return dict.fromkeys(FINDERS, mask_init)
+    if not isinstance(mask_init, (Mapping, NoneType)):
+        raise UserError(
+            f"mask_init={mask_init!r}; give uniform, zero or center, or one of them a kind of site"
+        )
     for kind in mask_init or {}:
         _check_kind("mask_init", kind)
     return {**DEFAULT_MASK_INIT, **(mask_init or {})}
@@ -423,7 +440,7 @@ def _layer(site: Site, old: nn.Module) -> nn.Module:
                 **options,
             )
         return DCNv4Conv(site.channels, site.out_channels, **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # the last from sizes that no memory holds
         raise UserError(f"DCNv4 cannot stand at {site.name}: {error}") from None
 
 

@@ -31,7 +31,8 @@ def train(config: Config, allow_change: Sequence[str] = (), score: Score | None 
     SIGUSR1 saves and returns 0: schedulers that send it start the same command again.
     """
     with open_run(config, allow_change, score) as run, StopSignals() as stop:
-        while run.state.step < config.train.steps and not run.stopped_by:
+        run.stop = stop
+        while not run.finished:
             run.enter_phase()
             loss = training_step(run, stop)
             if loss is None and not run.stopped_by:
@@ -40,14 +41,16 @@ def train(config: Config, allow_change: Sequence[str] = (), score: Score | None 
                 run.record(loss)
                 if run.due(config.train.log_every):
                     run.log()
-                if run.due(config.train.sample_every):
-                    run.draw_grid()
-                if run.due(config.train.score_every):
-                    run.score()
                 if run.due(config.train.ema_snapshot_every):
                     run.snapshot()
             if run.due(config.train.save_every) or run.stopped_by or run.finished:
                 run.save()
+            if run.stopped_by:
+                break
+            if run.due(config.train.sample_every):
+                run.draw_grid()
+            if run.due(config.train.score_every):
+                run.score()
         return 128 + run.stopped_by if run.stopped_by not in (0, REQUEUE) else 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm_dcn.errors import UserError
+from ldm_dcn.hub import HUB_ID, Unavailable, from_hub_or_cache
 from ldm_dcn.swap import DCNUNet2DConditionModel, DCNUNet2DModel, apply_swap, nearest, plan_swap
 
 # Stable Diffusion 1.x, as its differences from `UNet2DConditionModel`'s defaults.
@@ -149,18 +149,27 @@ def load_unet(
     local = Path(source).exists()
     if local:
         _check_folder(here)
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    elif not HUB_ID.fullmatch(source):
         raise UserError(f"no such folder: {source}")
-    try:
-        config = UNet2DConditionModel.load_config(source, subfolder=subfolder)
+
+    def load(local_only: bool) -> tuple[nn.Module, dict[str, Any]]:
+        config = UNet2DConditionModel.load_config(source, subfolder=subfolder, local_files_only=local_only)
         name = config.get("_class_name")
         if name not in LOADABLE:
             raise UserError(f"{here / 'config.json'} describes a {name}, none of {', '.join(LOADABLE)}")
         with _quiet_diffusers():
-            unet, info = LOADABLE[name].from_pretrained(
-                source, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+            return LOADABLE[name].from_pretrained(
+                source,
+                subfolder=subfolder,
+                torch_dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                local_files_only=local_only,
             )
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
+
+    try:
+        unet, info = load(True) if local else from_hub_or_cache(source, load)
+    except (Unavailable, OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
         hint = "" if local else " (no such folder here, and not to be had from the hub)"
         raise UserError(f"cannot load a U-Net from {here}{hint}: {_one_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

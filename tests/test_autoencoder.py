@@ -171,6 +171,38 @@ def test_latents_and_decode_follow_the_config(small, folder, images, tmp_path):
         torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("entries", "wanted"),
+    [
+        ({"scaling_factor": None}, "scaling_factor None; it takes a number above 0"),
+        ({"scaling_factor": "abc"}, "scaling_factor 'abc'; it takes a number above 0"),
+        ({"scaling_factor": 0}, "scaling_factor 0; it takes a number above 0"),
+        ({"scaling_factor": [1]}, r"scaling_factor \[1\]; it takes a number above 0"),
+        ({"shift_factor": "abc"}, "shift_factor 'abc'; it takes a number"),
+        ({"latents_mean": [1.0, 2.0, 3.0]}, "latents_mean .*; it takes 4 numbers"),
+        ({"latents_mean": [1.0, 2.0, 3.0, "x"]}, "latents_mean .*; it takes 4 numbers"),
+        ({"latents_std": [1.0, 2.0, 3.0, 0.0]}, "latents_std .*; it takes 4 numbers above 0"),
+        ({"latents_std": 3.0}, "latents_std 3.0; it takes 4 numbers above 0"),
+    ],
+)
+def test_a_scale_that_is_none_is_refused_by_name(folder, tmp_path, entries, wanted):
+    shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text()) | entries
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"its config.json has {wanted}"):
+        load_autoencoder(tmp_path / "copy")
+
+
+def test_quantised_weights_are_refused(folder, small, tmp_path):
+    weights = small.state_dict()
+    name = "decoder.conv_in.weight"
+    shutil.copytree(folder, tmp_path / "copy")
+    for path in (tmp_path / "copy" / "diffusion_pytorch_model.safetensors", tmp_path / "file.safetensors"):
+        save_file({**weights, name: weights[name].to(torch.int8)}, path)
+        with pytest.raises(UserError, match=rf"holds quantised weights \({name} is \w+8\)"):
+            load_autoencoder(path.parent if path.parent.name == "copy" else path)
+
+
 def test_identity_gives_pixels_back_exactly(images):
     identity = load_autoencoder("identity", image_channels=3)
     moments = identity.encode(images)

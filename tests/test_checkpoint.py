@@ -235,13 +235,50 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-10"]
 
 
-def test_too_little_room_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, 10)
-    usage = type("Usage", (), {"free": 100})
+def leave_free(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": free})
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(DiskFull, match=r"0 MB are free.*train.keep_checkpoints=1"):
-        save(tmp_path, 20, groups(20), {}, 1)
-    assert names(tmp_path) == ["step-10"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "keep", "helps"),
+    [((10,), 1, False), ((10,), 2, False), ((5, 10), 2, True), ((5, 10), 1, False)],
+)
+def test_too_little_room_is_seen_before_writing_with_the_mend_that_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], keep: int, helps: bool
+) -> None:
+    write(tmp_path, *steps)
+    leave_free(100, monkeypatch)
+    with pytest.raises(DiskFull, match=r"0.0 MB are free, 0.4 MB too few; .*free some space") as caught:
+        save(tmp_path, 20, {"model": {"w": torch.zeros(100_000)}}, {}, keep)
+    assert "train.keep_checkpoints" not in str(caught.value)  # the room that it gives is not enough
+    with pytest.raises(DiskFull) as caught:
+        save(tmp_path, 20, groups(20), {}, keep)
+    assert ("train.keep_checkpoints=1, which gives 0.0 MB back" in str(caught.value)) is helps
+    assert names(tmp_path) == sorted(f"step-{step}" for step in (steps[-1:] if keep == 1 else steps))
+
+
+def test_fewer_checkpoints_are_kept_before_the_next_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `train.keep_checkpoints=1` is advised for: the older ones make room for the one to come."""
+    write(tmp_path, 5, 10)
+    seen: list[list[str]] = []
+    monkeypatch.setattr(checkpoint, "_write_groups", lambda *_: seen.append(names(tmp_path)))
+    save(tmp_path, 20, groups(20), {}, 1)
+    assert seen == [[".tmp-step-20", "step-10"]]
+    assert names(tmp_path) == ["step-20"]
+
+
+def test_a_folder_of_another_format_is_refused_and_left_alone(tmp_path: Path) -> None:
+    write(tmp_path, 10, 20)
+    path = tmp_path / "step-20" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    with pytest.raises(
+        UserError, match=r"has format 99, this program reads 1; use the version that wrote it"
+    ):
+        newest(tmp_path, complain)
+    assert names(tmp_path) == ["step-10", "step-20"]
 
 
 def test_an_error_while_writing_keeps_the_old_folder(tmp_path: Path) -> None:

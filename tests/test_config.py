@@ -117,6 +117,10 @@ def test_imagenet_follows_the_published_recipe() -> None:
         ("run.name=no", "run.name", "no"),  # YAML 1.1 would read false
         ("model.unet.layers_per_block=3", "model.unet.layers_per_block", 3),
         ("model.swap=null", "model.swap", None),
+        ("train.steps=010", "train.steps", 10),  # YAML 1.1 would read eight
+        ("train.steps=+7", "train.steps", 7),
+        ("run.name=2001-99-99", "run.name", "2001-99-99"),
+        ("run.name=0x10", "run.name", "0x10"),
     ],
 )
 def test_overrides(override: str, key: str, value: object) -> None:
@@ -174,6 +178,30 @@ def test_nonsense_has_no_suggestion() -> None:
         ("sample.sampler=ddpm", "sample.sampler: input should be 'dpm++', 'ddim' or 'euler' (got 'ddpm')"),
         ("data.image_channels=2", "data.image_channels: input should be 1 or 3 (got 2)"),
         ("train=3", "train: input should be"),
+        ("train.steps=0x10", "train.steps: input should be a valid integer (got '0x10')"),
+        ("train.steps=1:30", "train.steps: input should be a valid integer (got '1:30')"),
+        ("train.steps=1_000", "train.steps: input should be a valid integer (got '1_000')"),
+        ("train.steps=" + "9" * 5000, "train.steps: input should be a valid integer (got '9999"),
+        ("train.steps=9223372036854775808", "train.steps: input should be a valid integer"),
+        ("train.steps=!!binary aGk=", "train.steps: input should be a valid integer (got '!!binary"),
+        ("train.betas=" + "[" * 3000, "train.betas: input should be a valid tuple"),
+        ("train.betas=[*a]", "train.betas: input should be a valid tuple"),
+        ("diffusion.beta_start=0.5", "diffusion.beta_start=0.5 is more than diffusion.beta_end"),
+        ("diffusion.num_steps=1", "is more than diffusion.num_steps=1, and no time is taken twice"),
+        ("sample.guidance=.inf", "sample.guidance: input should be"),
+        ("sample.guidance=-1", "sample.guidance: input should be"),
+        ("sample.guidance_interval=[0.6, 0.2]", "runs backwards; write [0.2, 0.6]"),
+        ("train.learning_rate=3", "train.learning_rate: unknown setting; did you mean train.lr?"),
+        ("run.zzqqxx=3", "run.zzqqxx: unknown setting; there are dir, name"),
+        ("run.name=..", "run.name: names one folder in run.dir"),
+        ("run.name=.", "run.name: names one folder in run.dir"),
+        ("run.name=a/b", "run.name: names one folder in run.dir"),
+        ("run.name='a\\b'", "run.name: names one folder in run.dir"),
+        ("run.name=a\nb", "run.name: takes printable characters only"),
+        ('run.name="a\\0b"', "run.name: takes printable characters only"),
+        ("run.name=" + 300 * "x", "run.name: is too long for a folder's name; use at most 200 bytes"),
+        ('run.dir="a\\0b"', "run.dir: takes printable characters only"),
+        ('data.source="a\\0b"', "data.source: takes printable characters only"),
         ("model.preset=sd_unet", "exactly one of model.preset, model.unet and model.pretrained"),
     ],
 )
@@ -205,6 +233,17 @@ def write(folder: Path, text: str) -> Path:
         ("base: [1]\n", "path of one YAML file"),
         ("train: {lr: 1.0}\n", "train.steps: missing; set it, or start the file with `base: base.yaml`"),
         ("train: !!python/object:os.system {}\n", "not valid YAML"),
+        ("? [a, b]\n: 3\n", "a key is a word, not ['a', 'b']"),
+        ("? {a: b}\n: 3\n", "a key is a word, not {'a': 'b'}"),
+        ("3: 4\n", "a key is a word, not 3"),
+        ("a: &a [*a]\n", "references (*a) are not taken"),
+        ("a: !!binary aGVsbG8=\n", "binary"),
+        ("a: !!timestamp 2001-99-99\n", "timestamp"),
+        ("a: 2001-99-99\n", "a: unknown setting"),
+        ("a: " + "9" * 5000 + "\n", "a whole number of 5000 digits is too large"),
+        ("a: " + "[" * 3000 + "\n", "nested too deeply"),
+        ("a:\n" + "".join(" " * i + "a:\n" for i in range(1, 300)), "nested too deeply"),
+        ("\0\n", "not valid YAML"),
     ],
 )
 def test_a_bad_file_is_explained(tmp_path: Path, text: str, expected: str) -> None:
@@ -272,13 +311,28 @@ def test_harmless_differences_are_listed() -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["model.swap=null", "model.unet.layers_per_block=4", "autoencoder=identity", "diffusion.beta_end=0.02"],
+    [
+        "model.swap=null",
+        "model.unet.layers_per_block=4",
+        "autoencoder.dtype=bfloat16",
+        "diffusion.beta_end=0.02",
+        "data.split=train",
+        "data.image_size=16",
+    ],
 )
 def test_another_architecture_is_refused_whatever_is_allowed(override: str) -> None:
-    key = "autoencoder.spec" if override.startswith("autoencoder") else override.split("=")[0]
+    key = override.split("=")[0]
     with pytest.raises(UserError, match="another model or other data") as caught:
         compare(override, allowed=(key,))
     assert key in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["autoencoder=moved/folder", "data.source=moved/folder"])
+def test_a_place_may_change_when_that_is_allowed(override: str) -> None:
+    key = {"autoencoder": "autoencoder.spec"}.get(override.split("=")[0], "data.source")
+    with pytest.raises(UserError, match=f"--allow-change {key}"):
+        compare(override)
+    assert len(compare(override, allowed=(key,))) == 1
 
 
 def test_another_recipe_must_be_allowed_key_by_key() -> None:

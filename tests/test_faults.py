@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from ldm_dcn import metrics, trainer
+from ldm_dcn import hub, metrics, trainer
 from ldm_dcn.checkpoint import verify
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.errors import UserError
@@ -327,6 +327,7 @@ def test_a_hub_id_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch,
     def offline(*_: object, **__: object) -> str:
         raise OSError("no network\nand a long story")
 
+    monkeypatch.setattr(hub, "ask", lambda _: None)  # it answers, and then does not
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     assert "somebody/model is no folder here, and it could not be had from the hub (no network)" in refusal(
         "somebody/model"

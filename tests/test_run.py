@@ -22,7 +22,7 @@ from ldm_dcn import checkpoint, metrics, posthoc_ema, trainer
 from ldm_dcn import run as run_module
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.errors import UserError
-from ldm_dcn.export import load_model
+from ldm_dcn.export import Model, load_model
 from ldm_dcn.launch import StopSignals, check_plugins
 from ldm_dcn.matching import Matching
 from ldm_dcn.pipeline import LatentDiffusion
@@ -231,6 +231,29 @@ def test_sigusr1_saves_and_asks_to_be_started_again(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(trainer, "training_step", interrupted)
     assert train(config) == 0
     assert checkpoint.newest(config.folder / "checkpoints", print).name == "step-5"
+
+
+def test_a_signal_ends_the_drawing_and_the_step_is_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(
+        tmp_path, "train.sample_every=3", "train.score_every=3", "train.save_every=0", "sample.batch_size=2"
+    )
+    drawn = []
+
+    def score(model: Model, count: int) -> dict[str, object]:
+        generate(model, [0] * count, range(count), steps=1, batch_size=1, progress=count_and_signal)
+        raise AssertionError("drawing should have ended")
+
+    def count_and_signal(count: int) -> None:
+        drawn.append(count)
+        if len(drawn) == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    assert train(config, score=score) == 128 + signal.SIGTERM
+    assert len(drawn) == 3
+    assert checkpoint.newest(config.folder / "checkpoints", print).name == "step-4"
+    assert "asked to stop, the score is left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])

@@ -82,7 +82,7 @@ def test_a_run_does_not_go_on_with_another_cache(digits_cache: Path, tmp_path: P
     assert train(config) == 0
     subprocess.run(["rm", "-r", str(cache)], check=True)
     encoded("digits", cache, "--image-channels", "1", "--no-flip")
-    with pytest.raises(UserError, match="was trained on another state of .*bring the data back"):
+    with pytest.raises(UserError, match=r"was trained on another state of .*bring the data back"):
         train(config)
 
 

@@ -213,6 +213,24 @@ def test_labels_and_seeds_must_match(model: Model) -> None:
         generate(model, [0], [-4], steps=1)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"guidance": float("nan")}, "guidance must be finite and not negative"),
+        ({"guidance": float("inf")}, "guidance must be finite and not negative"),
+        ({"guidance": -1.0}, "guidance must be finite and not negative"),
+        ({"guidance_interval": (0.6, 0.2)}, "guidance interval 0.6 to 0.2"),
+        ({"guidance_interval": (0.0, float("nan"))}, "guidance interval 0.0 to nan"),
+        ({"batch_size": 0}, "batch size 0: draw at least one"),
+        ({"conditions": [2**63]}, "every label must be a whole number of at most"),
+        ({"seeds": [2**64]}, "every seed must be a whole number of at most"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(model: Model, options: dict, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        generate(model, **{"conditions": [0], "seeds": [0], "steps": 1, **options})
+
+
 def test_the_denoiser_goes_back_to_training(model: Model) -> None:
     model.denoiser.train()
     generate(model, [0], [0], steps=1)

@@ -180,6 +180,16 @@ def test_include_and_exclude():
         ({"mask_init": "ones"}, ["'ones'", "down_blocks.0.resnets.0.conv1"]),
         ({"mask_init": {"resnt": "zero"}}, ["'resnt'", "did you mean 'resnet'"]),
         ({"dw_kernel_size": 2}, ["dw_kernel_size", "odd"]),
+        ({"dw_kernel_size": "3"}, ["dw_kernel_size='3'", "odd"]),
+        ({"sites": 3}, ["sites=3", "give a list of some of resnet"]),
+        ({"sites": None}, ["sites=None", "give a list of some of resnet"]),
+        ({"sites": [["resnet"]]}, ["sites=[['resnet']]", "give a list of some of resnet"]),
+        ({"mask_init": 3}, ["mask_init=3", "uniform, zero or center"]),
+        ({"mask_init": ["zero"]}, ["mask_init=['zero']", "uniform, zero or center"]),
+        ({"softmax": "maybe"}, ["softmax='maybe'", "true or false"]),
+        ({"remove_center": "no"}, ["remove_center='no'", "true or false"]),
+        ({"offset_scale": float("nan")}, ["offset_scale=nan", "finite"]),
+        ({"offset_scale": True}, ["offset_scale=True", "finite"]),
     ],
 )
 def test_a_rule_that_cannot_be_meant_is_refused_in_one_line(options, parts):

@@ -24,9 +24,9 @@ from ldm_dcn.checkpoint import DiskFull
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import load_model
-from ldm_dcn.sampling import generate
 from ldm_dcn.launch import StopSignals
 from ldm_dcn.run import open_run
+from ldm_dcn.sampling import generate
 from ldm_dcn.trainer import learning_rate, train
 from tiny import ROOT, environment, tiny_config, write_config
 
