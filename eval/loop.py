@@ -124,6 +124,7 @@ def _parts_timed(run: Any, times: dict[str, float]) -> Iterator[None]:
         mock.patch.object(torch.Tensor, "backward", timed("backward", torch.Tensor.backward)),
         mock.patch.object(trainer, "_scale_gradients", timed("optimiser", trainer._scale_gradients)),
         mock.patch.object(run.optimizer, "step", timed("optimiser", run.optimizer.step)),
+        mock.patch.object(run.optimizer, "zero_grad", timed("optimiser", run.optimizer.zero_grad)),
         *averages,
     ]
     for patch in patches:

@@ -101,8 +101,7 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """shadow = decay shadow + (1 - decay) weights, in a few fused passes, after optimiser step `step` (from 1)."""
-        current = [p.detach() for p in self._parameters.values()]
-        current = [p if p.dtype == torch.float32 else p.float() for p in current]
+        current = [p if p.dtype == torch.float32 else p.float() for p in self._parameters.values()]
         torch._foreach_lerp_(list(self.shadow.values()), current, 1 - self.rule.at(step))
 
     @contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -172,12 +173,17 @@ class Run:
         return range(first, first + share)
 
     def batch(self, step: int, micro: int) -> Batch:
-        """What is learnt from at those positions, on the device; the next one is made ready meanwhile."""
+        """What is learnt from at those positions, on the device; a GPU's next one is made ready meanwhile.
+
+        Not a CPU's: a second thread that computes makes OpenMP's wait on each other, and halves the speed of a step to hide
+        less than a hundredth of it.
+        """
         ready = self._ahead.pop((step, micro), None)
         host = ready.result() if ready is not None else self.host_batch(step, micro)
         micro += 1
         following = (step, micro) if micro < self.config.train.gradient_accumulation else (step + 1, 0)
-        self._ahead = {following: self._loader.submit(self.host_batch, *following)}
+        if self.accelerator.device.type != "cpu":
+            self._ahead = {following: self._loader.submit(self.host_batch, *following)}
         device = self.accelerator.device
         moments, noise, posterior_noise, times, condition = (t.to(device, non_blocking=True) for t in host)
         latents = self.autoencoder.latents(moments, posterior_noise)
@@ -236,10 +242,13 @@ class Run:
         share = torch.from_numpy(share)
         if settings.times == "uniform":
             return diffusion.uniform_times(share, self.config.diffusion.num_steps)
-        table = diffusion.levels(self.schedule)
-        return diffusion.lognormal_times(share, table, settings.times_mean, settings.times_std)
+        return diffusion.lognormal_times(share, self._host_levels, settings.times_mean, settings.times_std)
 
-    @property
+    @cached_property
+    def _host_levels(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return diffusion.levels(self.schedule)
+
+    @cached_property
     def schedule(self) -> diffusion.Schedule:
         return diffusion.Schedule(**self.config.diffusion.model_dump())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm_dcn.config import load_config
+from ldm_dcn.config import load_config, valid_keys
 from tiny import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,7 +28,11 @@ def test_the_tables_are_those_of_the_json() -> None:
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
 def test_files_that_are_named_are_there(text: Path) -> None:
     content = text.read_text(encoding="utf-8")
-    named = set(re.findall(r"(?:configs|docs|benchmarks|tests|ldm_dcn|dcnv4_ext|eval)/[\w./-]+\w", content))
+    named = set(
+        re.findall(
+            r"(?:configs|docs|benchmarks|tests|ldm_dcn|dcnv4_ext|eval)/[\w./-]*\w(?![\w./*-])", content
+        )
+    )
     named |= {target for target in re.findall(r"\]\(([\w./-]+)\)", content) if "://" not in target}
     missing = [name for name in named if not (ROOT / name).exists() and not (text.parent / name).exists()]
     assert not missing
