@@ -3,6 +3,7 @@
     python -m eval.throughput configs/digits_dcn.yaml --baseline configs/digits_unet.yaml
     python -m eval.throughput runs/digits_dcn --baseline runs/digits_unet --batch-size 64 --json speed.json
     python -m eval.throughput configs/digits_dcn.yaml --train          what the training loop costs beside the network
+    python -m eval.throughput configs/digits_dcn.yaml --profile        where the time goes, by kind of module
 
 Forward and training step run on random latents: no data loading, no autoencoder. A training step is noising, forward, backward,
 AdamW and the moving average. Sampling counts both halves of guidance. Each round times every model once, so that whatever else
@@ -31,11 +32,12 @@ from ldm_dcn.data import open_dataset
 from ldm_dcn.denoiser import Denoiser
 from ldm_dcn.diffusion import Schedule, add_noise, at, levels, loss, target
 from ldm_dcn.ema import EMA, Constant
-from ldm_dcn.errors import UserError, exit_on_user_error
+from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.export import Model, load_model
 from ldm_dcn.sampling import generate, guided, sample_latents
 from ldm_dcn.unet import build_unet
 
+from . import profile
 from .environment import environment
 from .stopwatch import Rounds
 
@@ -178,16 +180,17 @@ def table(figures: Sequence[Figures], baseline: int | None, settings: Settings) 
     lines = ["  ".join([row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))])
              for row in cells]  # fmt: skip
     lines.insert(1, "-" * len(lines[0]))
-    made_with = environment()
-    where = (
-        made_with["gpu"]
-        if settings.device.startswith("cuda")
-        else f"{made_with['cpu']}, {made_with['threads']} threads"
-    )
     lines += ["", f"batch {settings.batch_size}, {settings.precision}, {settings.rounds} rounds in turns, median and half the "
               f"interquartile range; {settings.sampler} {settings.sampler_steps} steps at guidance {settings.guidance:g}",
-              f"{where}, torch {torch.__version__}"]  # fmt: skip
+              _machine(settings)]  # fmt: skip
     return "\n".join(lines)
+
+
+def _machine(settings: Settings) -> str:
+    made_with = environment()
+    cuda = settings.device.startswith("cuda")
+    where = made_with["gpu"] if cuda else f"{made_with['cpu']}, {made_with['threads']} threads"
+    return f"{where}, torch {torch.__version__}"
 
 
 def _timing_cells(timing: Timing | None, base: Timing | None, settings: Settings) -> tuple[str, str, str]:
@@ -235,25 +238,36 @@ def _activities(subject: Subject, settings: Settings) -> dict[str, Callable[[], 
 
 def _training(subject: Subject, settings: Settings) -> Callable[[], None]:
     """One optimiser step as `ldm_dcn.trainer` takes it."""
-    model, denoiser = subject.model, subject.model.denoiser
-    x, noise, times, labels = _inputs(model, settings)
-    table = tuple(level.to(settings.device) for level in levels(model.schedule))
-    prediction = model.schedule.prediction
-    denoiser.requires_grad_(True)
+    denoiser = subject.model.denoiser
+    training_loss = _training_loss(subject, settings)
     optimiser = torch.optim.AdamW(denoiser.parameters(), lr=1e-5, weight_decay=0.03, fused=True)
     average, steps = EMA(denoiser, Constant(0.999)), count(1)
 
     def step() -> None:
-        denoiser.train()
-        alpha, sigma = at(table, times)
-        with settings.autocast():
-            output = denoiser(add_noise(x, noise, alpha, sigma), times, labels)
-        loss(output, target(prediction, x, noise, alpha, sigma)).backward()
+        training_loss().backward()
         optimiser.step()
         optimiser.zero_grad()
         average.update(next(steps))
 
     return step
+
+
+def _training_loss(subject: Subject, settings: Settings) -> Callable[[], Tensor]:
+    """The forward pass of such a step."""
+    model, denoiser = subject.model, subject.model.denoiser
+    x, noise, times, labels = _inputs(model, settings)
+    table = tuple(level.to(settings.device) for level in levels(model.schedule))
+    prediction = model.schedule.prediction
+    denoiser.requires_grad_(True)
+
+    def forward() -> Tensor:
+        denoiser.train()
+        alpha, sigma = at(table, times)
+        with settings.autocast():
+            output = denoiser(add_noise(x, noise, alpha, sigma), times, labels)
+        return loss(output, target(prediction, x, noise, alpha, sigma))
+
+    return forward
 
 
 def _inputs(model: Model, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -349,7 +363,7 @@ def _autoencoder_if_at_hand(config: Any) -> Any:
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m eval.throughput", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m eval.throughput", description=__doc__.splitlines()[0])
     parser.add_argument(
         "models",
         nargs="*",
@@ -375,6 +389,11 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument(
         "--train", action="store_true", help="time the parts of the training loop of one config"
     )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="time forward and backward by kind of module, and nothing else: DCNv4, convolutions, attention, ...",
+    )
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args(None if arguments is None else list(arguments))
     with exit_on_user_error():
@@ -385,6 +404,10 @@ def main(arguments: Iterable[str] | None = None) -> None:
         missing = [path for path in paths if path.endswith((".yaml", ".yml")) and not os.path.exists(path)]
         if missing:
             raise UserError(f"{missing[0]} does not exist; give a config, a run or an export")
+        if options.train and options.profile:
+            raise UserError("--train and --profile measure different things; give one of them")
+        if options.rounds < 1 or (options.batch_size is not None and options.batch_size < 1):
+            raise UserError("--rounds and --batch-size must be at least 1")
         if options.train:
             time_the_loop(paths[0], options)
             return
@@ -400,10 +423,37 @@ def main(arguments: Iterable[str] | None = None) -> None:
             sampler_steps=options.steps,
             guidance=options.guidance,
         )
+        if options.profile:
+            profiles = profile_modules(subjects, settings)
+            print(profile.table(profiles))
+            print(
+                f"\nbatch {settings.batch_size}, {settings.precision}, medians of {settings.rounds} passes as in training"
+            )
+            print(_machine(settings))
+            if options.json:
+                write_json([], settings, options.json, profiles)
+            return
         figures = compare(subjects, settings)
         print(table(figures, len(figures) - 1 if baseline else None, settings))
         if options.json:
             write_json(figures, settings, options.json)
+
+
+def profile_modules(
+    subjects: Sequence[Subject], settings: Settings, progress: bool = True
+) -> list[profile.Profile]:
+    """Where forward and backward of a training step go, by kind of module (eval/profile.py), one subject after another."""
+    return [
+        profile.profile(
+            subject.name,
+            subject.model.denoiser,
+            _training_loss(subject, settings),
+            rounds=settings.rounds,
+            device=settings.device,
+            progress=progress,
+        )
+        for subject in subjects
+    ]
 
 
 def time_the_loop(path: str, options: argparse.Namespace) -> None:
@@ -422,11 +472,14 @@ def time_the_loop(path: str, options: argparse.Namespace) -> None:
         options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_json(figures: Sequence[Figures], settings: Settings, path: Path) -> None:
+def write_json(
+    figures: Sequence[Figures], settings: Settings, path: Path, profiles: Sequence[profile.Profile] = ()
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "settings": asdict(settings),
         "figures": [asdict(f) for f in figures],
+        "profiles": [asdict(p) for p in profiles],
         "environment": environment(),
     }
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
 from torch import nn
 
-from eval import throughput
+from eval import profile, throughput
 from eval.throughput import Settings, Timing, count_macs
 from ldm_dcn.errors import UserError
 
@@ -139,8 +140,100 @@ def test_mistakes_leave_with_code_2(configs, capsys):
     for arguments, named in (
         (["nowhere.yaml"], "nowhere.yaml"),
         ([configs[0], "--set", "train.lrr=1"], "train.lr"),
+        ([configs[0], "--train", "--profile"], "--profile"),
+        ([configs[0], "--rounds", "0"], "--rounds"),
+        ([configs[0], "--rounds", "many"], "--rounds"),
     ):
         with pytest.raises(SystemExit) as left:
             throughput.main(arguments)
         error = capsys.readouterr().err
         assert left.value.code == 2 and named in error and error.count("\n") == 1
+
+
+class SlowBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.sleep(0.02)
+        return gradient
+
+
+class SlowConvolution(nn.Conv2d):
+    def forward(self, x):
+        time.sleep(0.01)
+        return SlowBackward.apply(super().forward(x))
+
+
+def test_time_goes_to_the_module_that_spends_it():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.convolution = nn.GroupNorm(1, 2), SlowConvolution(2, 2, 1)
+
+        def forward(self, x):
+            time.sleep(0.015)  # its own, not that of what it calls
+            return self.convolution(self.norm(x)) + x
+
+    block, x = Block(), torch.randn(1, 2, 4, 4)
+    result = profile.profile("block", block, lambda: block(x).sum(), rounds=2, progress=False)
+    for round in range(2):
+        for direction in ("forward", "backward"):
+            seconds = {kind: values[round] for kind, values in result.seconds[direction].items()}
+            assert sum(seconds.values()) == pytest.approx(result.marked[direction][round])
+            assert all(value >= 0 for value in seconds.values())
+            assert seconds["convolutions"] >= 0.01 and seconds["norms"] < 0.01
+        assert result.seconds["forward"]["rest"][round] >= 0.015
+        assert result.seconds["backward"]["convolutions"][round] >= 0.02
+    assert result.modules["convolutions"] == 1 and result.modules["norms"] == 1
+    assert all(p.grad is None for p in block.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
+
+
+def test_every_module_of_a_unet_has_its_kind(configs):
+    subject = throughput.open_subject(configs[0])
+    kinds = {name: profile.kinds_of_modules(subject.model.denoiser)[module] for name, module in subject.model.denoiser.named_modules()}  # fmt: skip
+    for end, kind in (
+        ("resnets.0.conv1.dcn", "DCNv4"),
+        ("resnets.0.conv1.dcn.offset_mask", "DCNv4's projections"),
+        ("unet.conv_in", "convolutions"),
+        ("attentions.0.proj_in", "convolutions"),
+        ("attn1", "attention"),
+        ("attn2.to_q", "attention"),
+        ("ff.net.0.proj", "feed-forward"),
+        ("norm1", "norms"),
+        ("time_embedding.linear_1", "time and class embedding"),
+        ("resnets.0.time_emb_proj", "time and class embedding"),
+        ("class_embedding", "time and class embedding"),
+        ("unet", "rest"),
+    ):
+        found = {own for name, own in kinds.items() if name.endswith(end)}
+        assert found == {kind}, (end, found)
+
+
+def test_the_profile_is_one_table_and_part_of_the_json(configs, tmp_path, capsys):
+    throughput.main([configs[0], "--baseline", configs[1], "--profile", "--rounds", "1", "--batch-size", "2", "--device", "cpu",
+                     "--json", str(tmp_path / "profile.json")])  # fmt: skip
+    text = capsys.readouterr().out
+    for row in (
+        *profile.KINDS,
+        "whole pass, with marks",
+        f"torch {torch.__version__}",
+        "dcn modules",
+        "unet modules",
+    ):
+        assert row in text
+    content = json.loads((tmp_path / "profile.json").read_text())
+    dcn, unet = content["profiles"]
+    assert content["figures"] == [] and content["settings"]["batch_size"] == 2
+    for direction in ("forward", "backward"):
+        assert (
+            dcn["seconds"][direction]["DCNv4"][0] > 0
+            and dcn["seconds"][direction]["DCNv4's projections"][0] > 0
+        )
+        assert (
+            unet["seconds"][direction]["DCNv4"] == [0] and unet["seconds"][direction]["convolutions"][0] > 0
+        )
+    assert dcn["modules"]["DCNv4"] > 0 and unet["modules"]["DCNv4"] == 0
