@@ -1,0 +1,222 @@
+"""One HTML page about runs, with everything in it: `python -m eval.report RUN [RUN ...]`.
+
+    python -m eval.report runs/digits_dcn runs/digits_unet
+    python -m eval.report runs/digits_dcn runs/digits_unet --scores fid.json --throughput speed.json profile.json \\
+        --operators operators.json --out report
+
+Sample grids and offset maps are drawn on the fly, a few images from the same seeds for all runs; losses come from the run
+folders. Scores and times come from the JSON of eval.fid, eval.throughput (also --profile) and eval.operators; what has no
+such file is called not measured. The page opens in a browser without a server or a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ldm_dcn.errors import Parser, UserError, exit_on_user_error
+from ldm_dcn.files import check_folder_place, replacing
+from ldm_dcn.sampling import SAMPLERS
+
+from ..environment import environment
+from . import grids, looks, networks, operators, scores, speed, training
+from .drawing import DEFAULT_LAYERS, Drawing, Watching
+from .inputs import Files, Run, open_runs, read_files
+from .markup import joined, tag
+from .page import page
+
+PAGE = "index.html"
+MOST_ROWS = 5  # of a sample grid, where --labels is not given
+
+
+def build(
+    runs: Sequence[Run],
+    folder: Path,
+    *,
+    drawing: Drawing,
+    watching: Watching,
+    files: Files,
+    command: str,
+    drawn_by: str,
+) -> Path:
+    """Write the page and its PNGs to `folder`; returns the page.
+
+    command   that made the whole page
+    drawn_by  the same without what does not change the pictures, for their captions
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = _file_keys([run.name for run in runs])
+    maps = []
+    for run in runs:
+        content = looks.looks(run, drawing, watching, folder, keys[run.name], drawn_by)
+        maps.append(joined(tag("h3", run.name), content))
+    contents = [
+        ("runs", "Runs, parameters and MACs", networks.runs_table(runs, drawn_by)),
+        ("samples", "Samples", grids.samples(runs, drawing, folder, keys, drawn_by)),
+        ("offsets", "Where DCNv4 looks", joined(*maps)),
+        ("curves", "Training", training.curves(runs)),
+        ("scores", "Scores", scores.scores(runs, files.scores)),
+        ("quality", "Quality against speed", scores.quality(list(files.scores.values()))),
+        ("speed", "Speed and size", speed.speed(files.throughput)),
+        ("operators", "The operator beside its peers", operators.operators(files.operators)),
+    ]
+    about = environment()
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
+    footer = joined(
+        tag("p", "Made with ", tag("code", command)),
+        tag("p", f"{versions}, Python {about['python']}; {about['gpu'] or about['cpu']}."),
+    )
+    introduction = tag(
+        "p",
+        "Every number stands with what it depends on, or is called not measured. Captions name the command that made a figure.",
+    )
+    title = " and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs"
+    file = folder / PAGE
+    with replacing(file) as new:
+        new.write(page(f"Report: {title}", introduction, contents, footer).encode())
+    return file
+
+
+def _file_keys(names: Sequence[str]) -> dict[str, str]:
+    """A name for files and anchors, for each run."""
+    keys: dict[str, str] = {}
+    for name in names:
+        key = re.sub(r"[^\w.=-]+", "_", name).strip("_.") or "run"
+        keys[name] = key if key not in keys.values() else f"{key}_{len(keys)}"
+    return keys
+
+
+def _drawing(options: argparse.Namespace, runs: Sequence[Run]) -> Drawing:
+    if options.sampler not in SAMPLERS:
+        raise UserError(f"sampler '{options.sampler}' is unknown; use one of {', '.join(SAMPLERS)}")
+    if options.steps < 1:
+        raise UserError(f"--steps {options.steps}: sampling takes at least one step")
+    classes = {run.name: run.model.num_classes for run in runs if run.model.num_classes}
+    labels = options.labels or list(range(min([MOST_ROWS, *classes.values()])))
+    for name, known in classes.items():
+        for label in labels:
+            if not 0 <= label < known:
+                raise UserError(
+                    f"label {label} does not exist: {name} knows {known} classes, 0 to {known - 1}"
+                )
+    if min(options.seeds) < 0:
+        raise UserError(f"seed {min(options.seeds)} is negative; use 0 or more")
+    return Drawing(
+        labels,
+        options.seeds,
+        options.prompts or [""],
+        options.text_encoder,
+        options.sampler,
+        options.steps,
+        options.guidance,
+    )
+
+
+def _watching(options: argparse.Namespace) -> Watching:
+    positions = []
+    for text in options.positions:
+        match = re.fullmatch(r"(\d*\.?\d+),(\d*\.?\d+)", text)
+        if not match or not all(0 <= float(share) < 1 for share in match.groups()):
+            raise UserError(
+                f"--positions {text}: write ACROSS,DOWN as shares from 0 to below 1, such as 0.5,0.5"
+            )
+        positions.append((float(match[1]), float(match[2])))
+    for pattern in options.layers or ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"--layers {pattern} is no regular expression: {error}") from None
+    if options.moments < 1:
+        raise UserError(f"--moments {options.moments}: look at one step at least")
+    return Watching(DEFAULT_LAYERS, options.layers or (), options.moments, positions)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m eval.report", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run or export folder, or hub id")
+    parser.add_argument("--scores", type=Path, nargs="+", default=[], metavar="JSON", help="of eval.fid")
+    parser.add_argument(
+        "--throughput", type=Path, nargs="+", default=[], metavar="JSON", help="of eval.throughput"
+    )
+    parser.add_argument(
+        "--operators", type=Path, nargs="+", default=[], metavar="JSON", help="of eval.operators"
+    )
+    parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="default: report/")
+    parser.add_argument(
+        "--labels", type=int, nargs="+", metavar="L", help=f"rows of a grid (default: the first {MOST_ROWS})"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=list(range(5)), metavar="S", help="columns (default: 0 to 4)"
+    )
+    parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="rows, for models trained on captions")
+    parser.add_argument("--sampler", default="dpm++", help="dpm++, ddim or euler (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=1.5, help="1 is none (default: %(default)s)")
+    parser.add_argument(
+        "--layers", nargs="+", metavar="REGEX",
+        help=f"DCNv4 layers whose maps are drawn, by name (default: {DEFAULT_LAYERS} over the depth)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--moments", type=int, default=4, help="sampling steps at which maps are drawn (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--positions", nargs="+", default=["0.5,0.5", "0.25,0.3"], metavar="ACROSS,DOWN",
+        help="where the kernels stand, as shares of the image (default: 0.5,0.5 0.25,0.3)",
+    )  # fmt: skip
+    parser.add_argument("--autoencoder", metavar="SPEC", help="where it lies, when not where the runs had it")
+    parser.add_argument("--text-encoder", metavar="SPEC", help="likewise")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def _command(arguments: Sequence[str]) -> str:
+    return f"python -m eval.report {shlex.join(arguments)}"
+
+
+def _without(arguments: Sequence[str], *names: str) -> list[str]:
+    """`arguments` without these options and their values; written --option=value or abbreviated, they stay."""
+    kept, skipping = [], False
+    for argument in arguments:
+        skipping = argument in names or (skipping and not argument.startswith("-"))
+        if not skipping:
+            kept.append(argument)
+    return kept
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(given)
+    with exit_on_user_error():
+        check_folder_place(options.out, "give another --out")
+        if not math.isfinite(options.guidance) or options.guidance < 0:
+            raise UserError(
+                f"guidance {options.guidance}: guidance must be finite and not negative; 1 is none"
+            )
+        watching = _watching(options)
+        # Before the runs, whose loading may take long.
+        files = read_files(options.scores, options.throughput, options.operators)
+        runs = open_runs(options.runs, device=options.device, autoencoder=options.autoencoder)
+        file = build(
+            runs,
+            options.out,
+            drawing=_drawing(options, runs),
+            watching=watching,
+            files=files,
+            command=_command(given),
+            drawn_by=_command(_without(given, "--scores", "--throughput", "--operators", "--out")),
+        )
+        pictures = len(list(options.out.glob("*.png")))
+        print(
+            f"{file}: {file.stat().st_size / 1e6:.1f} MB, open it in a browser; {pictures} PNG files beside it"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Sample grids: every run draws the same labels from the same seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ldm_dcn.pictures import save_grid
+from ldm_dcn.sampling import generate
+
+from .drawing import Drawing
+from .inputs import Run
+from .markup import Markup, tag
+from .page import NOT_STATED, data_uri, figure
+
+
+def samples(
+    runs: Sequence[Run], drawing: Drawing, folder: Path, keys: Mapping[str, str], command: str
+) -> Markup:
+    """Grids from the same seeds and labels, one run beside the other."""
+    grids, files, weights = [], [], []
+    for run in runs:
+        conditions = drawing.conditions(run)
+        rows = 1 if conditions is None else len(conditions)
+        repeated = None if conditions is None else conditions.repeat_interleave(len(drawing.seeds), 0)
+        images = generate(run.model, repeated, list(drawing.seeds) * rows, sampler=drawing.sampler, steps=drawing.steps,
+                          guidance=drawing.guidance)  # fmt: skip
+        file = folder / f"samples_{keys[run.name]}.png"
+        save_grid(images, len(drawing.seeds), file)
+        if run.model.denoiser.takes_text:
+            what = "rows: " + "; ".join(repr(prompt) for prompt in drawing.prompts)
+        else:
+            what = "without a condition" if conditions is None else f"rows: labels {_list(drawing.labels)}"
+        picture = tag("img", src=data_uri(file.read_bytes()), alt=f"Samples of {run.name}, {what}")
+        grids.append(tag("div", tag("h4", run.name, tag("span", f" ({what})")), picture, class_="grid"))
+        files.append(file.name)
+        weights.append(f"{run.name} {run.model.tags.get('weights', NOT_STATED)}")
+    same = "The same seeds, labels and settings for all runs: an image differs from its neighbour's at the same place by the network alone. "
+    caption = (
+        f"{same if len(runs) > 1 else ''}Columns: seeds {_list(drawing.seeds)}; {drawing.sampler}, {drawing.steps} steps, guidance "
+        f"{drawing.guidance:g}; weights: {', '.join(weights)}. Also {', '.join(files)}."
+    )
+    return figure(tag("div", *grids, class_="side"), caption, command)
+
+
+def _list(numbers: Sequence[int]) -> str:
+    whole = list(numbers)
+    if len(whole) > 2 and whole == list(range(whole[0], whole[0] + len(whole))):
+        return f"{whole[0]} to {whole[-1]}"
+    return ", ".join(map(str, whole))
