@@ -69,6 +69,7 @@ class OnTheWay:
             "sampler_steps": settings.steps,
             "weights": model.tags.get("weights"),
             "extractor_weights": self._scorer.fingerprint,
+            "resize": self._scorer.resize,
             "reference": self._reference_name,
             "seed": 0,
         }

@@ -117,18 +117,18 @@ def missing(what: str, how: str) -> Markup:
     return tag("p", tag("span", f"{what}: {NOT_MEASURED}.", class_="missing"), f" {how}")
 
 
-def table(header: Sequence[object], rows: Sequence[Sequence[object]], *, wordy: bool = False) -> Markup:
-    """A table in a box of its own that scrolls; None is shown as not measured. `wordy` cells are text and may wrap."""
+def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> Markup:
+    """A table in a box of its own that scrolls. Cells are texts or elements `td`; None is shown as not measured."""
 
-    def cell(value: object, first: bool) -> Markup:
+    def cell(value: object) -> Markup:
         if isinstance(value, Markup) and value.startswith("<td"):
             return value
         if value is None or value in (NOT_MEASURED, NOT_STATED):
             value = tag("span", value or NOT_MEASURED, class_="missing")
-        return tag("td", value, class_="words" if wordy and not first else None)
+        return tag("td", value)
 
     head = tag("thead", tag("tr", *(tag("th", title) for title in header)))
-    lines = (tag("tr", *(cell(value, i == 0) for i, value in enumerate(row))) for row in rows)
+    lines = (tag("tr", *map(cell, row)) for row in rows)
     # Reachable by keyboard, so that it can be scrolled without a mouse.
     return tag("div", tag("table", head, tag("tbody", *lines)), class_="scroll", tabindex="0")
 

@@ -17,11 +17,8 @@ LETTER = 6.3  # width of a letter, about
 DASHES = (None, "7 4", "2 4", "10 3 2 3")
 MOST_POINTS = 300  # of a curve: more than pixels that show them; means of equal stretches stand for the rest
 LOGARITHMIC = 8  # largest over smallest value from which an axis is logarithmic
-BAR, ROW, NAMES = (
-    10,
-    10,
-    150,
-)  # height of a bar, the gap between rows, and room for values and names beside bars
+BAR, ROW = 11, 10  # height of a bar, and the gap between rows
+NAMES = 205  # room for values and names beside bars
 LONGEST_NAME = 18  # letters beside a bar; the legend has all of them
 
 
@@ -238,6 +235,7 @@ def bars(
             high = max(values.values()) or 1.0
         parts.append(tag("text", label, x=0, y=top + 11, class_="strong"))
         top += 17
+        begin = top
         for name, value in values.items():
             first, last = sorted((across(reference) if reference is not None else 0.0, across(value)))
             parts.append(
@@ -253,11 +251,11 @@ def bars(
             short = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
             text = f"{form(value)}  {short}" if len(names) > 1 else form(value)
             parts.append(tag("text", text, x=max(last, first + 1) + 5, y=top + BAR - 1))
-            top += BAR + 4
+            top += BAR + 5
+        if reference is not None:
+            at = across(reference)
+            parts.append(tag("line", x1=at, x2=at, y1=begin - 3, y2=top - 2, stroke="var(--ink)"))
         top += ROW
-    if reference is not None:
-        at = across(reference)
-        parts.append(tag("line", x1=at, x2=at, y1=0, y2=top - ROW, stroke="var(--ink)"))
     picture = tag(
         "svg", *parts, viewBox=f"0 0 {WIDTH} {top:.0f}", class_="chart", role="img", aria_label=title
     )
