@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("ldm-dcn", "torch", "diffusers", "torchmetrics", "numpy")
+PACKAGES = ("dcnv4-diffusion", "torch", "diffusers", "torchmetrics", "numpy")
 
 
 def environment() -> dict[str, Any]:

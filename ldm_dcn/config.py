@@ -589,7 +589,7 @@ def config_hash(settings: Mapping[str, Any]) -> str:
 
 def provenance() -> dict[str, Any]:
     """What the run was made with: versions, command line and git state."""
-    packages = ("ldm-dcn", "torch", "diffusers", "accelerate", "safetensors", "numpy", "pydantic")
+    packages = ("dcnv4-diffusion", "torch", "diffusers", "accelerate", "safetensors", "numpy", "pydantic")
     versions = {}
     for package in packages:
         try:

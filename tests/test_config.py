@@ -288,6 +288,7 @@ def test_the_hash_follows_the_values() -> None:
 def test_provenance_names_versions() -> None:
     facts = provenance()
     assert facts["versions"]["torch"] and facts["versions"]["diffusers"] and facts["python"]
+    assert facts["versions"]["dcnv4-diffusion"]  # its own, under the name that pip knows
 
 
 # ------------------------------------------------------------------------------ going on under another config
