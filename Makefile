@@ -26,6 +26,7 @@ $(VENV)/bin/python:
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt $(NATIVE)
 	@command -v $${CXX:-c++} >/dev/null || { echo "error: no C++ compiler; on Debian: apt-get install g++"; exit 2; }
+	@echo "installing packages and compiling the operator: some minutes"
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . $(EXTRA)
 	$(RUN) -m dcnv4_ext
 	@touch $@

@@ -98,10 +98,12 @@ class Autoencoder(ABC):
         own = self.fingerprint()
         for key in [*own, *(key for key in fingerprint if key not in own)]:
             if key not in IGNORED_WHEN_COMPARED and own.get(key) != fingerprint.get(key):
+                mend = f"use autoencoder={fingerprint.get('spec')}"
+                if own["class"] == fingerprint.get("class") == "identity" and key == "latent_channels":
+                    mend = f"set data.image_channels={fingerprint.get(key)}"  # which is all that the identity knows
                 raise UserError(
                     f"autoencoder {self.spec} is not the one these latents were made with: its {key} is "
-                    f"{_short(own.get(key))}, theirs {_short(fingerprint.get(key))}; "
-                    f"use autoencoder={fingerprint.get('spec')}, or encode and train again"
+                    f"{_short(own.get(key))}, theirs {_short(fingerprint.get(key))}; {mend}, or encode and train again"
                 )
 
     def _check_images(self, images: Tensor) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,15 @@ from eval.scores import extract, frechet_distance
 from ldm_dcn.data import open_dataset
 from ldm_dcn.errors import UserError
 from tiny import ROOT, environment
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the processes of a launcher have: sums over threads differ in the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -401,11 +411,8 @@ def test_moments_do_not_depend_on_how_they_came():
 def scored_alone(export, tmp_path_factory) -> tuple[dict, np.ndarray]:
     """300 samples, two blocks, scored by one process; the table and the images."""
     folder = tmp_path_factory.mktemp("alone")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the processes of a launcher have: sums over threads differ in the last bit
     fid.main([str(export), "--num", "300", "--steps", "1", "--json", str(folder / "fid.json"), "--save-npz", str(folder),
               "--device", "cpu"])  # fmt: skip
-    torch.set_num_threads(threads)
     return json.loads((folder / "fid.json").read_text()), np.load(folder / "untrained_g=1.npz")["arr_0"]
 
 

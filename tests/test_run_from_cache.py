@@ -92,6 +92,12 @@ def test_another_autoencoder_than_the_caches_is_refused(digits_cache: Path, tmp_
         train(tiny_config(tmp_path, *overrides))
 
 
+def test_pixels_of_another_number_of_channels_name_the_setting(digits_cache: Path, tmp_path: Path) -> None:
+    overrides = (f"data.source={digits_cache}", "data.image_channels=3")
+    with pytest.raises(UserError, match=r"its latent_channels is 3, theirs 1; set data.image_channels=1"):
+        train(tiny_config(tmp_path, *overrides))
+
+
 # ------------------------------------------------------------------------------------------------ text
 
 
