@@ -46,7 +46,11 @@ def throughput(results: dict[str, Any]) -> str:
     rows = [["", *(figure["name"] for figure in figures)]]
     rows.append(["parameters", *(f"{figure['parameters'] / 1e6:.3f} M" for figure in figures)])
     rows.append(["MACs of a forward, one image", *(f"{figure['macs'] / 1e6:.1f} M" for figure in figures)])
-    for key, title in (("forward", "forward"), ("training", "training step"), ("drawing", "sampling with autoencoder")):
+    for key, title in (
+        ("forward", "forward"),
+        ("training", "training step"),
+        ("drawing", "sampling with autoencoder"),
+    ):
         times = [figure["timings"][key]["seconds"] for figure in figures]
         ratios = [median(a / b for a, b in zip(own, times[-1], strict=True)) for own in times]
         rows.append([f"{title}, time / {base['name']}'s", *(f"{ratio:.2f}" for ratio in ratios)])
