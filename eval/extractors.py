@@ -1,6 +1,7 @@
 """Feature extractors: uint8 images to the vectors that Frechet and kernel distances compare.
 
     digits                        the shipped classifier of handwritten digits, 64 features
+    classifier:FILE               a classifier that `eval.make_photographs_classifier` wrote, 64 features
     inception:WEIGHTS             the standard FID Inception, 2048 features, from its well-known weights file
     import:PACKAGE.MODULE:FACTORY what FACTORY() returns: a module, or a callable, from uint8 (N, c, H, W) to (N, d)
     torchscript:FILE              a TorchScript module, the same contract
@@ -19,12 +20,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm_dcn.errors import UserError
 
 DIGITS_FILE = Path(__file__).parent / "assets" / "digits_classifier.safetensors"
-KINDS = "digits, inception:WEIGHTS, import:PACKAGE.MODULE:FACTORY or torchscript:FILE"
+KINDS = "digits, classifier:FILE, inception:WEIGHTS, import:PACKAGE.MODULE:FACTORY or torchscript:FILE"
 
 
 class FeatureExtractor(nn.Module):
@@ -68,48 +71,70 @@ class FeatureExtractor(nn.Module):
         return metric if self.is_standard else f"{metric.replace('FID', 'FD')}-{self.name}"
 
 
-class DigitsClassifier(FeatureExtractor):
-    """A convolutional classifier of 32x32 grey digits, "digits-v1". Any other size is resized, colour is averaged.
+class SmallClassifier(FeatureExtractor):
+    """A convolutional classifier of small images. Any other size is resized; colour is averaged where it takes grey.
 
-    Made by `python -m eval.make_digits_classifier`. Features are the last 64 activations, after their non-linearity, as the
-    Inception's of FID are.
+    Features are the last 64 activations, after their non-linearity, as the Inception's of FID are.
     """
 
-    name = "digits-v1"
     num_features = 64
-    resize = "area or bilinear to 32x32"
     names_classes = True
-    side = 32
+    fingerprint = "untrained"
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, channels: int, side: int, num_classes: int) -> None:
         super().__init__()
-        widths = (1, 16, 32, 64)
+        self.name, self.channels, self.side, self.num_classes = name, channels, side, num_classes
+        self.resize = f"area or bilinear to {side}x{side}"
+        widths = (channels, 16, 32, 64)
         self.convolutions = nn.ModuleList(
             nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths)
         )
-        self.project = nn.Linear(widths[-1] * (self.side // 8) ** 2, self.num_features)
-        self.head = nn.Linear(self.num_features, 10)
-        self.fingerprint = "untrained"
+        self.project = nn.Linear(widths[-1] * (side // 8) ** 2, self.num_features)
+        self.head = nn.Linear(self.num_features, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.features(self.prepare(images))
 
     def prepare(self, images: Tensor) -> Tensor:
-        """uint8 (N, c, H, W) to float32 (N, 1, 32, 32) in [-1, 1]."""
-        x = images.to(self.project.weight.dtype).mean(dim=1, keepdim=True) / 127.5 - 1
+        """uint8 (N, c, H, W) to float32 (N, channels, side, side) in [-1, 1]."""
+        x = images.to(self.project.weight.dtype)
+        if x.shape[1] != self.channels:
+            x = x.mean(dim=1, keepdim=True).expand(-1, self.channels, -1, -1)
+        x = x / 127.5 - 1
         if x.shape[-2:] != (self.side, self.side):
             shrink = min(x.shape[-2:]) > self.side
             x = F.interpolate(x, (self.side, self.side), mode="area" if shrink else "bilinear")
         return x
 
     def features(self, x: Tensor) -> Tensor:
-        """(N, 1, 32, 32) in [-1, 1] to (N, 64), not negative."""
+        """(N, channels, side, side) in [-1, 1] to (N, 64), not negative."""
         for convolution in self.convolutions:
             x = F.relu(convolution(x))
         return F.relu(self.project(x.flatten(1)))
 
     def logits(self, features: Tensor) -> Tensor:
         return self.head(features.to(self.head.weight.dtype))
+
+    def about(self) -> dict[str, str] | None:
+        """What a file of these weights says of their network."""
+        return {key: str(getattr(self, key)) for key in ("name", "channels", "side", "num_classes")}
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, path, self.about()
+        )
+        path.chmod(0o644)  # safetensors writes for the owner only, and a wheel would keep that
+
+
+class DigitsClassifier(SmallClassifier):
+    """Of 32x32 grey digits, "digits-v1". Made by `python -m eval.make_digits_classifier`."""
+
+    def __init__(self) -> None:
+        super().__init__("digits-v1", channels=1, side=32, num_classes=10)
+
+    def about(self) -> None:
+        """Nothing: the shipped file is known by its bytes."""
 
 
 class ForeignExtractor(FeatureExtractor):
@@ -154,6 +179,8 @@ def load_extractor(spec: str, device: str | torch.device = "cpu") -> FeatureExtr
     kind, _, rest = spec.partition(":")
     if spec == "digits":
         extractor = _load_digits(DIGITS_FILE)
+    elif kind == "classifier" and rest:
+        extractor = _load_classifier(rest)
     elif kind == "inception" and rest:
         from .inception import load_inception
 
@@ -178,8 +205,6 @@ def hash_file(path: str | os.PathLike[str]) -> str:
 
 
 def _load_digits(path: Path) -> DigitsClassifier:
-    from safetensors.torch import load_file
-
     extractor = DigitsClassifier()
     try:
         weights = load_file(path)
@@ -190,6 +215,22 @@ def _load_digits(path: Path) -> DigitsClassifier:
         raise UserError(
             f"{path} cannot be read ({' '.join(str(error).split())[:160]}); make it again with "
             "python -m eval.make_digits_classifier"
+        ) from error
+    extractor.fingerprint = hash_file(path)[:16]
+    return extractor
+
+
+def _load_classifier(path: str) -> SmallClassifier:
+    try:
+        with safe_open(path, framework="pt") as file:
+            said = file.metadata() or {}
+        sizes = {key: int(said[key]) for key in ("channels", "side", "num_classes")}
+        extractor = SmallClassifier(said["name"], **sizes)
+        extractor.load_state_dict(load_file(path))
+    except Exception as error:
+        raise UserError(
+            f"extractor classifier:{path} cannot be read ({' '.join(str(error).split())[:160]}); make it with "
+            "python -m eval.make_photographs_classifier"
         ) from error
     extractor.fingerprint = hash_file(path)[:16]
     return extractor

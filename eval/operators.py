@@ -105,7 +105,7 @@ def measure(plan: Plan, stopwatch: Stopwatch, device: str, bandwidth: float) -> 
     backward = plan.direction == "backward"
     least = plan.shape.least_bytes(element)[backward]
     operands = plan.shape.pixels * element * (plan.shape.c + plan.shape.columns)
-    sets = min(MOST_SETS, max(FEWEST_SETS, math.ceil(CACHE_FACTOR * cache_bytes(device) / operands)))
+    sets = buffer_sets(operands, device)
     case = Case(plan.shape, dtype, plan.sigma, device, sets)
     skipped: dict[str, str] = {}
     contenders, outputs = [], {}
@@ -115,7 +115,7 @@ def measure(plan: Plan, stopwatch: Stopwatch, device: str, bandwidth: float) -> 
             reason = PEERS[name].unavailable(case, backward) if importable else NOT_IMPORTABLE
             if reason is None:
                 try:
-                    peer, contender = _contender(name, case, plan)
+                    peer, contender = make_contender(name, PEERS[name], case, plan.level, plan.direction)
                     contenders.append(contender)
                     if peer.twin and plan.level == "op" and not backward:
                         outputs[name] = _output(contender, peer)
@@ -140,6 +140,11 @@ def measure(plan: Plan, stopwatch: Stopwatch, device: str, bandwidth: float) -> 
     }
 
 
+def buffer_sets(operands: int, device: str) -> int:
+    """How many sets of `operands` bytes are larger than the cache together."""
+    return min(MOST_SETS, max(FEWEST_SETS, math.ceil(CACHE_FACTOR * cache_bytes(device) / operands)))
+
+
 def _figures(timing: Timing, difference: float | None) -> dict[str, Any]:
     return {
         "median": timing.median,
@@ -152,15 +157,17 @@ def _figures(timing: Timing, difference: float | None) -> dict[str, Any]:
     }
 
 
-def _contender(name: str, case: Case, plan: Plan) -> tuple[Peer, Contender]:
+def make_contender(
+    name: str, kind: type[Peer], case: Case, level: str, direction: str
+) -> tuple[Peer, Contender]:
     """A peer with one call a buffer set; for backward the forward passes have been done."""
     torch.manual_seed(0)
-    peer = PEERS[name](case)
-    body: nn.Module = peer if plan.level == "op" else peer.block(case)
+    peer = kind(case)
+    body: nn.Module = peer if level == "op" else peer.block(case)
     body.to(device=case.device, dtype=case.dtype)
 
     def inputs(index: int) -> tuple[Tensor, ...]:
-        if plan.level == "module":
+        if level == "module":
             return (case.map("value", index),)
         # A peer that takes several maps of one kind gets different ones.
         counts = {kind: peer.takes.count(kind) for kind in peer.takes}
@@ -171,7 +178,7 @@ def _contender(name: str, case: Case, plan: Plan) -> tuple[Peer, Contender]:
             seen[kind] += 1
         return peer.lay_out(*maps)
 
-    if plan.direction == "forward":
+    if direction == "forward":
         calls = [partial(_without_gradients, body, inputs(i)) for i in range(case.sets)]
     else:
         with peer.context():

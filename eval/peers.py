@@ -143,10 +143,10 @@ class Peer(nn.Module):
 
     def block(self, case: Case) -> nn.Module:
         """(N, H, W, C) to (N, H, W, C), with the Linear maps a network puts around the operator."""
-        return _Projected(self, case)
+        return Projected(self, case)
 
 
-class _Projected(nn.Module):
+class Projected(nn.Module):
     def __init__(self, peer: Peer, case: Case) -> None:
         super().__init__()
         c = case.shape.c

@@ -123,9 +123,17 @@ def open_subject(path: str, overrides: Sequence[str] = (), device: str = "cpu") 
     return Subject(Path(path).stem, model)
 
 
-def compare(subjects: Sequence[Subject], settings: Settings, progress: bool = True) -> list[Figures]:
-    """Measure all subjects, in turns."""
-    activities = [_activities(subject, settings) for subject in subjects]
+def compare(
+    subjects: Sequence[Subject],
+    settings: Settings,
+    progress: bool = True,
+    wanted: Sequence[str] = tuple(ACTIVITIES),
+) -> list[Figures]:
+    """Measure all subjects, in turns; of the activities, those `wanted`."""
+    activities = [
+        {name: activity for name, activity in _activities(subject, settings).items() if name in wanted}
+        for subject in subjects
+    ]
     counted = [_count(subject, settings) for subject in subjects]
     timings = [{name: Timing() for name in own} for own in activities]
     names = list(dict.fromkeys(name for own in activities for name in own))

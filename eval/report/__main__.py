@@ -3,10 +3,11 @@
     python -m eval.report runs/digits_dcn runs/digits_unet
     python -m eval.report runs/digits_dcn runs/digits_unet --scores fid.json --throughput speed.json profile.json \\
         --operators operators.json --out report
+    python -m eval.report --study study.json                 from results alone, without the runs
 
 Sample grids and offset maps are drawn on the fly, a few images from the same seeds for all runs; losses come from the run
-folders. Scores and times come from the JSON of eval.fid, eval.throughput (also --profile) and eval.operators; what has no
-such file is called not measured. The page opens in a browser without a server or a network.
+folders. Scores and times come from the JSON of eval.fid, eval.throughput (also --profile), eval.operators and eval.study; what
+has no such file is called not measured. The page opens in a browser without a server or a network.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ldm_dcn.files import check_folder_place, replacing
 from ldm_dcn.sampling import SAMPLERS
 
 from ..environment import environment
-from . import grids, looks, networks, operators, scores, speed, training
+from . import grids, looks, networks, operators, scores, speed, studies, training
 from .drawing import DEFAULT_LAYERS, Drawing, Watching
 from .inputs import Files, Run, open_runs, read_files
 from .markup import joined, tag
@@ -57,11 +58,15 @@ def build(
     for run in runs:
         content = looks.looks(run, drawing, watching, folder, keys[run.name], drawn_by)
         maps.append(joined(tag("h3", run.name), content))
-    contents = [
+    of_runs = [
         ("runs", "Runs, parameters and MACs", networks.runs_table(runs, drawn_by)),
         ("samples", "Samples", grids.samples(runs, drawing, folder, keys, drawn_by)),
         ("offsets", "Where DCNv4 looks", joined(*maps)),
         ("curves", "Training", training.curves(runs)),
+    ] if runs else []  # fmt: skip
+    contents = [
+        *([("studies", "Studies", studies.studies(files.studies))] if files.studies else []),
+        *of_runs,
         ("scores", "Scores", scores.scores(runs, files.scores)),
         ("quality", "Quality against speed", scores.quality(list(files.scores.values()))),
         ("speed", "Speed and size", speed.speed(files.throughput)),
@@ -77,7 +82,8 @@ def build(
         "p",
         "Every number stands with what it depends on, or is called not measured. Captions name the command that made a figure.",
     )
-    title = " and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs"
+    names = [run.name for run in runs] or [path.stem for path in files.studies]
+    title = " and ".join(names) if len(names) < 3 else f"{len(names)} runs"
     file = folder / PAGE
     with replacing(file) as new:
         new.write(page(f"Report: {title}", introduction, contents, footer).encode())
@@ -140,7 +146,10 @@ def _watching(options: argparse.Namespace) -> Watching:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m eval.report", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run or export folder, or hub id")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run or export folder, or hub id")
+    parser.add_argument(
+        "--study", type=Path, nargs="+", default=[], metavar="JSON", help="of eval.study; needs no RUN"
+    )
     parser.add_argument("--scores", type=Path, nargs="+", default=[], metavar="JSON", help="of eval.fid")
     parser.add_argument(
         "--throughput", type=Path, nargs="+", default=[], metavar="JSON", help="of eval.throughput"
@@ -201,7 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         watching = _watching(options)
         # Before the runs, whose loading may take long.
-        files = read_files(options.scores, options.throughput, options.operators)
+        if not options.runs and not options.study:
+            raise UserError("there is nothing to report; give a run folder, or --study JSON")
+        files = read_files(options.scores, options.throughput, options.operators, options.study)
         runs = open_runs(options.runs, device=options.device, autoencoder=options.autoencoder)
         file = build(
             runs,
@@ -210,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             watching=watching,
             files=files,
             command=_command(given),
-            drawn_by=_command(_without(given, "--scores", "--throughput", "--operators", "--out")),
+            drawn_by=_command(_without(given, "--scores", "--throughput", "--operators", "--study", "--out")),
         )
         pictures = len(list(options.out.glob("*.png")))
         print(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from ldm_dcn import metrics
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import Model, load_model
+
+from ..study import Study
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,26 @@ class Operators(BaseModel):
     environment: dict[str, Any] = {}
 
 
+class StudyRun(BaseModel):
+    variant: str
+    seed: int
+    parameters: int
+    scores: dict[str, dict[str, float]]
+    losses: list[tuple[float, float]]
+    distances: list[tuple[float, float]]
+
+
+class StudyResults(BaseModel):
+    """What `eval.study --json` writes."""
+
+    study: Study
+    runs: list[StudyRun] = Field(min_length=1)
+    environment: dict[str, Any]
+
+
 Content = TypeVar("Content", bound=BaseModel)
 _MAKERS = {
+    StudyResults: ("eval.study", "python -m eval.study STUDY.yaml --json"),
     Scores: ("eval.fid", "python -m eval.fid RUN --json"),
     Throughput: ("eval.throughput", "python -m eval.throughput MODEL --json"),
     Operators: ("eval.operators", "python -m eval.operators --json"),
@@ -166,13 +187,19 @@ class Files:
     scores: dict[Path, Scores]
     throughput: list[Throughput]
     operators: list[Operators]
+    studies: dict[Path, dict[str, Any]] = field(default_factory=dict)  # as eval.study reads them
 
 
-def read_files(scores: list[Path], throughput: list[Path], operators: list[Path]) -> Files:
+def read_files(
+    scores: list[Path], throughput: list[Path], operators: list[Path], studies: Sequence[Path] = ()
+) -> Files:
+    for path in studies:
+        read_file(path, StudyResults)
     return Files(
         {path: read_file(path, Scores) for path in scores},
         [read_file(path, Throughput) for path in throughput],
         [read_file(path, Operators) for path in operators],
+        {path: json.loads(path.read_text(encoding="utf-8")) for path in studies},
     )
 
 
@@ -182,7 +209,7 @@ def command_of(environment: dict[str, Any]) -> str | None:
     if not isinstance(command, str) or not command:
         return None
     program, _, arguments = command.partition(" ")
-    if program in ("fid.py", "throughput.py", "operators.py"):
+    if program in ("fid.py", "throughput.py", "operators.py", "study.py"):
         program = f"python -m eval.{program.removesuffix('.py')}"
     return f"{program} {arguments}".rstrip()
 

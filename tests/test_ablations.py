@@ -1,0 +1,55 @@
+"""The ablations of speed: every variant computes, and those that only do it differently compute the same."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from eval import ablations
+from eval.peers import Case, Ours, Shape
+
+
+def test_every_ablation_is_measured(tmp_path, capsys):
+    file = tmp_path / "speed.json"
+    ablations.main(["--device", "cpu", "--rows", "1x3x4x64", "--seconds", "0.001", "--json", str(file)])
+    table = capsys.readouterr().out
+    records = json.loads(file.read_text())["records"]
+    assert {record["ablation"] for record in records} == set(ablations.ABLATIONS)
+    for record in records:
+        assert not record["failed"]
+        assert set(record["seconds"]) == {"dcnv4", *(c[0] for c in ablations.ABLATIONS[record["ablation"]].contenders)}  # fmt: skip
+        assert min(record["seconds"].values()) > 0
+    for ablation in ablations.ABLATIONS.values():
+        assert all(label in table for label, *_ in ablation.contenders)
+
+
+@pytest.mark.parametrize("kind", [ablations.Separate, ablations.OneProjection])
+def test_other_projections_compute_the_same(kind):
+    case = Case(Shape(2, 5, 4, 64), torch.float32, 2.0, "cpu")
+    torch.manual_seed(0)
+    plain = Ours(case).block(case)
+    other = kind(case).block(case)
+    x = case.map("value", 0)
+    with torch.no_grad():
+        used = 27 * case.shape.groups
+        if kind is ablations.Separate:
+            other.value_proj, other.output_proj = plain.value_proj, plain.output_proj
+            for mine, theirs in zip((other.offset, other.mask), (slice(0, 18), slice(18, 27)), strict=True):
+                for name in ("weight", "bias"):
+                    rows = getattr(plain.offset_mask, name)[:used].unflatten(0, (case.shape.groups, 27))
+                    getattr(mine, name).copy_(rows[:, theirs].flatten(0, 1))
+        else:
+            for name in ("weight", "bias"):
+                rows = [getattr(plain.value_proj, name), getattr(plain.offset_mask, name)]
+                getattr(other.inward, name).copy_(torch.cat(rows))
+            other.outward = plain.output_proj
+        assert torch.allclose(other(x), plain(x), atol=1e-5)
+
+
+def test_mistakes(tmp_path, capsys):
+    for arguments, said in ((["--sigma", "-1"], "--sigma"), (["--rows", "3x3"], "3x3"), (["--json", str(tmp_path)], "is a folder")):  # fmt: skip
+        with pytest.raises(SystemExit) as leaving:
+            ablations.main(["--device", "cpu", *arguments])
+        assert leaving.value.code == 2 and said in capsys.readouterr().err

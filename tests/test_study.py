@@ -1,0 +1,277 @@
+"""Studies: what a file may say, which runs follow from it, what the numbers say, and the way from a file to its tables."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import runpy
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from safetensors import safe_open
+
+from eval import study
+from eval.report.__main__ import main as report
+from ldm_dcn.errors import UserError
+from tiny import ROOT, write_config
+
+STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
+
+
+def write_study(folder: Path, **changes) -> Path:
+    config = write_config(folder)
+    content = {
+        "question": "Which of the two?",
+        "seeds": [0, 1],
+        "set": ["train.steps=2", "train.save_every=0"],
+        "variants": {
+            "a": {"config": config.name, "label": "first"},
+            "b": {"config": config.name, "set": ["train.lr=1e-2"], "seeds": [1]},
+        },
+        "comparisons": {"pair": ["a", "b"]},
+        "scoring": {"steps": 1, "num": 40},
+        **changes,
+    }
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ what a file says
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_projects_studies_can_be_run(path, tmp_path):
+    read = study.load_study(path)
+    jobs = study.jobs_of(read, path, tmp_path, list(read.variants))
+    assert len({job.config.folder for job in jobs}) == len(jobs)
+    assert len({(job.settings, job.seed) for job in jobs}) == len(jobs), "two variants are the same"
+    for names in read.comparisons.values():
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"comparisons": {"pair": ["a", "c"]}}, r"pair names c, which is no variant; there are a, b"),
+        ({"comparisons": {"pair": ["a"]}}, r"comparisons.pair"),
+        ({"qeustion": "?"}, r"qeustion: Extra"),
+        ({"seeds": []}, r"seeds"),
+        ({"scoring": {"guidence": [1.0]}}, r"scoring.guidence"),
+        ({"variants": {}}, r"variants"),
+    ],
+)
+def test_a_wrong_study_is_refused(changes, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        study.load_study(write_study(tmp_path, **changes))
+
+
+def test_a_study_that_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"none\.yaml.*configs/studies"):
+        study.load_study(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [", encoding="utf-8")
+    with pytest.raises(UserError, match=r"broken\.yaml is not valid YAML"):
+        study.load_study(broken)
+
+
+def test_runs_come_seed_by_seed(tmp_path):
+    path = write_study(tmp_path)
+    jobs = study.jobs_of(study.load_study(path), path, tmp_path / "runs", ["a", "b"])
+    assert [(job.variant, job.seed) for job in jobs] == [("a", 0), ("a", 1), ("b", 1)]
+    assert jobs[1].config.train.seed == 1 and jobs[1].config.train.steps == 2
+    assert jobs[2].config.train.lr == 1e-2
+    moved = study.jobs_of(study.load_study(path), path, tmp_path / "elsewhere", ["a", "b"])
+    assert [job.settings for job in moved] == [job.settings for job in jobs]
+    assert jobs[0].settings != jobs[1].settings != jobs[2].settings
+
+
+# -------------------------------------------------------------------------------------------- what the numbers say
+
+
+def brute_force_p(a: Sequence[float], b: Sequence[float]) -> float:
+    """By walking through all orders instead of all hands."""
+    observed = abs(statistics.fmean(a) - statistics.fmean(b))
+    orders = list(itertools.permutations([*a, *b]))
+    hits = sum(
+        abs(statistics.fmean(o[: len(a)]) - statistics.fmean(o[len(a) :])) >= observed - 1e-12 for o in orders
+    )
+    return hits / len(orders)
+
+
+def test_the_permutation_test_is_exact():
+    assert study.permutation_test([1, 2, 3], [4, 5, 6]) == pytest.approx(2 / 20)
+    assert study.permutation_test([1.0, 1.0], [1.0, 1.0]) == 1
+    assert study.permutation_test([0, 1, 2, 3], [10, 11, 12, 13]) == pytest.approx(2 / 70)
+    generator = torch.Generator().manual_seed(0)
+    for sizes in ((2, 2), (3, 2), (2, 5), (4, 3)):
+        a, b = (torch.randn(n, generator=generator).double().tolist() for n in sizes)
+        assert study.permutation_test(a, b) == pytest.approx(brute_force_p(a, b)), sizes
+        assert study.permutation_test(b, a) == pytest.approx(brute_force_p(a, b)), sizes
+
+
+def results(folder: Path, a: Sequence[float], b: Sequence[float]) -> dict:
+    """A study's content with these FDs, and accuracies that go the other way."""
+    read = study.load_study(write_study(folder))
+    runs = [
+        {
+            "variant": name,
+            "seed": seed,
+            "settings": "",
+            "parameters": 1000,
+            "training_cpu_seconds": 30.0,
+            "scoring_cpu_seconds": 30.0,
+            "scores": {"1": {"fd": fd, "class_accuracy": 1 - fd, "nearest_neighbour": 3.0}},
+            "tags": {"N": 40, "weights": "EMA 0.9", "step": 2},
+            "metric": "FD-digits-v1",
+            "reference": {"source": "digits"},
+            "extractor": {"name": "digits-v1", "weights": "beef", "resize": "none"},
+            "losses": [[1, 2.0 - seed], [2, 1.0]],
+            "distances": [[2, fd]],
+            "distance_tags": {"metric": "FD-digits-v1", "N": 10, "guidance": 1.5},
+        }
+        for name, values in (("a", a), ("b", b))
+        for seed, fd in enumerate(values)
+    ]
+    speed = {
+        "figures": [
+            {
+                "name": name,
+                "macs": 10**6,
+                "timings": {k: {"seconds": [t, t]} for k in ("forward", "training")},
+            }
+            for name, t in (("a", 1.0), ("b", 1.5))
+        ],
+        "environment": {"cpu": "a processor", "threads": 1},
+    }
+    environment = {"command": "study.py study.yaml", "cpu": "a processor", "threads": 1}
+    return {"study": read.model_dump(mode="json"), "runs": runs, "speed": speed, "environment": environment}
+
+
+def test_tables_say_what_differs_and_what_does_not(tmp_path):
+    content = results(tmp_path, [0.1, 0.12, 0.11, 0.13], [0.2, 0.22, 0.21, 0.23])
+    table = study.tables(content)
+    assert "0.1150 ± 0.0129" in table and "0.2150 ± 0.0129 (p 0.029*)" in table
+    assert "training time / first's" in table and "1.50" in table
+    assert "8 runs, 8 processor minutes" in table
+    assert study.verdicts(content) == ["pair, guidance 1: b against first: worse in FD, class accuracy"]
+    content = results(tmp_path, [0.1, 0.3], [0.2, 0.22])
+    assert study.verdicts(content) == ["pair, guidance 1: b against first: no difference shown in FD, class accuracy"]  # fmt: skip
+    alone = study.summaries(results(tmp_path, [0.1], [0.2])["runs"], ["a", "b"], "1", "fd")
+    assert alone["b"].p is None and math.isnan(alone["b"].spread)
+
+
+# ------------------------------------------------------------------------------------------- from a file to tables
+
+
+@pytest.fixture
+def in_this_process(monkeypatch) -> list[list[str]]:
+    """The commands of a study run here, not in processes of their own; the list of them."""
+    called = []
+
+    def call(arguments: Sequence[str], log: Path, threads: int) -> float:
+        called.append(list(arguments))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        program, *others = arguments if arguments[0] != "-m" else arguments[1:]
+        monkeypatch.setattr(sys, "argv", [program, *others])
+        run = runpy.run_path if program.endswith(".py") else runpy.run_module
+        try:
+            run(program, run_name="__main__")
+        except SystemExit as leaving:
+            assert not leaving.code
+        return 1.0
+
+    monkeypatch.setattr(study, "_call", call)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield called
+    torch.set_num_threads(threads)
+
+
+def test_from_a_file_to_tables_and_a_report(tmp_path, in_this_process, capsys):
+    path = write_study(tmp_path, variants={"a": {"config": "tiny.yaml"}, "b": {"config": "tiny.yaml", "set": ["train.lr=1e-2"]}}, seeds=[3])  # fmt: skip
+    file = tmp_path / "results" / "small.json"
+    command = [
+        str(path),
+        "--json",
+        str(file),
+        "--runs",
+        str(tmp_path / "runs"),
+        "--jobs",
+        "1",
+        "--rounds",
+        "1",
+    ]
+    study.main(command)
+    assert len(in_this_process) == 6  # training, scoring, a grid
+    content = json.loads(file.read_text())
+    assert [(run["variant"], run["seed"]) for run in content["runs"]] == [("a", 3), ("b", 3)]
+    assert all(run["tags"]["step"] == 2 and len(run["losses"]) == 2 for run in content["runs"])
+    exported = next((tmp_path / "runs").glob("b-3-*")) / "export" / "unet"
+    with safe_open(exported / "diffusion_pytorch_model.safetensors", "pt") as weights:
+        count = sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+    assert content["runs"][1]["parameters"] >= count > 10_000
+    first = capsys.readouterr().out
+    assert "Which of the two?" in first and "forward time" in first
+    study.main(command)  # everything is done
+    assert len(in_this_process) == 6 and first.endswith(capsys.readouterr().out)
+    report(["--study", str(file), "--out", str(tmp_path / "page")])
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert "Which of the two?" in page and page.count("data:image/png") == 2 and "<polyline" in page
+
+    path.write_text(path.read_text().replace("lr=1e-2", "lr=2e-2"))
+    study.main([*command, "--rounds", "0"])
+    assert len(in_this_process) == 6 + 2 + 2  # b alone is trained and scored anew; both are drawn
+
+
+def test_a_run_that_fails_is_named_with_its_words(tmp_path):
+    path = write_study(tmp_path, set=["train.steps=2", "data.source=nowhere"])
+    jobs = study.jobs_of(study.load_study(path), path, tmp_path / "runs", ["a"])
+    with pytest.raises(UserError, match=r"train\.py.* failed: .*nowhere.*a-0-\w+\.log"):
+        study.run_job(jobs[0], study.Scoring(), threads=1)
+
+
+def test_mistakes_on_the_command_line(tmp_path, capsys):
+    path = write_study(tmp_path)
+    other = tmp_path / "other.json"
+    other.write_text("[]")
+    for arguments, said in (
+        (["--only", "none"], "--only none: no comparison; there are pair"),
+        (["--seeds", "9"], "the study has [0, 1]"),
+        (["--jobs", "0"], "--jobs"),
+        (["--json", str(other)], "other.json is no file of eval.study"),
+    ):
+        with pytest.raises(SystemExit) as leaving:
+            study.main([str(path), *arguments])
+        assert leaving.value.code == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit) as leaving:
+        report(["--out", str(tmp_path / "page")])
+    assert leaving.value.code == 2 and "--study JSON" in capsys.readouterr().err
+
+
+def test_a_report_of_results_alone(tmp_path):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(results(tmp_path, [0.1, 0.12, 0.11], [0.2, 0.22, 0.21])))
+    report(["--study", str(file), "--out", str(tmp_path / "page")])
+    page = (tmp_path / "page" / "index.html").read_text()
+    for text in (
+        "p 0.100",
+        "no difference shown",
+        "python -m eval.study study.yaml",
+        "Quality against speed",
+        "N 40",
+    ):
+        assert text in page, text
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"study": {}, "runs": []}')
+    with pytest.raises(SystemExit):
+        report(["--study", str(broken), "--out", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
