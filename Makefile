@@ -9,11 +9,13 @@ EXTRA ?=
 export GOMP_SPINCOUNT ?= 20000
 NATIVE := CMakeLists.txt $(wildcard dcnv4_ext/csrc/*.h dcnv4_ext/csrc/cpu/* dcnv4_ext/csrc/cuda/*)
 
-.PHONY: help demo compare test gpu lint format clean
+.PHONY: help demo compare study ablations report test gpu lint format clean
 
 help:
 	@echo "make demo     train a DCNv4 latent diffusion model on handwritten digits, draw a grid, print its scores"
 	@echo "make compare  train the U-Net baseline as well, print both side by side"
+	@echo "make study    train and score the digits study again, over an hour; make ablations the ablations"
+	@echo "make report   one page of what benchmarks/results holds"
 	@echo "make test     run the tests"
 	@echo "make gpu      on a machine with a GPU: build, test, sanitize and measure the operator, in under 9 minutes"
 	@echo "make lint     check style (ruff, clang-format); make format mends it"
@@ -47,6 +49,19 @@ compare: demo
 	$(RUN) sample.py runs/digits_unet --guidance 1.5 --steps 20 --grid runs/digits_unet/grid.png
 	$(RUN) -m eval.fid runs/digits_dcn runs/digits_unet --guidance 1.0 1.5 --steps 20 --json runs/digits_compare.json
 	$(RUN) -m eval.throughput configs/digits_dcn.yaml --baseline configs/digits_unet.yaml --json runs/digits_throughput.json
+
+# Everything below benchmarks/results that a CPU can make; each goes on where it was stopped. `report` shows it as one page.
+study: $(VENV)/installed
+	$(RUN) -m eval.study configs/studies/digits.yaml --json benchmarks/results/digits_study.json
+
+ablations: $(VENV)/installed
+	$(RUN) -m eval.study configs/studies/ablations.yaml --json benchmarks/results/ablations.json
+	$(RUN) -m eval.ablations --device cpu --json benchmarks/results/ablations_speed.json
+
+report: $(VENV)/installed
+	$(RUN) -m eval.report --out report --study benchmarks/results/digits_study.json benchmarks/results/ablations.json \
+	  --scores benchmarks/results/digits_compare.json --throughput benchmarks/results/digits_throughput.json \
+	  --operators benchmarks/results/operators_cpu.json
 
 test: $(VENV)/testable
 	$(RUN) -m pytest

@@ -1,4 +1,4 @@
-"""The README's tables, made from the JSON under benchmarks/results: `python benchmarks/readme.py` writes them in.
+"""The tables of README.md and of docs, made from the JSON under benchmarks/results: `python benchmarks/readme.py` writes them in.
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`; tests/test_readme.py fails where one is not what the JSON says.
 """
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "evidence.md", ROOT / "docs" / "photographs.md")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 SCORES = [
-    ("FD-digits-v1", "fd", "{:.3f}"),
+    ("{metric}", "fd", "{:.3f}"),
     ("share of noise's", "fd_of_noise", "{:.3%}"),
-    ("KID-digits-v1 x 1000", "kid_x1000", "{:.1f}"),
+    ("{kid} x 1000", "kid_x1000", "{:.1f}"),
     ("precision, k=3", "precision", "{:.3f}"),
     ("recall, k=3", "recall", "{:.3f}"),
     ("class accuracy", "class_accuracy", "{:.3f}"),
@@ -33,7 +33,7 @@ def scores(results: dict[str, Any]) -> str:
     rows = [["", *(column["name"] for column in columns)]]
     for title, key, form in SCORES:
         cells = (form.format(c["scores"][key]) if key in c["scores"] else "-" for c in columns)
-        rows.append([title, *cells])
+        rows.append([title.format(metric=results["metric"], kid=results["names"]["kid_x1000"]), *cells])
     return markdown(rows)
 
 
@@ -57,6 +57,57 @@ def throughput(results: dict[str, Any]) -> str:
     return markdown(rows)
 
 
+def study(results: dict[str, Any]) -> str:
+    """Every comparison of an `eval.study` without guidance, and in words what differs."""
+    from eval.study import Study, comparisons_of, rows_of, verdicts
+
+    read = Study.model_validate(results["study"])
+    parts = []
+    for title, names in comparisons_of(read).items():
+        (_, *header), *rows = rows_of(results, names, "1")
+        parts.append(markdown([[f"**{title}**", *header], *rows]))
+    parts.append("\n".join(f"- {sentence}" for sentence in verdicts(results) if "guidance 1:" in sentence))
+    return "\n\n".join(parts)
+
+
+def ablations_speed(results: dict[str, Any]) -> str:
+    """Geometric means over Stable Diffusion's shapes, as multiples of the plain module's or operator's time."""
+    from statistics import geometric_mean
+
+    times: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for record in results["records"]:
+        for label, seconds in record["seconds"].items():
+            if label != "dcnv4":
+                ratio = seconds / record["seconds"]["dcnv4"]
+                times.setdefault((label, record["level"]), {}).setdefault(record["direction"], []).append(
+                    ratio
+                )
+    rows = [["changed", "of", "forward, time / dcnv4's", "backward, time / dcnv4's"]]
+    for (label, level), found in times.items():
+        means = (f"{geometric_mean(found[direction]):.2f}" for direction in ("forward", "backward"))
+        rows.append([label, {"op": "the operator", "module": "the module"}[level], *means])
+    return markdown(rows)
+
+
+def operators(results: dict[str, Any]) -> str:
+    """How many times as long as dcnv4 the peers take, at the operator level; a dash where one was not measured."""
+    from eval.operators import PEERS
+
+    records = [r for r in results["measurements"] if r["level"] == "op" and r["sigma"] == 2]
+    names = [name for name in PEERS if name != "dcnv4" and any(name in r["times"] for r in records)]
+    rows = [["", "", *(PEERS[name].label for name in names)]]
+    for dtype in dict.fromkeys(r["dtype"] for r in records):
+        for direction in ("forward", "backward"):
+            for r in records:
+                if (r["dtype"], r["direction"]) == (dtype, direction):
+                    own = r["times"]["dcnv4"]["median"]
+                    ratios = (
+                        f"{r['times'][n]['median'] / own:.1f}" if n in r["times"] else "-" for n in names
+                    )
+                    rows.append([f"{direction}, {dtype}", r["shape"], *ratios])
+    return markdown(rows)
+
+
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
@@ -66,6 +117,10 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "digits_compare": scores,
     "digits_throughput": throughput,
+    "digits_study": study,
+    "ablations_speed": ablations_speed,
+    "operators_cpu": operators,
+    "photographs_compare": scores,
 }
 
 
@@ -80,4 +135,5 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for document in DOCUMENTS:
+        document.write_text(with_tables(document.read_text(encoding="utf-8")), encoding="utf-8")

@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tqdm import tqdm
 
 from ldm_dcn import metrics
-from ldm_dcn.config import Config, config_hash, load_config
+from ldm_dcn.config import FREE, Config, config_hash, flat, load_config
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.files import check_file_place, replacing
 
@@ -116,7 +116,8 @@ class Job:
 
 
 def settings_of(config: Config) -> str:
-    return config_hash({k: v for k, v in config.resolved().items() if k != "run"})
+    """Without what leaves the weights as they are: where the run lies, what is drawn and saved on the way."""
+    return config_hash({k: v for k, v in flat(config.resolved()).items() if not k.startswith(FREE)})
 
 
 def load_study(path: Path) -> Study:
@@ -553,6 +554,7 @@ def run(options: Any) -> None:
     timed = {figure["name"] for figure in content.get("speed", {}).get("figures", [])}
     if options.rounds and not set(names) <= timed:
         content["speed"] = time_networks(study, options.study, names, options.rounds)
+        content["environment"] = environment()
         write(content, results)
     print(tables(content))
 

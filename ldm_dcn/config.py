@@ -162,7 +162,7 @@ class TrainConfig(_Section):
     tf32: bool
     compile: bool
     attention: Literal["sdpa", "flash", "xformers"]
-    parallel: Literal["ddp", "fsdp"]
+    parallel: Literal["ddp", "fsdp", "zero"]
     gradient_accumulation: Count
     gradient_checkpointing: bool
     match_steps: Every

@@ -28,11 +28,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .autoencoder import DTYPES, Autoencoder, load_autoencoder
-from .checkpoint import MANIFEST, committed_folder, verify, write_json
+from .checkpoint import MANIFEST, Damaged, committed_folder, verify, write_json
 from .config import DiffusionConfig
 from .denoiser import Denoiser
 from .diffusion import Schedule
 from .errors import UserError
+from .files import check_folder_place
 from .hub import HUB_ID, from_hub_or_cache
 from .sampling import published_scheduler
 from .swap import swap_table, swapped_sites
@@ -41,6 +42,7 @@ from .unet import load_unet
 
 FORMAT = 2
 EXPORT = "export"
+INDEX = "model_index.json"
 
 
 @dataclass
@@ -84,6 +86,13 @@ class Model:
         return self._encoder.encode(prompts)
 
 
+def check_export_place(folder: Path, mend: str) -> None:
+    """Raise `UserError`, ending with `mend`, unless `folder` is new, empty or an older export: `save_export` replaces it."""
+    check_folder_place(folder, mend)
+    if folder.is_dir() and not (folder / INDEX).exists() and (others := sorted(folder.iterdir())):
+        raise UserError(f"{folder} is no export and holds other things ({others[0].name}, ...); {mend}")
+
+
 def save_export(folder: Path, model: Model) -> None:
     """Write `model` to `folder`, replacing an older export in one go."""
     with committed_folder(folder) as new:
@@ -107,11 +116,11 @@ def save_export(folder: Path, model: Model) -> None:
             },
         )
         write_json(
-            new / "model_index.json",
+            new / INDEX,
             {
                 "_class_name": "LatentDiffusion",
                 "_diffusers_version": diffusers.__version__,
-                "unet": ["diffusers", type(model.unet).__name__],
+                "unet": ["ldm_dcn" if swapped_sites(model.unet) else "diffusers", type(model.unet).__name__],
                 "scheduler": ["diffusers", type(scheduler).__name__],
                 **conditioning,
             },
@@ -192,7 +201,12 @@ def load_model(
     """
     folder = _find(path)
     if (folder / MANIFEST).exists():
-        verify(folder)
+        try:
+            verify(folder)
+        except Damaged as error:
+            raise Damaged(
+                f"{error}; copy or download it again, or delete {folder} and start its run again, which makes it anew"
+            ) from None
     elif _is_run(folder.parent):  # where every export has one; a copy may have been stripped of it
         raise UserError(f"{folder} is not a whole export: it has no {MANIFEST}; export it again")
     try:
@@ -311,13 +325,13 @@ def _save_unet(unet: UNet2DConditionModel, folder: Path) -> None:
 def _find(path: str | Path) -> Path:
     folder = Path(path)
     if folder.is_dir():
-        if (folder / "model_index.json").exists():
+        if (folder / INDEX).exists():
             return folder
         if _is_run(folder):
             old = folder / f".old-{EXPORT}"  # a run killed between the two renames of a replacement
             if not (folder / EXPORT).exists() and old.exists():
                 return old
-            if (folder / EXPORT / "model_index.json").exists():
+            if (folder / EXPORT / INDEX).exists():
                 return folder / EXPORT
             raise UserError(
                 f"the run {folder} has not saved a model yet; it writes {folder / EXPORT} at its first save"
@@ -354,7 +368,7 @@ def _download(hub_id: str) -> Path:
             "check the name and the "
             "network, or give a folder"
         ) from None
-    if not (folder / "model_index.json").exists():
+    if not (folder / INDEX).exists():
         raise UserError(
             f"the hub repository {hub_id} holds no model_index.json; it is not an export of train.py"
         )

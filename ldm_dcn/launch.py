@@ -25,7 +25,7 @@ WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD
 def start_accelerator() -> Accelerator:
     """The accelerator of this process; on a machine without a GPU it joins its peers over gloo.
 
-    It stands for the processes and the device; number formats and FSDP are the run's own, so that they work without a
+    It stands for the processes and the device; number formats, FSDP and ZeRO are the run's own, so that they work without a
     GPU too.
 
     `Accelerator()` alone would start as many independent runs as there are CPU processes, all writing to one
@@ -41,11 +41,15 @@ def start_accelerator() -> Accelerator:
 
 def check_plugins(environ: Mapping[str, str]) -> None:
     """Refuse what accelerate's launcher would put around the model behind the run's back."""
-    for name, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if environ.get(name, "").lower() in ("true", "1"):
+    mends = {
+        "FSDP": "train.parallel=fsdp, which is FSDP2",
+        "DeepSpeed": "train.parallel=zero, which is DeepSpeed's ZeRO stage 2, or fsdp, which does what its stage 3 does",
+    }
+    for what, mend in mends.items():
+        if environ.get(f"ACCELERATE_USE_{what.upper()}", "").lower() in ("true", "1"):
             raise UserError(
-                f"accelerate was told to use {what}; leave that out of its config and set train.parallel=fsdp, which "
-                "shares out parameters, gradients and optimiser as FSDP2 and ZeRO-3 do"
+                f"accelerate was told to use {what}; leave that out of its command and config, and set {mend}: "
+                "accelerate launch --multi_gpu train.py CONFIG train.parallel=..."
             )
 
 

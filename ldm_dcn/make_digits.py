@@ -1,6 +1,6 @@
 """Makes `assets/digits.npz` out of scikit-learn's copy of the UCI handwritten digits: `python -m ldm_dcn.make_digits`.
 
-The only place of the project that needs scikit-learn. The file is shipped, so nobody has to run this.
+Needs scikit-learn. The file is shipped, so nobody has to run this.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
-"""Several processes on one model: DDP, or FSDP2's shares of every tensor; and the whole tensors back."""
+"""Several processes on one model: DDP, FSDP2's shares of every tensor, or ZeRO's; and the whole tensors back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from .zero import Zero
 
 # What FSDP gathers and frees as one: large enough to hide the exchange, small enough to save memory.
 _SHARDED_TOGETHER = ("resnets", "attentions")
@@ -38,15 +40,40 @@ def replicate(denoiser: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(denoiser, device_ids=ids)
 
 
+Optimizer = torch.optim.Optimizer | Zero
+
+
 @contextmanager
-def gradients_exchanged(model: nn.Module, wanted: bool) -> Iterator[None]:
+def gradients_exchanged(model: nn.Module, optimizer: Optimizer, wanted: bool) -> Iterator[None]:
     """Whether the backward pass inside sums the gradients over the processes: only an accumulation's last must."""
+    if isinstance(optimizer, Zero):
+        with optimizer.exchanged(wanted):
+            yield
+        return
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(wanted)
         yield
         return
     with nullcontext() if wanted or not hasattr(model, "no_sync") else model.no_sync():
         yield
+
+
+def gradients(parameters: Sequence[nn.Parameter], optimizer: Optimizer) -> tuple[list[torch.Tensor], float]:
+    """What `optimizer` steps by in this process, to be scaled in place, and the norm of the whole gradient."""
+    if isinstance(optimizer, Zero):
+        own = optimizer.gradients()
+        square = torch.nn.utils.get_total_norm(own).double().square()
+        torch.distributed.all_reduce(square)
+        return own, float(square.sqrt())
+    own = [p.grad for p in parameters if p.grad is not None]
+    return own, float(whole(torch.nn.utils.get_total_norm(own)))
+
+
+def state_of(optimizer: Optimizer, p: nn.Parameter) -> dict[str, torch.Tensor]:
+    """The whole state that `optimizer` holds of `p`. All processes must call it together."""
+    if isinstance(optimizer, Zero):
+        return optimizer.state_of(p)
+    return {name: whole(value) for name, value in optimizer.state.get(p, {}).items()}
 
 
 def reshard(model: nn.Module) -> None:

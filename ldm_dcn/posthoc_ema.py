@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from .checkpoint import verify
+from .checkpoint import Damaged, verify
 from .ema import mixture
 from .errors import Parser, UserError, exit_on_user_error
-from .export import load_model, save_export
+from .export import check_export_place, load_model, save_export
 
 
 def synthesise(run: Path, width: float, step: int | None = None) -> tuple[dict[str, torch.Tensor], int]:
@@ -39,7 +39,12 @@ def synthesise(run: Path, width: float, step: int | None = None) -> tuple[dict[s
             "train with train.ema=power train.ema_snapshot_every=N"
         )
     for folder in {file.parent for _, _, file in files}:
-        verify(folder)
+        try:
+            verify(folder)
+        except Damaged as error:
+            raise Damaged(
+                f"{error}; delete {folder}: the other snapshots will do, a little less closely"
+            ) from None
     factors = mixture([at for at, _, _ in files], [own for _, own, _ in files], step, width)
     total: dict[str, torch.Tensor] = {}
     for factor, (_, _, file) in zip(factors, files, strict=True):
@@ -63,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             f"--width {arguments.width}: no power of the step is that wide; use more than 0, less than 0.28"
         )
+    check_export_place(arguments.out, "give another --out")
     weights, step = synthesise(arguments.run, arguments.width, arguments.step)
     model = load_model(arguments.run)
     model.denoiser.load_state_dict(weights)

@@ -33,10 +33,11 @@ from .images import Images
 from .launch import StopSignals, run_lock, start_accelerator
 from .matching import Matching, new_parameters
 from .metrics import MetricsLog, read
-from .parallel import in_shares_of, replicate, reshard, shard, whole
+from .parallel import Optimizer, in_shares_of, replicate, reshard, shard, state_of, whole
 from .sampling import generate
 from .swap import apply_swap, plan_swap, swapped_sites
 from .unet import build_unet, empty_twin, load_pretrained_unet, set_attention, swap_options
+from .zero import Zero, import_deepspeed
 
 GRID_ROWS = 10  # classes at most in the grids drawn on the way
 FIRST_LOSS_SCALE = 2.0**16  # of fp16, as torch.amp's GradScaler
@@ -88,7 +89,7 @@ class Run:
     latents: Latents | LatentCache
     denoiser: Denoiser
     averages: list[ema.EMA]  # the first is used for samples and the export
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     order: randomness.Order
     levels: tuple[torch.Tensor, torch.Tensor]  # alpha and sigma at each time, on the device
     latent_shape: tuple[int, int, int]
@@ -155,8 +156,11 @@ class Run:
             else self.denoiser.unet.disable_gradient_checkpointing
         )()
         self.parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
-        shared = self.accelerator.num_processes > 1 and settings.parallel == "ddp"
-        self.model = replicate(self.denoiser, self.accelerator.device) if shared else self.denoiser
+        self.model = self.denoiser
+        if self._shares("ddp"):
+            self.model = replicate(self.denoiser, self.accelerator.device)
+        if self._shares("zero"):
+            self.optimizer = Zero(self.denoiser, self.optimizer, self.accelerator.device)
         if phase != "all":
             count = sum(p.numel() for p in self.parameters)
             what = "match the blocks they replace" if phase == "match" else "learn alone"
@@ -398,7 +402,10 @@ class Run:
 
     @property
     def _is_sharded(self) -> bool:
-        return self.config.train.parallel == "fsdp" and self.accelerator.num_processes > 1
+        return self._shares("fsdp")
+
+    def _shares(self, parallel: str) -> bool:
+        return self.config.train.parallel == parallel and self.accelerator.num_processes > 1
 
     def draw_grid(self) -> None:
         """samples/step-N.png: one row a class or prompt, one column a seed, the same seeds every time."""
@@ -448,7 +455,7 @@ class Run:
 
     def save(self) -> None:
         """A checkpoint to go on from, and the export for use. A full disk can wait for the next save."""
-        if not self._draws:
+        if not (self._draws or self._shares("zero")):
             return
         with self.pause():
             tensors = self._tensors()
@@ -500,8 +507,8 @@ class Run:
         optimizer = {}
         reshard(self.model)
         for name, p in self.denoiser.named_parameters():
-            for key, value in self.optimizer.state.get(p, {}).items():
-                optimizer[f"{key}/{name}"] = whole(value)
+            for key, value in state_of(self.optimizer, p).items():
+                optimizer[f"{key}/{name}"] = value
         groups = {"model": self.denoiser.state_dict(), "optimizer": optimizer}
         groups |= {name: average.shadow for name, average in zip(EMA_GROUPS, self.averages, strict=False)}
         return {group: {name: whole(t) for name, t in tensors.items()} for group, tensors in groups.items()}
@@ -577,11 +584,13 @@ def _check_settings(settings: TrainConfig, accelerator: Accelerator) -> None:
         raise UserError(
             f"train.attention={settings.attention} needs a CUDA GPU, and there is none; use train.attention=sdpa"
         )
-    if settings.parallel == "fsdp" and (settings.match_steps or settings.new_only_steps):
+    if settings.parallel != "ddp" and (settings.match_steps or settings.new_only_steps):
         raise UserError(
-            "train.parallel=fsdp cannot change what learns during a run (train.match_steps, train.new_only_steps); "
-            "do those steps with train.parallel=ddp: a run may go on under the other"
+            f"train.parallel={settings.parallel} cannot change what learns during a run (train.match_steps, "
+            "train.new_only_steps); do those steps with train.parallel=ddp: a run may go on under the other"
         )
+    if settings.parallel == "zero":
+        import_deepspeed(accelerator.device)
 
 
 def _find_checkpoint(config: Config, accelerator: Accelerator) -> Path | None:
@@ -672,7 +681,7 @@ def _build(config: Config, accelerator: Accelerator, facts: dict[str, Any]) -> R
         old.to(device=device, memory_format=torch.channels_last)
     if settings.parallel == "fsdp" and accelerator.num_processes > 1:
         shard(denoiser, device, ARITHMETIC[settings.precision])  # it takes contiguous parameters only
-    else:
+    elif settings.parallel == "ddp" or accelerator.num_processes == 1:  # and ZeRO makes them so
         denoiser.to(memory_format=torch.channels_last)
     if settings.ema == "constant":
         rules = [ema.Constant(settings.ema_decay)]

@@ -11,7 +11,7 @@ from . import diffusion, randomness
 from .config import Config, TrainConfig
 from .errors import UserError
 from .launch import REQUEUE, StopSignals
-from .parallel import gradients_exchanged, whole
+from .parallel import gradients, gradients_exchanged
 from .run import Batch, Run, Score, open_run
 
 NON_FINITE = 3  # exit code of a run whose loss became NaN or infinite
@@ -69,7 +69,7 @@ def training_step(run: Run, stop: StopSignals) -> float | None:
     total = torch.zeros(2, device=run.accelerator.device)  # loss, stop signal
     for micro in range(settings.gradient_accumulation):
         batch = run.batch(step, micro)
-        with gradients_exchanged(run.model, micro == settings.gradient_accumulation - 1):
+        with gradients_exchanged(run.model, run.optimizer, micro == settings.gradient_accumulation - 1):
             loss = batch_loss(run, batch) / settings.gradient_accumulation
             (loss * state.loss_scale).backward()
         total[0] += loss.detach()
@@ -118,15 +118,15 @@ def learning_rate(step: int, settings: TrainConfig) -> float:
 @torch.no_grad()
 def _scale_gradients(run: Run) -> bool:
     """Undo the loss scale and clip, in one pass; False, with nothing changed, where the gradient is not finite."""
-    gradients = [p.grad for p in run.parameters if p.grad is not None]
-    norm = float(whole(torch.nn.utils.get_total_norm(gradients))) / run.state.loss_scale
+    own, norm = gradients(run.parameters, run.optimizer)
+    norm /= run.state.loss_scale
     run.gradient_norm = norm
     if not math.isfinite(norm):
         return False
     clip = run.config.train.gradient_clip
     factor = (1.0 if clip is None or norm <= clip else clip / norm) / run.state.loss_scale
     if factor != 1:
-        torch._foreach_mul_(gradients, factor)
+        torch._foreach_mul_(own, factor)
     return True
 
 

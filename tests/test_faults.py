@@ -4,19 +4,26 @@ none."""
 from __future__ import annotations
 
 import json
+import math
+import multiprocessing
 import os
+import random
+import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from ldm_dcn import hub, metrics, trainer
+from ldm_dcn import checkpoint, hub, metrics, posthoc_ema, trainer
 from ldm_dcn.checkpoint import verify
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.errors import UserError
@@ -27,6 +34,10 @@ from ldm_dcn.trainer import NonFinite, train
 from tiny import ROOT, environment, start, tiny_config, write_config
 
 LONG = ("train.steps=400", "train.save_every=5", "train.keep_checkpoints=3")
+
+# Forked from a server without threads, as in test_checkpoint.py: lives of a run that begin at once and can be killed.
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["torch", "ldm_dcn.trainer"])
 
 
 @pytest.fixture(autouse=True)
@@ -94,37 +105,162 @@ def test_kill_9_while_training_then_sigterm_then_the_same_command(tmp_path: Path
     assert losses(config) == losses(undisturbed)
 
 
-SUICIDE = """
-import os, signal, sys
-from ldm_dcn import checkpoint, config, trainer
-real, count = checkpoint.{function}, 0
-def counted(*arguments):
-    global count
-    count += 1
-    if count == {call}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*arguments)
-checkpoint.{function} = counted
-trainer.train(config.load_config(sys.argv[1]))
-"""
+Fault = tuple[str, int]  # what goes wrong, and at which step or call
 
 
-def test_kill_9_in_a_save_then_the_same_command(tmp_path: Path) -> None:
-    """Killed in the checkpoint of step 6: its tensors are written, its manifest is not (calls 1 and 2 are step 3's)."""
+def live(path: Path, overrides: tuple[str, ...], fault: Fault | None, environ: dict[str, str]) -> None:
+    """One process's life in the run of `path`, to its end or until `fault`; leaves with train.py's exit code."""
+    torch.set_num_threads(1)
+    os.environ.update(environ)
+    config = load_config(path, overrides)
+    if fault is not None and hasattr(checkpoint, fault[0]):
+        _die_at_call(*fault)
+    elif fault is not None:
+        _hurt_at_step(*fault)
+    try:
+        code = train(config)
+    except NonFinite:
+        code = trainer.NON_FINITE
+    os._exit(code)
+
+
+def _die_at_call(function: str, call: int) -> None:
+    """SIGKILL at the `call`-th use of a function of `checkpoint`."""
+    real, count = getattr(checkpoint, function), 0
+
+    def counted(*arguments: object, **options: object) -> object:
+        nonlocal count
+        count += 1
+        if count == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+
+    setattr(checkpoint, function, counted)
+
+
+def _hurt_at_step(what: str, step: int) -> None:
+    """A signal, a NaN in one of this process's samples, or for three steps a disk that takes 20 kB a file."""
+    real = trainer.training_step
+
+    def hurt(run: Run, stop: StopSignals) -> float | None:
+        if what == "full disk" and run.state.step in (step, step + 3):
+            limit = 20_000 if run.state.step == step else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        if run.state.step == step and what == "NaN":
+            run.latents.moments[run.order[run.positions(step, 0)][0]] = math.nan
+        if run.state.step == step and what == "SIGTERM":
+            signal.raise_signal(signal.SIGTERM)
+        return real(run, stop)
+
+    trainer.training_step = hurt
+
+
+def begin(path: Path, *overrides: str, fault: Fault | None = None, **environ: str) -> BaseProcess:
+    process = server.Process(target=live, args=(path, overrides, fault, environ), daemon=True)
+    process.start()
+    return process
+
+
+def exit_code(process: BaseProcess) -> int | None:
+    process.join(120)
+    return process.exitcode
+
+
+def saved_step(config: Config) -> int:
+    """The step of the newest checkpoint, which must be whole without anything being set aside; 0 where there is none."""
+    found = checkpoint.newest(config.folder / "checkpoints", pytest.fail)
+    return 0 if found is None else int(found.name.removeprefix("step-"))
+
+
+def test_ten_kills_at_any_moment_lose_nothing(tmp_path: Path) -> None:
+    """Every step is saved; half of the lives are killed as they start, half as they train and save."""
+    overrides = ("train.steps=100000", "train.save_every=1")
+    path, dice, saved = write_config(tmp_path), random.Random(0), 0
+    config = load_config(path, overrides)
+    for life in range(10):
+        process, deadline = begin(path, *overrides), time.monotonic() + 60
+        while life % 2 == 0 and saved_step(config) <= saved:
+            assert process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(dice.uniform(0, 0.5))
+        process.kill()
+        assert exit_code(process) == -signal.SIGKILL
+        before, saved = saved, saved_step(config)
+        assert saved >= before
+    assert saved >= 5
+    rest = load_config(path, ("train.save_every=1", f"train.steps={saved + 2}"))
+    assert train(rest) == 0
+    undisturbed = tiny_config(tmp_path, "train.save_every=0", f"train.steps={saved + 2}", name="undisturbed")
+    assert train(undisturbed) == 0
+    assert losses(rest) == losses(undisturbed)
+    assert not [p for p in rest.folder.rglob(".*") if p.name != ".lock"]
+
+
+# (function, call): steps 3, 6 and 8 are saved; of each the checkpoint first, then the export.
+SAVES = {
+    "its tensors are not written": ("_write_groups", 2, 3),
+    "its manifest is not written": ("_write_manifest", 3, 3),
+    "it is not yet in its place": ("_put_in_place", 3, 3),
+    "the export's manifest is not written": ("_write_manifest", 4, 6),
+    "the export is not yet in its place": ("_put_in_place", 4, 6),
+    "the oldest is not yet removed": ("discard", 1, 8),
+}
+
+
+@pytest.mark.parametrize("moment", SAVES)
+def test_kill_9_in_a_save_then_the_same_command(tmp_path: Path, moment: str) -> None:
+    function, call, expected = SAVES[moment]
     path = write_config(tmp_path)
     config = load_config(path)
-    process = start("-c", SUICIDE.format(function="_write_manifest", call=3), str(path))
-    _, text = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, text
-    assert (config.folder / "checkpoints" / ".tmp-step-6" / "optimizer.safetensors").exists()
-    assert load_model(config.folder).step == 3  # the export of before is whole throughout
-    with open_run(config) as run:
-        assert run.state.step == 3
+    assert exit_code(begin(path, fault=(function, call))) == -signal.SIGKILL
+    assert saved_step(config) == expected
+    assert load_model(config.folder).step == (6 if function == "discard" else 3)  # whole throughout
+    assert exit_code(begin(path)) == 0
+    assert load_model(config.folder).step == 8
     assert not [p for p in config.folder.rglob(".*") if p.name != ".lock"]
-    assert train(config) == 0
     undisturbed = tiny_config(tmp_path, name="undisturbed")
     train(undisturbed)
     assert losses(config) == losses(undisturbed)
+
+
+def test_training_outlives_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
+    """The operating system refuses the saves of steps 5 to 7; nothing of them stays, and the next one is made."""
+    path, overrides = write_config(tmp_path), ("train.save_every=1", "train.keep_checkpoints=9")
+    assert exit_code(begin(path, *overrides, fault=("full disk", 4))) == 0
+    config = load_config(path)
+    kept = sorted(p.name for p in (config.folder / "checkpoints").iterdir())
+    assert kept == [f"step-{step}" for step in (1, 2, 3, 4, 8)] and saved_step(config) == 8
+    assert [line["step"] for line in metrics.read(config.folder / "metrics.jsonl")] == list(range(1, 9))
+    assert load_model(config.folder).step == 8
+
+
+def on_both(path: Path, *overrides: str, second: Fault | None = None) -> list[int | None]:
+    """The exit codes of two processes that share a run; `second` befalls the second one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        begin(path, *overrides, fault=fault, RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
+        for rank, fault in enumerate((None, second))
+    ]
+    return [exit_code(process) for process in processes]
+
+
+def test_two_processes_stop_together_and_go_on_to_the_bit(tmp_path: Path) -> None:
+    """What happens to one of them, a NaN in a sample of its own or a signal, all act on, before the weights change."""
+    path = write_config(tmp_path)
+    config = load_config(path)
+    assert on_both(path, second=("NaN", 4)) == [trainer.NON_FINITE] * 2
+    assert saved_step(config) == 3
+    facts = json.loads((config.folder / "nonfinite-step-5.json").read_text())
+    assert len(facts["samples"]) == 8
+    assert on_both(path, second=("SIGTERM", 4)) == [143, 143]
+    assert saved_step(config) == 5
+    assert on_both(path) == [0, 0]
+    undisturbed = write_config(tmp_path, "undisturbed")
+    assert on_both(undisturbed) == [0, 0]
+    assert losses(config) == losses(load_config(undisturbed))
 
 
 def test_killed_between_checkpoint_and_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,3 +532,68 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(
     text = capsys.readouterr().err
     assert "checkpoint passed over" in text and "model.safetensors has" in text and "going on from" in text
     assert losses(config) == expected
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize("damage", [flip, cut])
+def test_damage_in_every_file_of_a_run_is_named_with_its_mend(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    """Checkpoint, export and the snapshots of the averages: each file in turn."""
+    config = tiny_config(tmp_path, "train.ema=power", "train.ema_snapshot_every=4")
+    assert train(config) == 0
+    seen = set()
+    for place in ("checkpoints/step-8", "export", "averages/step-4"):
+        folder = config.folder / place
+        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+            whole = file.read_bytes()
+            damage(file)
+            named = folder if file.name == "manifest.json" else file
+            if place == "export":
+                with pytest.raises(UserError) as caught:
+                    load_model(config.folder)
+                text, mend = str(caught.value), "start its run again, which makes it anew"
+            elif place == "averages/step-4":
+                command = [str(config.folder), "--width", "0.07", "--out", str(tmp_path / "out")]
+                with pytest.raises(UserError) as caught:
+                    posthoc_ema.main(command)
+                text, mend = str(caught.value), f"delete {folder}"
+            else:
+                told: list[str] = []
+                assert checkpoint.newest(folder.parent, told.append) == folder.parent / "step-6"
+                (text,), mend = told, "training goes on from"
+                (folder.parent / "damaged-step-8").rename(folder)
+            assert str(named) in text and mend in text and "\n" not in text, text
+            file.write_bytes(whole)
+            seen.add(file.name)
+    assert seen >= {
+        "optimizer.safetensors",
+        "ema.safetensors",
+        "ema_2.safetensors",
+        "state.json",
+        "README.md",
+    }
+    assert seen >= {"config.json", "scheduler_config.json", "autoencoder.json", "run.json", "manifest.json"}
+    assert load_model(config.folder).step == 8 and train(config) == 0
+
+
+def test_an_average_made_afterwards_replaces_no_folder_of_other_things(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "train.ema=power", "train.ema_snapshot_every=4")
+    assert train(config) == 0
+    command = [str(config.folder), "--width", "0.07", "--out"]
+    for place in (config.folder, tmp_path):
+        with pytest.raises(UserError, match=r"is no export and holds other things .*give another --out"):
+            posthoc_ema.main([*command, str(place)])
+    assert saved_step(config) == 8
+    for _ in range(2):  # an older export may be replaced
+        assert posthoc_ema.main([*command, str(tmp_path / "out")]) == 0
+    shutil.rmtree(tmp_path / "out")

@@ -99,11 +99,9 @@ def test_compile_adds_no_copies_around_the_operator(wrapper: str) -> None:
     assert "cpp_fused" not in code and ".copy_(" not in code and ".clone(" not in code, code
 
 
-@pytest.mark.slow
-def test_ahead_of_time_inductor(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+@pytest.mark.slow(why="compiles for half a minute")
+def test_ahead_of_time_inductor(tmp_path: Path) -> None:
     """A package for Python processes that import dcnv4_ext: the operator's kernels are registered from Python."""
-    if "slow" not in request.config.getoption("markexpr"):
-        pytest.skip("compiles for half a minute: run it with -m slow")
     module, x = trained_module().eval(), torch.randn(2, 6, 5, 32)
     with torch.no_grad():
         program = torch.export.export(module, (x,))

@@ -598,12 +598,10 @@ PAST_2_31 = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(why="needs 8 GiB and a minute")
 @pytest.mark.parametrize("tensor", PAST_2_31)
-def test_past_2_31_elements(tensor: str, request: pytest.FixtureRequest) -> None:
+def test_past_2_31_elements(tensor: str) -> None:
     """bf16 on the CPU; the last rows, which lie beyond, against the reference on a crop that holds all they look at."""
-    if "slow" not in request.config.getoption("markexpr"):
-        pytest.skip("needs 8 GiB and a minute: run it with -m slow")
     if available_memory() < 9 * 2**30:
         pytest.skip("less than 9 GiB of memory available")
     (n, h, w, c, groups), settings = PAST_2_31[tensor]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -15,14 +17,34 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
 
 
-def test_the_tables_are_those_of_the_json() -> None:
+@pytest.fixture(scope="module")
+def readme() -> ModuleType:
     spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
     assert spec is not None and spec.loader is not None
-    readme = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme)
-    assert all(f"<!-- {name} -->" in README for name in readme.TABLES)
-    assert readme.with_tables(README) == README, "run `python benchmarks/readme.py`"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_those_of_the_json(readme: ModuleType) -> None:
+    texts = {path: path.read_text(encoding="utf-8") for path in readme.DOCUMENTS}
+    for name in readme.TABLES:
+        assert any(f"<!-- {name} -->" in text for text in texts.values()), name
+    for path, text in texts.items():
+        assert readme.with_tables(text) == text, f"{path.name}: run `python benchmarks/readme.py`"
     assert readme.with_tables(README.replace("| class accuracy | ", "| class accuracy | 9", 1)) == README
+
+
+def test_results_say_what_made_them(readme: ModuleType) -> None:
+    """Device, versions and command stand in every file of results; each is named in a text beside its command."""
+    texts = "".join(path.read_text(encoding="utf-8") for path in TEXTS)
+    for path in readme.RESULTS.glob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        made_with = content["environment"]
+        assert (
+            made_with["command"] and made_with["versions"]["torch"] and (made_with["gpu"] or made_with["cpu"])
+        )
+        assert path.name in texts, f"{path.name} is named in no text"
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)

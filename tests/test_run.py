@@ -6,10 +6,10 @@ import importlib.util
 import json
 import math
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,8 +30,8 @@ from ldm_dcn.run import Run, open_run
 from ldm_dcn.sampling import generate
 from ldm_dcn.swap import apply_swap, plan_swap
 from ldm_dcn.trainer import train, training_step
-from ldm_dcn.unet import build_unet
-from tiny import ROOT, UNET, environment, tiny_config, write_config
+from ldm_dcn.unet import build_unet, set_attention
+from tiny import UNET, on_two_processes, tiny_config, write_config
 
 
 @pytest.fixture(autouse=True)
@@ -49,21 +49,6 @@ def lines(config: Config) -> list[dict]:
 
 def losses(config: Config) -> list[float]:
     return [line["loss"] for line in lines(config)]
-
-
-def on_two_processes(path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = subprocess.run(
-        [sys.executable, *launcher, "train.py", str(path), *overrides],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return run
 
 
 # ------------------------------------------------------------------------------------------------ objectives
@@ -245,9 +230,11 @@ def test_a_signal_ends_the_drawing_and_the_step_is_saved(
     assert "asked to stop, the score is left out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_accelerates_own_plugins_are_refused_with_the_right_setting(name: str) -> None:
-    with pytest.raises(UserError, match=r"accelerate was told to use .*set train.parallel=fsdp"):
+@pytest.mark.parametrize(
+    ("name", "mend"), [("ACCELERATE_USE_FSDP", "fsdp"), ("ACCELERATE_USE_DEEPSPEED", "zero")]
+)
+def test_accelerates_own_plugins_are_refused_with_the_right_setting(name: str, mend: str) -> None:
+    with pytest.raises(UserError, match=f"accelerate was told to use .*set train.parallel={mend}"):
         check_plugins({name: "true"})
     check_plugins({name: "false"})
 
@@ -258,6 +245,7 @@ def test_accelerates_own_plugins_are_refused_with_the_right_setting(name: str) -
         (("train.attention=flash",), "train.attention=flash needs a CUDA GPU"),
         (("train.match_steps=2",), "are for a swapped pretrained U-Net; set model.pretrained"),
         (("train.parallel=fsdp", "train.new_only_steps=2"), "do those steps with train.parallel=ddp"),
+        (("train.parallel=zero", "train.match_steps=2"), "do those steps with train.parallel=ddp"),
         (("data.condition=text",), "holds no text; encode it with --text-encoder"),
         (("data.flip=true",), "holds no mirrored latents; encode it with --flip"),
     ],
@@ -391,3 +379,71 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
         pytest.skip("wandb is installed")
     with pytest.raises(UserError, match="wandb, which is not installed; run `pip install wandb`"):
         train(tiny_config(tmp_path, "train.trackers=[wandb]"))
+
+
+def test_weights_and_biases_goes_on_with_the_same_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every start of a run is told to wandb under one id, with the run's settings, and every line goes there too."""
+    from accelerate import utils
+
+    begun: list[dict[str, object]] = []
+    logged: list[tuple[int, dict[str, object]]] = []
+
+    class Begun:
+        config = SimpleNamespace(update=lambda settings, **_: begun[-1].update(settings=settings))
+
+        def log(self, values: dict[str, object], step: int, **_: object) -> None:
+            logged.append((step, values))
+
+        def finish(self) -> None:
+            begun[-1]["finished"] = True
+
+    def init(**options: object) -> Begun:
+        begun.append(options)
+        return Begun()
+
+    wandb = ModuleType("wandb")
+    wandb.init, wandb.config = init, Begun.config
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(utils, "is_wandb_available", lambda: True)
+    config = tiny_config(tmp_path, "train.trackers=[wandb]", "train.steps=3")
+    assert train(config) == 0
+    assert train(tiny_config(tmp_path, "train.trackers=[wandb]", "train.steps=5")) == 0
+    assert [step for step, _ in logged] == [1, 2, 3, 4, 5]
+    assert [values["loss"] for _, values in logged] == losses(config)
+    assert begun[0]["id"] == begun[1]["id"] and all(run["resume"] == "allow" for run in begun)
+    assert all(run["name"] == "tiny" and run["finished"] for run in begun)
+    assert begun[0]["settings"] == config.resolved()
+
+
+def test_attention_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU would meet; without one, either is refused before (`test_what_cannot_be_is_refused`)."""
+    unet = build_unet(UNET)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    expected = {"flash": "this PyTorch was built without it; use train.attention=sdpa"}
+    if not importlib.util.find_spec("xformers"):
+        expected["xformers"] = "run `pip install xformers`, or use train.attention=sdpa"
+    for backend, mend in expected.items():
+        with (
+            pytest.raises(UserError, match=f"train.attention={backend}: .*{mend}"),
+            set_attention(unet, backend),
+        ):
+            pass
+
+
+@pytest.mark.slow(why="compiles for two minutes")
+def test_a_compiled_run_learns_what_the_others_learn(tmp_path: Path) -> None:
+    swap = "model.swap={sites: [resnet, self_attention], group_channels: 4}"
+    settings = (swap, "train.steps=4", "train.sample_every=4", "train.save_every=2")
+    plain, compiled = (
+        tiny_config(tmp_path, *settings, f"train.compile={value}", name=name)
+        for name, value in (("plain", "false"), ("compiled", "true"))
+    )
+    assert [train(plain), train(compiled)] == [0, 0]
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    grids = [
+        np.asarray(Image.open(c.folder / "samples" / "step-4.png")).astype(int) for c in (plain, compiled)
+    ]
+    assert np.abs(grids[0] - grids[1]).max() <= 2
+    assert load_model(compiled.folder).step == 4

@@ -22,13 +22,13 @@ from ldm_dcn.text import load_text_encoder
 transformers = pytest.importorskip("transformers")
 
 
-def tiny_clip(seed: int = 0) -> Any:
+def tiny_clip(seed: int = 0, hidden_size: int = 8, num_attention_heads: int = 2) -> Any:
     config = transformers.CLIPTextConfig(
         vocab_size=60,
-        hidden_size=8,
+        hidden_size=hidden_size,
         intermediate_size=16,
         num_hidden_layers=2,
-        num_attention_heads=2,
+        num_attention_heads=num_attention_heads,
         max_position_embeddings=6,
         bos_token_id=58,
         eos_token_id=59,

@@ -62,6 +62,22 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **extra}
 
 
+def on_two_processes(path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """The run of that config, to its end."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run(
+        [sys.executable, *launcher, "train.py", str(path), *overrides],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run
+
+
 def start(*command: str, **options: Any) -> subprocess.Popen[str]:
     """A Python program, such as start("train.py", "tiny.yaml"), with its output in pipes."""
     return subprocess.Popen(
