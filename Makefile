@@ -59,7 +59,7 @@ ablations: $(VENV)/installed
 	$(RUN) -m eval.ablations --device cpu --json benchmarks/results/ablations_speed.json
 
 report: $(VENV)/installed
-	$(RUN) -m eval.report --out report --study benchmarks/results/digits_study.json benchmarks/results/ablations.json \
+	$(RUN) -m eval.report --out report --study benchmarks/results/digits_study.json \
 	  --scores benchmarks/results/digits_compare.json --throughput benchmarks/results/digits_throughput.json \
 	  --operators benchmarks/results/operators_cpu.json
 

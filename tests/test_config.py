@@ -51,10 +51,14 @@ def test_the_presets_are_there() -> None:
         "coco256_dcn_convs",
         "coco256_unet",
         "digits_dcn",
+        "digits_dcn_full",
         "digits_unet",
+        "digits_unet_small",
         "imagenet256_dcn_convs",
         "imagenet256_dcn_full",
         "imagenet256_unet",
+        "photographs_dcn",
+        "photographs_unet",
         "sd15_dcn_finetune",
     ]
 

@@ -234,7 +234,7 @@ def test_what_was_not_measured_is_called_so(runs, tmp_path) -> None:
         (["{run}", "--layers", "nowhere"], "matches none"),
         (["{run}", "--sampler", "magic"], "sampler"),
         (["{run}", "--guidance", "nan"], "guidance"),
-        ([], "RUN"),
+        ([], "give a run folder, or --study JSON"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(runs, tmp_path, capsys, arguments, named) -> None:
