@@ -70,6 +70,25 @@ def study(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def ablations_speed(results: dict[str, Any]) -> str:
+    """Geometric means over Stable Diffusion's shapes, as multiples of the plain module's or operator's time."""
+    from statistics import geometric_mean
+
+    times: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for record in results["records"]:
+        for label, seconds in record["seconds"].items():
+            if label != "dcnv4":
+                ratio = seconds / record["seconds"]["dcnv4"]
+                times.setdefault((label, record["level"]), {}).setdefault(record["direction"], []).append(
+                    ratio
+                )
+    rows = [["changed", "of", "forward, time / dcnv4's", "backward, time / dcnv4's"]]
+    for (label, level), found in times.items():
+        means = (f"{geometric_mean(found[direction]):.2f}" for direction in ("forward", "backward"))
+        rows.append([label, {"op": "the operator", "module": "the module"}[level], *means])
+    return markdown(rows)
+
+
 def operators(results: dict[str, Any]) -> str:
     """How many times as long as dcnv4 the peers take, at the operator level; a dash where one was not measured."""
     from eval.operators import PEERS
@@ -99,6 +118,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "digits_compare": scores,
     "digits_throughput": throughput,
     "digits_study": study,
+    "ablations_speed": ablations_speed,
     "operators_cpu": operators,
     "photographs_compare": scores,
 }
