@@ -116,14 +116,18 @@ class Scalar(Ours):
 
     label = "without vector instructions (CPU) or loads (GPU)"
 
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.cpu = torch.device(case.device).type == "cpu"
+
     def lay_out(self, value: Tensor, offset_mask: Tensor) -> tuple[Tensor, ...]:
-        if not value.is_cuda:
+        if self.cpu:
             return value, offset_mask
         moved = value.new_empty(value.numel() + 1)[1:].view(value.shape)
         return moved.copy_(value), offset_mask
 
     def context(self) -> AbstractContextManager:
-        return nullcontext() if torch.cuda.is_available() else native.forced_isa("portable")
+        return native.forced_isa("portable") if self.cpu else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,9 @@ def _ratios(
     records: Sequence[dict[str, Any]], name: str, label: str, direction: str
 ) -> Iterator[tuple[str, float]]:
     for record in records:
-        if record["ablation"] == name and record["direction"] == direction and label in record["seconds"]:
+        if (record["ablation"], record["direction"]) == (name, direction) and {label, BASE} <= record[
+            "seconds"
+        ].keys():
             yield record["shape"], record["seconds"][label] / record["seconds"][BASE]
 
 
@@ -245,7 +251,8 @@ def run(options: argparse.Namespace) -> None:
                     name, shape, direction, stopwatch, device=device, dtype=options.dtype, sigma=options.sigma
                 )
                 records.append(record)
-                print(f"{name} {shape} {direction}", file=sys.stderr, flush=True)
+                failed = "".join(f"; {label} failed: {why}" for label, why in record["failed"].items())
+                print(f"{name} {shape} {direction}{failed}", file=sys.stderr, flush=True)
     text = table(records)
     about = environment()
     machine = about["gpu"] or f"{about['cpu']}, {about['threads']} threads"

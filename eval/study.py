@@ -19,7 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,10 +42,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SIGNIFICANT = 0.05
 CURVE_POINTS = 60  # of a training curve, kept in the results
 
-# score -> (title, form, whether more is better; None where neither is)
+# score -> (title, form, whether more is better; None where neither is, or where another row says the same)
 SCORES: dict[str, tuple[str, str, bool | None]] = {
     "fd": ("FD", "{:.4f}", False),
-    "fd_of_noise": ("share of noise's FD", "{:.3%}", False),
+    "fd_of_noise": ("share of noise's FD", "{:.3%}", None),
     "kid_x1000": ("KID x 1000", "{:.2f}", False),
     "class_accuracy": ("class accuracy", "{:.4f}", True),
     "precision": ("precision", "{:.3f}", True),
@@ -193,11 +193,12 @@ def run_job(job: Job, scoring: Scoring, threads: int) -> dict[str, Any]:
 
 
 def _call(arguments: Sequence[str], log: Path, threads: int) -> float:
-    """Run Python with `arguments`, its words going to the end of `log`; returns the processor's seconds."""
+    """Run Python with `arguments`, its words going to the end of `log`; returns the processor's seconds of this call: of a training
+    that goes on, those of the rest."""
     variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with log.open("ab") as file:
         process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+            [sys.executable, *arguments], env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=file
         )  # fmt: skip
         try:
             _, status, usage = os.wait4(process.pid, 0)
@@ -420,14 +421,17 @@ def time_networks(study: Study, path: Path, names: Sequence[str], rounds: int) -
     """All networks in turns, with fresh weights: `eval.throughput`'s figures without sampling."""
     from . import throughput
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # where train.py trains
     subjects = []
     for name in names:
         variant = study.variants[name]
-        subject = throughput.open_subject(str(path.parent / variant.config), [*study.set, *variant.set])
+        subject = throughput.open_subject(
+            str(path.parent / variant.config), [*study.set, *variant.set], device
+        )
         subjects.append(throughput.Subject(name, subject.model))
     train = subjects[0].model.config["train"]
     settings = throughput.Settings(
-        batch_size=min(train["batch_size"], throughput.LARGEST_DEFAULT_BATCH), precision=train["precision"], device="cpu",
+        batch_size=min(train["batch_size"], throughput.LARGEST_DEFAULT_BATCH), precision=train["precision"], device=device,
         rounds=rounds, sampler=study.scoring.sampler, sampler_steps=study.scoring.steps, guidance=1.0,
     )  # fmt: skip
     figures = throughput.compare(subjects, settings, wanted=("forward", "training"))
@@ -441,17 +445,37 @@ def time_networks(study: Study, path: Path, names: Sequence[str], rounds: int) -
 # ---- command line
 
 
-def open_results(path: Path, study: Study) -> dict[str, Any]:
-    """The content of the results at `path`, under the study as it is now; runs of other settings are left out later."""
+def open_results(path: Path, study: Study, jobs: Sequence[Job]) -> dict[str, Any]:
+    """The content of the results at `path`, or of new ones; `jobs` are all that the study has.
+
+    Raises `UserError` where the file holds runs that are not the study's, of other settings, or scored in another way: they would
+    stand in one table with those of now.
+    """
     content = {"study": study.model_dump(mode="json"), "runs": [], "environment": environment()}
-    if path.exists():
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            content["runs"] = known["runs"]
-            content["speed"] = known.get("speed", {})
-            content["environment"] = known["environment"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is no file of eval.study; name another --json") from None
+    if not path.exists():
+        return content
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        scoring = known["study"]["scoring"]
+        held = {(run["variant"], run["seed"]): run["settings"] for run in known["runs"]}
+        content |= {
+            "runs": known["runs"],
+            "speed": known.get("speed", {}),
+            "environment": known["environment"],
+        }
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is no file of eval.study; name another --json") from None
+    if held and scoring != content["study"]["scoring"]:
+        raise UserError(
+            f"{path} holds runs that were scored in another way ({scoring}); name another --json, or score as there"
+        )
+    settings = {(job.variant, job.seed): job.settings for job in jobs}
+    other = [f"{name} seed {seed}" for (name, seed), own in held.items() if settings.get((name, seed)) != own]
+    if other:
+        raise UserError(
+            f"{path} holds runs that the study does not have, or has with other settings ({', '.join(other)}); "
+            "name another --json for the study as it is now"
+        )
     return content
 
 
@@ -476,11 +500,6 @@ def draw(job: Job, scoring: Scoring, file: Path, threads: int) -> None:
 def write(content: dict[str, Any], path: Path) -> None:
     with replacing(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
-
-
-def _missing(jobs: Sequence[Job], content: dict[str, Any]) -> Iterator[Job]:
-    known = {(record["variant"], record["seed"], record["settings"]) for record in content["runs"]}
-    return (job for job in jobs if (job.variant, job.seed, job.settings) not in known)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -514,7 +533,8 @@ def run(options: Any) -> None:
     study = load_study(options.study)
     runs = options.runs or Path("runs", options.study.stem)
     results = options.json or runs / "study.json"
-    content = open_results(results, study)
+    every = jobs_of(study, options.study, runs, list(study.variants))
+    content = open_results(results, study, every)
     if options.only_print:
         print(tables(content))
         return
@@ -526,16 +546,16 @@ def run(options: Any) -> None:
             raise UserError(f"--only {title}: no comparison; there are {', '.join(chosen)}")
     names = list(dict.fromkeys(name for title in options.only or chosen for name in chosen[title]))
     check_file_place(results, "choose another --json")
-    jobs = jobs_of(study, options.study, runs, names)
+    jobs = [job for job in every if job.variant in names]
     if options.seeds is not None:
         jobs = [job for job in jobs if job.seed in options.seeds]
     if not jobs:
         raise UserError(f"--seeds {options.seeds}: the study has {list(study.seeds)}")
-    todo = list(_missing(jobs, content))
+    done = {(run["variant"], run["seed"]) for run in content["runs"]}
+    todo = [job for job in jobs if (job.variant, job.seed) not in done]
 
     def keep(record: dict[str, Any]) -> None:
-        same = (record["variant"], record["seed"])
-        content["runs"] = [r for r in content["runs"] if (r["variant"], r["seed"]) != same] + [record]
+        content["runs"].append(record)
         content["runs"].sort(key=lambda r: (list(study.variants).index(r["variant"]), r["seed"]))
         content["environment"] = environment()
         write(content, results)
@@ -553,7 +573,8 @@ def run(options: Any) -> None:
             draw(first, study.scoring, picture, options.threads)
     timed = {figure["name"] for figure in content.get("speed", {}).get("figures", [])}
     if options.rounds and not set(names) <= timed:
-        content["speed"] = time_networks(study, options.study, names, options.rounds)
+        all_timed = [name for name in study.variants if name in timed or name in names]
+        content["speed"] = time_networks(study, options.study, all_timed, options.rounds)
         content["environment"] = environment()
         write(content, results)
     print(tables(content))

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from dcnv4_ext import native
 from eval import ablations
 from eval.peers import Case, Ours, Shape
 
@@ -46,6 +47,13 @@ def test_other_projections_compute_the_same(kind):
                 getattr(other.inward, name).copy_(torch.cat(rows))
             other.outward = plain.output_proj
         assert torch.allclose(other(x), plain(x), atol=1e-5)
+
+
+def test_without_vectors_is_a_matter_of_the_device_measured_not_of_the_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    peer = ablations.Scalar(Case(Shape(1, 3, 4, 32), torch.float32, 2.0, "cpu"))
+    with peer.context():
+        assert native.cpu().dcnv4_cpu_selected() == b"portable"
 
 
 def test_mistakes(tmp_path, capsys):

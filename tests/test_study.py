@@ -117,23 +117,33 @@ def test_the_permutation_test_is_exact():
         assert study.permutation_test(b, a) == pytest.approx(brute_force_p(a, b)), sizes
 
 
+RUN = {
+    "parameters": 1000,
+    "training_cpu_seconds": 30.0,
+    "scoring_cpu_seconds": 30.0,
+    "scores": {"1": {"fd": 0.1, "fd_of_noise": 0.01}},
+    "tags": {"N": 40, "weights": "EMA 0.9", "step": 2},
+    "metric": "FD-digits-v1",
+    "reference": {"source": "digits"},
+    "extractor": {"name": "digits-v1", "weights": "beef", "resize": "none"},
+    "losses": [[1, 2.0], [2, 1.0]],
+    "distances": [],
+    "distance_tags": {},
+}
+
+
 def results(folder: Path, a: Sequence[float], b: Sequence[float]) -> dict:
     """A study's content with these FDs, and accuracies that go the other way."""
     read = study.load_study(write_study(folder))
     runs = [
         {
+            **RUN,
             "variant": name,
             "seed": seed,
             "settings": "",
-            "parameters": 1000,
-            "training_cpu_seconds": 30.0,
-            "scoring_cpu_seconds": 30.0,
-            "scores": {"1": {"fd": fd, "class_accuracy": 1 - fd, "nearest_neighbour": 3.0}},
-            "tags": {"N": 40, "weights": "EMA 0.9", "step": 2},
-            "metric": "FD-digits-v1",
-            "reference": {"source": "digits"},
-            "extractor": {"name": "digits-v1", "weights": "beef", "resize": "none"},
-            "losses": [[1, 2.0 - seed], [2, 1.0]],
+            "scores": {
+                "1": {"fd": fd, "fd_of_noise": fd / 40, "class_accuracy": 1 - fd, "nearest_neighbour": 3.0}
+            },
             "distances": [[2, fd]],
             "distance_tags": {"metric": "FD-digits-v1", "N": 10, "guidance": 1.5},
         }
@@ -226,9 +236,62 @@ def test_from_a_file_to_tables_and_a_report(tmp_path, in_this_process, capsys):
     page = (tmp_path / "page" / "index.html").read_text()
     assert "Which of the two?" in page and page.count("data:image/png") == 2 and "<polyline" in page
 
-    path.write_text(path.read_text().replace("lr=1e-2", "lr=2e-2"))
-    study.main([*command, "--rounds", "0"])
-    assert len(in_this_process) == 6 + 2 + 2  # b alone is trained and scored anew; both are drawn
+
+def test_results_of_another_protocol_are_refused_and_kept(tmp_path, capsys):
+    """Runs of other settings, scores of another rule, and variants that are gone never meet in one table."""
+    path = write_study(tmp_path)
+    read = study.load_study(path)
+    content = results(tmp_path, [0.1], [0.2])
+    for run in content["runs"]:
+        jobs = study.jobs_of(read, path, tmp_path / "runs", ["a", "b"])
+        run["seed"] = 1
+        run["settings"] = next(job.settings for job in jobs if (job.variant, job.seed) == (run["variant"], 1))
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(content))
+    study.main([str(path), "--json", str(file), "--print"])
+    assert "0.1000" in capsys.readouterr().out
+    variants = {
+        "a": {"config": "tiny.yaml"},
+        "b": {"config": "tiny.yaml", "set": ["train.lr=2e-2"], "seeds": [1]},
+    }
+    for changes, said in (
+        ({"variants": variants}, "b seed 1"),
+        ({"scoring": {"steps": 1, "num": 41}}, "scored in another way"),
+        ({"variants": {"a": {"config": "tiny.yaml"}}, "comparisons": {}}, "b seed 1"),
+    ):
+        before = file.read_bytes()
+        with pytest.raises(SystemExit) as leaving:
+            study.main([str(write_study(tmp_path, **changes)), "--json", str(file), "--print"])
+        assert leaving.value.code == 2
+        error = capsys.readouterr().err
+        assert said in error and "name another --json" in error
+        assert file.read_bytes() == before
+
+
+def test_timing_one_comparison_keeps_the_others_times(tmp_path):
+    path = write_study(tmp_path, comparisons={"one": ["a", "b"], "two": ["a", "c"]}, seeds=[3],
+                       variants={name: {"config": "tiny.yaml", "set": [f"train.lr={lr}"]} for name, lr in (("a", "1e-3"), ("b", "2e-3"), ("c", "3e-3"))})  # fmt: skip
+    read, file = study.load_study(path), tmp_path / "results.json"
+    jobs = study.jobs_of(read, path, tmp_path / "runs", list(read.variants))
+    runs = [{**RUN, "variant": job.variant, "seed": 3, "settings": job.settings} for job in jobs]
+    content = {"study": read.model_dump(mode="json"), "runs": runs, "environment": {"command": "study.py"}}
+    file.write_text(json.dumps(content))
+    for title in read.comparisons:
+        study.main(
+            [
+                str(path),
+                "--json",
+                str(file),
+                "--runs",
+                str(tmp_path / "runs"),
+                "--rounds",
+                "1",
+                "--only",
+                title,
+            ]
+        )
+    speed = json.loads(file.read_text())["speed"]
+    assert [figure["name"] for figure in speed["figures"]] == ["a", "b", "c"]
 
 
 def test_a_run_that_fails_is_named_with_its_words(tmp_path):

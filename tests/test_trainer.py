@@ -28,7 +28,7 @@ from ldm_dcn.launch import StopSignals
 from ldm_dcn.run import open_run
 from ldm_dcn.sampling import generate
 from ldm_dcn.trainer import learning_rate, train
-from tiny import ROOT, environment, tiny_config, write_config
+from tiny import on_two_processes, tiny_config, write_config
 
 
 @pytest.fixture(autouse=True)
@@ -229,25 +229,7 @@ def test_accumulation_and_checkpointing_change_rounding_only(
 
 def test_two_processes_see_the_same_samples_and_losses_as_one(finished: Config, tmp_path: Path) -> None:
     path = write_config(tmp_path)
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            "train.py",
-            str(path),
-        ],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    run = on_two_processes(path)
     assert "on 2 x cpu" in run.stderr
     config = load_config(path)
     assert losses(config) == pytest.approx(losses(finished), rel=1e-5)

@@ -145,6 +145,11 @@ class StudyRun(BaseModel):
     scores: dict[str, dict[str, float]]
     losses: list[tuple[float, float]]
     distances: list[tuple[float, float]]
+    distance_tags: dict[str, Any]
+    tags: dict[str, Any]
+    metric: str
+    reference: dict[str, Any]
+    extractor: dict[str, Any]
 
 
 class StudyResults(BaseModel):
