@@ -63,8 +63,9 @@ report: $(VENV)/installed
 	  --scores benchmarks/results/digits_compare.json --throughput benchmarks/results/digits_throughput.json \
 	  --operators benchmarks/results/operators_cpu.json
 
+# One process a core with one thread each: most of a test is Python, and two threads of two processes would wait for each other.
 test: $(VENV)/testable
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 # Needs torch with CUDA, numpy, pytest and nvcc in $(PYTHON)'s environment, nothing else; the same command again resumes.
 gpu:
