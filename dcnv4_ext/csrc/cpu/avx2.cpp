@@ -96,6 +96,7 @@ struct F32 {
     _mm_storeu_ps(out, sums);
   }
 
+  static constexpr bool spreads = false;
   static DCNV4_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static DCNV4_INLINE F32 floor(F32 a) { return {_mm256_floor_ps(a.v)}; }
   static DCNV4_INLINE Mask greater(Mask among, F32 a, F32 b) {
@@ -157,6 +158,7 @@ struct F64 {
     if (add) sums = _mm256_add_pd(sums, _mm256_loadu_pd(out));
     _mm256_storeu_pd(out, sums);
   }
+  static constexpr bool spreads = false;
   static DCNV4_INLINE F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   static DCNV4_INLINE F64 floor(F64 a) { return {_mm256_floor_pd(a.v)}; }
   static DCNV4_INLINE Mask greater(Mask among, F64 a, F64 b) {

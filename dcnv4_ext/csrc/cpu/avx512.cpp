@@ -42,6 +42,11 @@ struct F32 {
   DCNV4_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
   DCNV4_INLINE void store(bf16* p) const { _mm256_storeu_si256((__m256i*)p, bf16_bits(v)); }
   DCNV4_INLINE void store(f16* p) const { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, kNearest)); }
+  // Past the caches; p is aligned.
+  DCNV4_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
+  DCNV4_INLINE void stream(bf16* p) const { _mm256_stream_si256((__m256i*)p, bf16_bits(v)); }
+  DCNV4_INLINE void stream(f16* p) const { _mm256_stream_si256((__m256i*)p, _mm512_cvtps_ph(v, kNearest)); }
+  static DCNV4_INLINE void fence() { _mm_sfence(); }
   DCNV4_INLINE void store_some(float* p, int n) const { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
   DCNV4_INLINE void store_some(bf16* p, int n) const { _mm256_mask_storeu_epi16(p, first_lanes(n), bf16_bits(v)); }
   DCNV4_INLINE void store_some(f16* p, int n) const {
@@ -96,6 +101,8 @@ struct F32 {
     _mm_storeu_ps(out, sums);
   }
 
+  static constexpr bool spreads = true;
+  static DCNV4_INLINE F32 spread(F32 a, int lane) { return {_mm512_permutexvar_ps(_mm512_set1_epi32(lane), a.v)}; }
   static DCNV4_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static DCNV4_INLINE F32 floor(F32 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
   static DCNV4_INLINE Mask greater(Mask among, F32 a, F32 b) { return _mm512_mask_cmp_ps_mask(among, a.v, b.v, _CMP_GT_OQ); }
@@ -153,6 +160,7 @@ struct F64 {
                             _mm512_reduce_add_pd(d.v)};
     for (int q = 0; q < 4; ++q) out[q] = add ? out[q] + sums[q] : sums[q];
   }
+  static constexpr bool spreads = false;
   static DCNV4_INLINE F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
   static DCNV4_INLINE F64 floor(F64 a) { return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
   static DCNV4_INLINE Mask greater(Mask among, F64 a, F64 b) { return _mm512_mask_cmp_pd_mask(among, a.v, b.v, _CMP_GT_OQ); }

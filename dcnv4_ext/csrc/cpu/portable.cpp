@@ -15,6 +15,7 @@ struct Lanes {
     bool lane[kWidth];
   };
   static constexpr int width = kWidth;
+  static constexpr bool spreads = false;
   S v[kWidth];
 
   template <class F>
