@@ -97,8 +97,11 @@ def recover(final: Path) -> None:
     _remove(old)
 
 
-def verify(folder: Path) -> None:
-    """Raise `Damaged`, naming the file and what is wrong, unless `folder` is what its manifest says."""
+def verify(folder: Path, but: str | None = None) -> None:
+    """Raise `Damaged`, naming the file and what is wrong, unless `folder` is what its manifest says.
+
+    The file `but` may be another, or not there.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
@@ -107,7 +110,9 @@ def verify(folder: Path) -> None:
                 "that wrote it"
             )
         files = {
-            str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
+            str(name): (int(entry["size"]), str(entry["sha256"]))
+            for name, entry in manifest["files"].items()
+            if name != but
         }
     except FileNotFoundError:
         raise Damaged(f"{folder} is incomplete: it has no {MANIFEST}") from None

@@ -27,7 +27,7 @@ from ldm_dcn import checkpoint, hub, metrics, posthoc_ema, trainer
 from ldm_dcn.checkpoint import verify
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.errors import UserError
-from ldm_dcn.export import load_model
+from ldm_dcn.export import CARD, load_model
 from ldm_dcn.launch import StopSignals, check_launch, run_lock
 from ldm_dcn.run import Run, open_run
 from ldm_dcn.trainer import NonFinite, train
@@ -471,6 +471,27 @@ def test_a_hub_id_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch,
     assert "holds no model_index.json" in refusal("somebody/model")
 
 
+@pytest.mark.parametrize("card", [None, "# Edited on the hub\n"])
+def test_an_export_from_the_hub_is_loaded_without_its_card_or_with_another(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, card: str | None
+) -> None:
+    import huggingface_hub
+
+    def download(hub_id: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        wanted = [p for p in export.rglob("*") if any(p.match(pattern) for pattern in allow_patterns)]
+        for path in wanted:
+            copy = tmp_path / "snapshot" / path.relative_to(export)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+        if card is not None:
+            (tmp_path / "snapshot" / "README.md").write_text(card)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(hub, "ask", lambda _: None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert load_model("somebody/model").step == 1
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "expected"),
     [
@@ -558,6 +579,10 @@ def test_damage_in_every_file_of_a_run_is_named_with_its_mend(
             whole = file.read_bytes()
             damage(file)
             named = folder if file.name == "manifest.json" else file
+            if file.name == CARD:
+                assert load_model(config.folder).step == 8  # people may edit it
+                file.write_bytes(whole)
+                continue
             if place == "export":
                 with pytest.raises(UserError) as caught:
                     load_model(config.folder)
@@ -580,7 +605,6 @@ def test_damage_in_every_file_of_a_run_is_named_with_its_mend(
         "ema.safetensors",
         "ema_2.safetensors",
         "state.json",
-        "README.md",
     }
     assert seen >= {"config.json", "scheduler_config.json", "autoencoder.json", "run.json", "manifest.json"}
     assert load_model(config.folder).step == 8 and train(config) == 0
