@@ -137,6 +137,17 @@ def test_batches_with_nan_are_left_out_as_often_as_allowed(tmp_path: Path) -> No
     assert (config.folder / "nonfinite-step-1.json").exists()
 
 
+def test_fp16_does_not_take_a_broken_sample_for_an_overflow(tmp_path: Path) -> None:
+    """The loss scale stays: at 1, where halving for it would end, gradients vanish for thousands of steps."""
+    config = tiny_config(tmp_path, "train.precision=fp16", "train.skip_non_finite=1")
+    with open_run(config) as run:
+        bad_step(run, 0)
+        loss = training_step(run, StopSignals())
+        assert loss is not None and math.isnan(loss)
+        assert run.state.left_out == 1 and run.state.overflows == 0
+        assert run.state.loss_scale == 2.0**16
+
+
 def bad_step(run: Run, step: int) -> None:
     run.latents.moments[run.order[run.positions(step, 0)][2]] = float("nan")
 
