@@ -874,6 +874,11 @@ def _restore(run: Run, tensors: dict[str, dict[str, torch.Tensor]], facts: dict[
             "bring the data back, or choose another run.name"
         )
     _load(run.denoiser.state_dict(), tensors["model"])
+    if len(run.averages) > sum(name in tensors for name in EMA_GROUPS):
+        raise UserError(
+            f"{run.config.folder} keeps one average of its weights and train.ema=power takes two; set train.ema=constant, or "
+            "choose another run.name"
+        )
     for name, average in zip(EMA_GROUPS, run.averages, strict=False):
         _load(average.shadow, tensors[name])
     parameters = dict(run.denoiser.named_parameters())

@@ -184,6 +184,13 @@ def test_power_averages_resume_exactly_and_give_any_width_afterwards(tmp_path: P
         posthoc_ema.main([str(whole.folder), "--width", "0.1", "--step", "5", "--out", str(out)])
 
 
+def test_a_second_average_is_not_made_up_at_a_resume(tmp_path: Path) -> None:
+    assert train(tiny_config(tmp_path, "train.steps=1")) == 0
+    power = tiny_config(tmp_path, "train.steps=2", "train.ema=power")
+    with pytest.raises(UserError, match=r"keeps one average .* takes two; set train.ema=constant"):
+        train(power, ["train.ema"])
+
+
 # ------------------------------------------------------------------------------------------------ processes
 
 
