@@ -177,6 +177,8 @@ def test_power_averages_resume_exactly_and_give_any_width_afterwards(tmp_path: P
     assert posthoc_ema.main([str(whole.folder), "--width", "0.1", "--out", str(out)]) == 0
     kept = load_file(whole.folder / "checkpoints" / "step-16" / "ema_2.safetensors")
     made = load_model(out)
+    (whole.folder / "averages" / "step-16.copy").mkdir()  # is none of ours
+    assert posthoc_ema.main([str(whole.folder), "--width", "0.1", "--out", str(out)]) == 0
     for name, p in made.denoiser.named_parameters():
         torch.testing.assert_close(p, kept[name], rtol=2e-3, atol=2e-4)  # snapshots are fp16
     assert made.tags["weights"] == "power EMA 0.1, post hoc"
