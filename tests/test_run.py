@@ -375,6 +375,27 @@ def test_scores_on_the_way_carry_their_tags(tmp_path: Path) -> None:
     json.dumps(lines(config))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("data.source={cache}",), "is a latent cache.*set sample.score_reference to the images"),
+        (("data.condition=text",), "data.condition=text; set train.score_every=0"),
+        (("sample.score_extractor=null",), "sample.score_extractor is not set; set it to"),
+    ],
+)
+def test_scores_that_cannot_be_had_are_refused_at_the_start(
+    tmp_path: Path, overrides: tuple[str, ...], expected: str
+) -> None:
+    from eval.on_the_way import OnTheWay
+
+    cache = tmp_path / "cache"
+    (cache / "shards").mkdir(parents=True)
+    (cache / "manifest.json").touch()
+    settings = ("sample.score_extractor=digits", *(text.format(cache=cache) for text in overrides))
+    with pytest.raises(UserError, match=expected):
+        OnTheWay(tiny_config(tmp_path, *settings))
+
+
 def test_train_scores_with_the_extractor_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
