@@ -35,6 +35,7 @@ from . import cache
 from .autoencoder import Autoencoder, load_autoencoder
 from .cache import LatentCache, Range
 from .data import open_dataset
+from .device import choose_device
 from .errors import Parser, UserError, exit_on_user_error
 from .images import LOOK_ON, PREPROCESSING, BadImage, Images, name_bad, to_float
 from .launch import REQUEUE, StopSignals, start_accelerator
@@ -387,7 +388,7 @@ def _agreed(accelerator: Any, facts: list[str]) -> Iterator[None]:
 def run(options: argparse.Namespace) -> int:
     """Encode; returns the exit code."""
     accelerator = start_accelerator()
-    device = torch.device(options.device) if options.device else accelerator.device
+    device = choose_device(options.device) if options.device else accelerator.device
     main = accelerator.is_main_process
     out, presence, facts = Path(options.out), None, []
     with StopSignals() as stop, warnings.catch_warnings():

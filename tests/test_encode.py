@@ -362,6 +362,7 @@ def test_the_command_in_this_process(
         ([str(images), str(images / "a" / "cache"), *settings], "would lie in the images' own folder"),
         ([str(images), str(tmp_path / "new"), *settings, "--captions", "text"], "--text-encoder"),
         ([str(tmp_path / "none"), str(tmp_path / "new"), *settings], "neither a folder"),
+        ([str(images), str(tmp_path / "new"), *settings, "--device", "gpu"], "device 'gpu' cannot be used"),
         (["--verify", str(images)], "no latent cache"),
     ]:
         with pytest.raises(SystemExit) as left:
