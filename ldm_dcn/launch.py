@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -20,6 +21,8 @@ from .files import existing_folder
 REQUEUE = int(getattr(signal, "SIGUSR1", 0))  # what batch systems send to a job that they will start again
 # What torchrun and the MPI launchers tell a process about the number of its peers; accelerate reads the same.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# What file systems without locks answer: Lustre, unless mounted with flock, and some of NFS.
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def start_accelerator() -> Accelerator:
@@ -118,7 +121,20 @@ def _locked(path: Path) -> IO[str]:
             ) from None
         except FileNotFoundError:
             pass
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            _say_unlocked(path.parent)
+            return file
         file.close()  # a refused start took its lock away as we opened it
+
+
+def _say_unlocked(folder: Path) -> None:
+    print(
+        f"warning: the file system of {folder} has no locks; see to it that nothing else trains there",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _remove_empty(folder: Path, until: Path) -> None:
