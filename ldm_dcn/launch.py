@@ -148,6 +148,19 @@ def _remove_empty(folder: Path, until: Path) -> None:
             place = place.parent
 
 
+@contextmanager
+def leaving_on_requeue() -> Iterator[None]:
+    """Inside, SIGUSR1 ends the process with exit code 0: there is nothing to save yet, or all of it is saved."""
+    if not REQUEUE:
+        yield
+        return
+    before = signal.signal(REQUEUE, lambda *_: sys.exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(REQUEUE, before)
+
+
 STOPPING = (signal.SIGTERM, signal.SIGINT, *((signal.SIGUSR1,) if REQUEUE else ()))
 
 

@@ -10,7 +10,7 @@ import torch
 from . import diffusion, randomness
 from .config import Config, TrainConfig
 from .errors import UserError
-from .launch import REQUEUE, StopSignals
+from .launch import REQUEUE, StopSignals, leaving_on_requeue
 from .parallel import gradients, gradients_exchanged
 from .run import Batch, Run, Score, open_run
 
@@ -30,7 +30,7 @@ def train(config: Config, allow_change: Sequence[str] = (), score: Score | None 
 
     SIGUSR1 saves and returns 0: schedulers that send it start the same command again.
     """
-    with open_run(config, allow_change, score) as run, StopSignals() as stop:
+    with leaving_on_requeue(), open_run(config, allow_change, score) as run, StopSignals() as stop:
         run.stop = stop
         while not run.finished:
             run.enter_phase()

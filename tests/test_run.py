@@ -227,6 +227,16 @@ def test_sigusr1_saves_and_asks_to_be_started_again(tmp_path: Path, monkeypatch:
     assert checkpoint.newest(config.folder / "checkpoints", print).name == "step-5"
 
 
+def test_sigusr1_before_the_first_step_asks_to_be_started_again_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr(run_module, "encode_dataset", lambda *_: signal.raise_signal(signal.SIGUSR1))
+    with pytest.raises(SystemExit) as left:
+        train(tiny_config(tmp_path))
+    assert left.value.code == 0 and signal.getsignal(signal.SIGUSR1) is before
+
+
 def test_a_signal_ends_the_drawing_and_the_step_is_saved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
