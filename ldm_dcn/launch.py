@@ -8,12 +8,14 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from .errors import UserError, explain
 from .files import existing_folder
@@ -21,6 +23,9 @@ from .files import existing_folder
 REQUEUE = int(getattr(signal, "SIGUSR1", 0))  # what batch systems send to a job that they will start again
 # What torchrun and the MPI launchers tell a process about the number of its peers; accelerate reads the same.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# How long processes wait for the one that checks, saves, draws or scores for all: NCCL's own ten minutes would end the
+# run. One that died is noticed by the launcher at once.
+PATIENCE = timedelta(hours=3)
 # What file systems without locks answer: Lustre, unless mounted with flock, and some of NFS.
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -37,7 +42,10 @@ def start_accelerator() -> Accelerator:
     check_plugins(os.environ)
     if not can_join(os.environ):
         check_launch(1, os.environ, sys.argv)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[patience]
+    )
     check_launch(accelerator.num_processes, os.environ, sys.argv)
     return accelerator
 

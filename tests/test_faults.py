@@ -18,17 +18,18 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from ldm_dcn import checkpoint, hub, metrics, posthoc_ema, trainer
+from ldm_dcn import checkpoint, hub, launch, metrics, posthoc_ema, trainer
 from ldm_dcn.checkpoint import verify
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import CARD, load_model
-from ldm_dcn.launch import StopSignals, check_launch, run_lock
+from ldm_dcn.launch import StopSignals, check_launch, run_lock, start_accelerator
 from ldm_dcn.run import Run, open_run
 from ldm_dcn.trainer import NonFinite, train
 from tiny import ROOT, environment, start, tiny_config, write_config
@@ -232,6 +233,20 @@ def test_training_outlives_a_disk_that_is_full_for_a_while(tmp_path: Path) -> No
     assert kept == [f"step-{step}" for step in (1, 2, 3, 4, 8)] and saved_step(config) == 8
     assert [line["step"] for line in metrics.read(config.folder / "metrics.jsonl")] == list(range(1, 9))
     assert load_model(config.folder).step == 8
+
+
+def test_processes_wait_for_the_one_that_saves_or_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than the ten minutes after which NCCL ends a run."""
+    told: list[object] = []
+
+    def accelerator(kwargs_handlers: list[object], **_: object) -> SimpleNamespace:
+        told.extend(kwargs_handlers)
+        return SimpleNamespace(num_processes=1)
+
+    monkeypatch.setattr(launch, "Accelerator", accelerator)
+    start_accelerator()
+    assert [handler.to_kwargs() for handler in told] == [{"timeout": launch.PATIENCE}]
+    assert launch.PATIENCE.total_seconds() >= 3600
 
 
 def on_both(path: Path, *overrides: str, second: Fault | None = None) -> list[int | None]:
