@@ -209,6 +209,10 @@ def test_a_process_that_is_gone_is_not_waited_for(images: Path, tmp_path: Path) 
     presence, other = Presence(tmp_path, 0), Presence(tmp_path, 1)
     with pytest.raises(UserError, match="another process is encoding into"):
         Presence(tmp_path, 1)
+    presence.leave()
+    with pytest.raises(UserError, match="another process is encoding into"):
+        Presence(tmp_path, 0, 1)  # a start with one, while the second of two lives on
+    presence = Presence(tmp_path, 0, 2)
     encode_shards(encoding, StopSignals())
     stop = StopSignals()
     stop.received = signal.SIGTERM
