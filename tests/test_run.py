@@ -31,7 +31,7 @@ from ldm_dcn.sampling import generate
 from ldm_dcn.swap import apply_swap, plan_swap
 from ldm_dcn.trainer import train, training_step
 from ldm_dcn.unet import build_unet, set_attention
-from tiny import UNET, on_two_processes, tiny_config, write_config
+from tiny import ROOT, UNET, on_two_processes, tiny_config, write_config
 
 
 @pytest.fixture(autouse=True)
@@ -481,6 +481,36 @@ def test_attention_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
             set_attention(unet, backend),
         ):
             pass
+
+
+def test_flash_attention_is_for_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grids and scores are drawn in fp32, and by an autoencoder whose attention no FlashAttention takes."""
+    monkeypatch.setattr(run_module, "_check_settings", lambda *_: None)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    allowed, real = {}, trainer.batch_loss
+
+    def note(what: str) -> None:
+        allowed[what] = torch.backends.cuda.math_sdp_enabled()
+
+    def loss(*arguments: object) -> torch.Tensor:
+        note("training")
+        return real(*arguments)
+
+    def draw(*_: object) -> dict[str, object]:
+        note("drawing")
+        return {}
+
+    monkeypatch.setattr(trainer, "batch_loss", loss)
+    config = tiny_config(tmp_path, "train.attention=flash", "train.steps=1", "train.score_every=1")
+    assert train(config, score=draw) == 0
+    assert allowed == {"training": False, "drawing": True}
+
+
+def test_flash_attention_in_fp32_is_refused() -> None:
+    gpu = SimpleNamespace(num_processes=1, device=SimpleNamespace(type="cuda"))
+    settings = load_config(ROOT / "configs" / "digits_unet.yaml", ["train.attention=flash"]).train
+    with pytest.raises(UserError, match=r"flash computes in 16 bits.*set train.precision=bf16"):
+        run_module._check_settings(settings, gpu)
 
 
 @pytest.mark.slow(why="compiles for two minutes")
