@@ -407,9 +407,7 @@ def run(options: argparse.Namespace) -> int:
             _check_place(out, options.images)
             facts.append(cache.digest(cache.meaning(encoding.plan)))
             cache.create(out)
-            presence = Presence(
-                out, accelerator.process_index, accelerator.num_processes if main else None
-            )
+            presence = Presence(out, accelerator.process_index, accelerator.num_processes if main else None)
             if main:
                 cache.begin(out, encoding.plan)
                 cache.check_room(out, _needed(encoding))
