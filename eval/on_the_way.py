@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ldm_dcn.cache import is_cache
 from ldm_dcn.config import Config
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import Model
@@ -27,6 +28,16 @@ class OnTheWay:
             raise UserError(
                 "train.score_every is on and sample.score_extractor is not set; set it to digits, inception:WEIGHTS_FILE, or "
                 "another that eval.fid takes"
+            )
+        if config.data.condition == "text":
+            raise UserError(
+                "train.score_every draws from classes, and data.condition=text; set train.score_every=0, and score what "
+                "sample.py --npz draws from prompts with eval.fid"
+            )
+        if settings.score_reference is None and is_cache(config.data.source):
+            raise UserError(
+                f"train.score_every is on and {config.data.source} is a latent cache, which holds no images to compare with; set "
+                "sample.score_reference to the images that it was made of, or to statistics of theirs (eval.fid --save-statistics)"
             )
         self._settings = settings
         self._reference_name = settings.score_reference or config.data.source

@@ -158,7 +158,7 @@ def _samples(path: str) -> dict[str, dict[str, tuple[int, int]]]:
                     raise UserError(f"{path} holds {member.name} twice; give every sample a name of its own")
                 files[suffix.lower()] = (member.offset_data, member.size)
             end = tar.offset
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:  # the last: sizes beyond 64 bits
         raise UserError(f"{path} cannot be read as a tar ({error}); {mend}") from None
     # tarfile takes a damaged header for the end of the archive; a true end is a block of zeros
     mark = _read_at(path, end, BLOCK, exactly=False)

@@ -97,8 +97,11 @@ def recover(final: Path) -> None:
     _remove(old)
 
 
-def verify(folder: Path) -> None:
-    """Raise `Damaged`, naming the file and what is wrong, unless `folder` is what its manifest says."""
+def verify(folder: Path, but: str | None = None) -> None:
+    """Raise `Damaged`, naming the file and what is wrong, unless `folder` is what its manifest says.
+
+    The file `but` may be another, or not there.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
@@ -107,7 +110,9 @@ def verify(folder: Path) -> None:
                 "that wrote it"
             )
         files = {
-            str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
+            str(name): (int(entry["size"]), str(entry["sha256"]))
+            for name, entry in manifest["files"].items()
+            if name != but
         }
     except FileNotFoundError:
         raise Damaged(f"{folder} is incomplete: it has no {MANIFEST}") from None
@@ -228,7 +233,7 @@ def save(
 
 
 def _discard_all_but(root: Path, keep: int) -> None:
-    for old in _steps(root)[keep:]:
+    for old in saved_steps(root)[keep:]:
         discard(root / f"step-{old}")
 
 
@@ -238,7 +243,7 @@ def _no_room(final: Path, needed: int, keep: int) -> str:
     room = f"it takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"
     if needed > free:
         room += f", {(needed - free) / 1e6:.1f} MB too few"
-    older = [final.parent / f"step-{step}" for step in _steps(final.parent)[1:]]
+    older = [final.parent / f"step-{step}" for step in saved_steps(final.parent)[1:]]
     gained = sum(file.stat().st_size for folder in older for file in folder.glob("*"))
     mend = "free some space"
     if keep > 1 and older and free + gained >= needed:
@@ -285,7 +290,7 @@ def newest(root: Path, report: Callable[[str], None]) -> Path | None:
     starting again from nothing must be the user's decision.
     """
     damaged: dict[Path, str] = {}
-    for step in _steps(root):
+    for step in saved_steps(root):
         folder = root / f"step-{step}"
         try:
             verify(folder)
@@ -323,7 +328,8 @@ def discard(folder: Path) -> None:
     _remove(doomed)
 
 
-def _steps(root: Path) -> list[int]:
+def saved_steps(root: Path) -> list[int]:
+    """The steps of the folders step-N in `root`, the newest first."""
     if not root.is_dir():
         return []
     found = (_STEP.fullmatch(path.name) for path in root.iterdir() if path.is_dir())

@@ -17,6 +17,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -35,6 +36,7 @@ from . import cache
 from .autoencoder import Autoencoder, load_autoencoder
 from .cache import LatentCache, Range
 from .data import open_dataset
+from .device import choose_device
 from .errors import Parser, UserError, exit_on_user_error
 from .images import LOOK_ON, PREPROCESSING, BadImage, Images, name_bad, to_float
 from .launch import REQUEUE, StopSignals, start_accelerator
@@ -298,11 +300,18 @@ class Presence:
     The operating system lets go of it however the process ends.
     """
 
-    def __init__(self, out: Path, rank: int) -> None:
+    def __init__(self, out: Path, rank: int, processes: int | None = None) -> None:
+        """`processes` is how many there are, from the main one: it looks for those left of a start with more."""
         self._out = out
         self._held = self._take(rank, "a+")
-        if self._held is False:
+        left = () if processes is None else self._ranks_from(processes)
+        if self._held is False or any(self._take(other, "r") is False for other in left):
+            self.leave()
             raise UserError(f"another process is encoding into {out}; wait for it, or name another folder")
+
+    def _ranks_from(self, first: int) -> list[int]:
+        found = (re.fullmatch(r"\.process-(\d+)\.lock", path.name) for path in self._out.iterdir())
+        return [int(match[1]) for match in found if match and int(match[1]) >= first]
 
     def is_there(self, rank: int) -> bool:
         file = self._take(rank, "r")
@@ -387,7 +396,7 @@ def _agreed(accelerator: Any, facts: list[str]) -> Iterator[None]:
 def run(options: argparse.Namespace) -> int:
     """Encode; returns the exit code."""
     accelerator = start_accelerator()
-    device = torch.device(options.device) if options.device else accelerator.device
+    device = choose_device(options.device) if options.device else accelerator.device
     main = accelerator.is_main_process
     out, presence, facts = Path(options.out), None, []
     with StopSignals() as stop, warnings.catch_warnings():
@@ -398,7 +407,7 @@ def run(options: argparse.Namespace) -> int:
             _check_place(out, options.images)
             facts.append(cache.digest(cache.meaning(encoding.plan)))
             cache.create(out)
-            presence = Presence(out, accelerator.process_index)
+            presence = Presence(out, accelerator.process_index, accelerator.num_processes if main else None)
             if main:
                 cache.begin(out, encoding.plan)
                 cache.check_room(out, _needed(encoding))

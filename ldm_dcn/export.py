@@ -8,7 +8,7 @@ export/
   scheduler/scheduler_config.json the noise schedule, for diffusers
   autoencoder.json                which autoencoder, and its fingerprint: another one is refused
   run.json                        name, step, the run's config, and the tags that belong next to every number
-  README.md                       the model card
+  README.md                       the model card, for people: it may be edited, or stay behind
   manifest.json                   sizes and hashes of the above
 """
 
@@ -43,6 +43,7 @@ from .unet import load_unet
 FORMAT = 2
 EXPORT = "export"
 INDEX = "model_index.json"
+CARD = "README.md"
 
 
 @dataclass
@@ -125,7 +126,7 @@ def save_export(folder: Path, model: Model) -> None:
                 **conditioning,
             },
         )
-        (new / "README.md").write_text(model_card(model), encoding="utf-8")
+        (new / CARD).write_text(model_card(model), encoding="utf-8")
 
 
 def _save_conditioning(model: Model, folder: Path) -> dict[str, list[str]]:
@@ -202,7 +203,7 @@ def load_model(
     folder = _find(path)
     if (folder / MANIFEST).exists():
         try:
-            verify(folder)
+            verify(folder, but=CARD)
         except Damaged as error:
             raise Damaged(
                 f"{error}; copy or download it again, or delete {folder} and start its run again, which makes it anew"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +30,16 @@ CLASS_NAMES = "class-names"  # in the place of a field: an image's caption is th
 BAD_NAMED = 3  # broken files that an error names; the rest are counted
 LOOK_ON = 2000  # files still looked at after one too many was broken, so that one run finds them all in a small folder
 
-# Pillow raises SyntaxError for a broken PNG chunk and ValueError for some truncated headers.
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
+# Pillow raises SyntaxError for a broken PNG chunk, ValueError for some truncated headers, struct.error for damaged EXIF.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    MemoryError,
+    Image.DecompressionBombError,
+    struct.error,
+)
 _STREAM = re.compile(r"'?<_io\.BytesIO object at \w+>'?")  # an address in memory would differ in every run
 
 
@@ -225,13 +234,20 @@ def to_float(pixels: Tensor) -> Tensor:
 def decode_picture(file: str | io.BytesIO, image_size: int, image_channels: int) -> Tensor:
     """One picture as uint8 (c, image_size, image_size). Raises OSError or ValueError when it is broken."""
     with Image.open(file) as picture:
-        if picture.width * picture.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
-            raise ValueError(f"{picture.width}x{picture.height} pixels, more than {Image.MAX_IMAGE_PIXELS:,}")
+        _check_pixels(picture, max(1.0, image_size / max(1, min(picture.size))))
         picture.load()
         upright = ImageOps.exif_transpose(picture)
         square = centre_crop(_to_8_bit(upright, "L" if image_channels == 1 else "RGB"), image_size)
     array = np.array(square)
     return torch.from_numpy(array if array.ndim == 3 else array[:, :, None]).permute(2, 0, 1).contiguous()
+
+
+def _check_pixels(picture: Image.Image, enlarged: float) -> None:
+    """Raise ValueError for a picture that would fill the memory: a line of pixels does, `enlarged` before it is cropped."""
+    width, height = picture.size
+    if width * height * enlarged**2 > (Image.MAX_IMAGE_PIXELS or float("inf")):
+        what = f", {enlarged:.0f} times as wide and as high to be cropped" if enlarged > 1 else " pixels"
+        raise ValueError(f"{width}x{height}{what}, more than {Image.MAX_IMAGE_PIXELS:,}")
 
 
 def _to_8_bit(picture: Image.Image, mode: str) -> Image.Image:

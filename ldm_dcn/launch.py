@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from .errors import UserError, explain
 from .files import existing_folder
@@ -20,6 +23,11 @@ from .files import existing_folder
 REQUEUE = int(getattr(signal, "SIGUSR1", 0))  # what batch systems send to a job that they will start again
 # What torchrun and the MPI launchers tell a process about the number of its peers; accelerate reads the same.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# How long processes wait for the one that checks, saves, draws or scores for all: NCCL's own ten minutes would end the
+# run. One that died is noticed by the launcher at once.
+PATIENCE = timedelta(hours=3)
+# What file systems without locks answer: Lustre, unless mounted with flock, and some of NFS.
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def start_accelerator() -> Accelerator:
@@ -34,7 +42,10 @@ def start_accelerator() -> Accelerator:
     check_plugins(os.environ)
     if not can_join(os.environ):
         check_launch(1, os.environ, sys.argv)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[patience]
+    )
     check_launch(accelerator.num_processes, os.environ, sys.argv)
     return accelerator
 
@@ -118,7 +129,20 @@ def _locked(path: Path) -> IO[str]:
             ) from None
         except FileNotFoundError:
             pass
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            _say_unlocked(path.parent)
+            return file
         file.close()  # a refused start took its lock away as we opened it
+
+
+def _say_unlocked(folder: Path) -> None:
+    print(
+        f"warning: the file system of {folder} has no locks; see to it that nothing else trains there",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _remove_empty(folder: Path, until: Path) -> None:
@@ -130,6 +154,19 @@ def _remove_empty(folder: Path, until: Path) -> None:
         while place != until:
             place.rmdir()  # refuses a folder that is not empty
             place = place.parent
+
+
+@contextmanager
+def leaving_on_requeue() -> Iterator[None]:
+    """Inside, SIGUSR1 ends the process with exit code 0: there is nothing to save yet, or all of it is saved."""
+    if not REQUEUE:
+        yield
+        return
+    before = signal.signal(REQUEUE, lambda *_: sys.exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(REQUEUE, before)
 
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, *((signal.SIGUSR1,) if REQUEUE else ()))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from .checkpoint import Damaged, verify
+from .checkpoint import Damaged, saved_steps, verify
 from .ema import mixture
 from .errors import Parser, UserError, exit_on_user_error
 from .export import check_export_place, load_model, save_export
@@ -24,7 +24,7 @@ def synthesise(run: Path, width: float, step: int | None = None) -> tuple[dict[s
     Sums over all snapshots up to `step`, in the proportions of `ldm_dcn.ema.mixture`. Raises `UserError` where there are
     none, or one is damaged.
     """
-    folders = {int(p.name.removeprefix("step-")): p for p in (run / "averages").glob("step-*")}
+    folders = {at: run / "averages" / f"step-{at}" for at in saved_steps(run / "averages")}
     step = max(folders, default=0) if step is None else step
     files = [
         (at, float(file.stem.removeprefix("width-")), file)

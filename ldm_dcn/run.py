@@ -36,7 +36,14 @@ from .metrics import MetricsLog, read
 from .parallel import Optimizer, in_shares_of, replicate, reshard, shard, state_of, whole
 from .sampling import generate
 from .swap import apply_swap, plan_swap, swapped_sites
-from .unet import build_unet, empty_twin, load_pretrained_unet, set_attention, swap_options
+from .unet import (
+    any_attention,
+    build_unet,
+    empty_twin,
+    load_pretrained_unet,
+    set_attention,
+    swap_options,
+)
 from .zero import Zero, import_deepspeed
 
 GRID_ROWS = 10  # classes at most in the grids drawn on the way
@@ -358,9 +365,9 @@ class Run:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The denoiser has the averaged weights inside."""
+        """The denoiser has the averaged weights inside, and draws with any attention there is."""
         reshard(self.model)
-        with self.averages[0].in_place():
+        with self.averages[0].in_place(), any_attention(self.config.train.attention):
             yield
             reshard(self.model)
 
@@ -583,6 +590,11 @@ def _check_settings(settings: TrainConfig, accelerator: Accelerator) -> None:
     if settings.attention != "sdpa" and accelerator.device.type != "cuda":
         raise UserError(
             f"train.attention={settings.attention} needs a CUDA GPU, and there is none; use train.attention=sdpa"
+        )
+    if settings.attention == "flash" and settings.precision == "fp32":
+        raise UserError(
+            "train.attention=flash computes in 16 bits, and train.precision=fp32; set train.precision=bf16, or "
+            "train.attention=sdpa"
         )
     if settings.parallel != "ddp" and (settings.match_steps or settings.new_only_steps):
         raise UserError(
@@ -874,6 +886,11 @@ def _restore(run: Run, tensors: dict[str, dict[str, torch.Tensor]], facts: dict[
             "bring the data back, or choose another run.name"
         )
     _load(run.denoiser.state_dict(), tensors["model"])
+    if len(run.averages) > sum(name in tensors for name in EMA_GROUPS):
+        raise UserError(
+            f"{run.config.folder} keeps one average of its weights and train.ema=power takes two; set train.ema=constant, or "
+            "choose another run.name"
+        )
     for name, average in zip(EMA_GROUPS, run.averages, strict=False):
         _load(average.shadow, tensors[name])
     parameters = dict(run.denoiser.named_parameters())

@@ -10,7 +10,7 @@ import torch
 from . import diffusion, randomness
 from .config import Config, TrainConfig
 from .errors import UserError
-from .launch import REQUEUE, StopSignals
+from .launch import REQUEUE, StopSignals, leaving_on_requeue
 from .parallel import gradients, gradients_exchanged
 from .run import Batch, Run, Score, open_run
 
@@ -30,7 +30,7 @@ def train(config: Config, allow_change: Sequence[str] = (), score: Score | None 
 
     SIGUSR1 saves and returns 0: schedulers that send it start the same command again.
     """
-    with open_run(config, allow_change, score) as run, StopSignals() as stop:
+    with leaving_on_requeue(), open_run(config, allow_change, score) as run, StopSignals() as stop:
         run.stop = stop
         while not run.finished:
             run.enter_phase()
@@ -57,8 +57,8 @@ def train(config: Config, allow_change: Sequence[str] = (), score: Score | None 
 def training_step(run: Run, stop: StopSignals) -> float | None:
     """One optimiser step on one global batch; returns the batch's mean loss over all processes.
 
-    Where the loss or the gradient is NaN or infinite the weights do not change. Returns None where that was fp16's
-    range: the loss scale is halved, and the same step comes again. Else NaN, for a batch that
+    Where the loss or the gradient is NaN or infinite the weights do not change. Returns None where the gradient may have
+    left fp16's range: the loss scale is halved, and the same step comes again. Else NaN, for a batch that
     `train.skip_non_finite` leaves out; or raises `NonFinite`.
     """
     settings, state = run.config.train, run.state
@@ -134,7 +134,7 @@ def _not_taken(run: Run, loss: float) -> float | None:
     """What becomes of a step whose loss or gradient is not finite. Decided alike in every process."""
     state, settings = run.state, run.config.train
     run.optimizer.zero_grad()
-    if state.loss_scale > 1:
+    if math.isfinite(loss) and state.loss_scale > 1:  # no scale mends a loss that is none
         state.loss_scale /= 2
         state.overflows += 1
         state.overflow_step = state.step

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,13 @@ PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 }
 
 _CLASSES = (UNet2DConditionModel, UNet2DModel, DCNUNet2DConditionModel, DCNUNet2DModel)
+# Drawing computes in fp32, and the autoencoder's one head is wider than FlashAttention takes.
+ANY_ATTENTION = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+]
 LOADABLE = {cls.__name__: cls for cls in _CLASSES}
 
 
@@ -122,6 +129,11 @@ def set_attention(unet: nn.Module, backend: str) -> Iterator[None]:
         raise UserError("train.attention=flash: this PyTorch was built without it; use train.attention=sdpa")
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         yield
+
+
+def any_attention(backend: str) -> AbstractContextManager[None]:
+    """Lift, inside `set_attention`, what `backend` asks for: for whatever is not training."""
+    return sdpa_kernel(ANY_ATTENTION) if backend == "flash" else nullcontext()
 
 
 def _check_keys(what: str, given: Mapping[str, Any], function: Callable[..., Any]) -> None:

@@ -103,6 +103,15 @@ def test_broken_samples_are_noted(tmp_path: Path) -> None:
     assert "0x" not in images.bad[2].reason  # no address, which would differ in every run
 
 
+def of_size(tar: bytes, size: int) -> bytes:
+    """`tar` whose first file says to be of that size, in the notation for large ones and with a right checksum."""
+    header = bytearray(tar[:512])
+    header[124:136] = b"\x80" + size.to_bytes(11, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + tar[512:]
+
+
 def test_damaged_tars_are_named(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {f"{i}.png": png(i) for i in range(4)})
     whole = path.read_bytes()
@@ -115,6 +124,7 @@ def test_damaged_tars_are_named(tmp_path: Path) -> None:
         "in the last picture": whole[: header + 512 + 10],
         "a flipped byte in the first header": bytes([whole[0] ^ 1]) + whole[1:],
         "a flipped byte in a header": whole[: header + 3] + b"X" + whole[header + 4 :],
+        "a size beyond 64 bits": of_size(whole, 2**80),
         "nothing": b"",
         "a web page": b"<html>" * 300,
     }

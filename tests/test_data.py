@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from ldm_dcn.autoencoder import load_autoencoder, to_uint8
 from ldm_dcn.data import centre_crop, encode_dataset, open_dataset, rank_in_class, split_indices, to_float
@@ -243,6 +244,27 @@ def test_a_picture_of_too_many_pixels_is_broken(tmp_path, monkeypatch):
         pytest.raises(UserError, match=r"bomb\.png.*more than 1,000"),
     ):
         open_dataset(tmp_path, image_size=8).images([0])
+
+
+def test_damaged_exif_is_a_broken_picture(tmp_path, monkeypatch):
+    """Pillow fails in this way on one damaged JPEG in some hundred; which depends on its version."""
+    picture(12, 12).save(tmp_path / "exif.jpg")
+
+    def fail(_):
+        raise struct.error("required argument is not an integer")
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
+    (bad,) = open_dataset(tmp_path, image_size=8).try_read([0])
+    assert bad.path.endswith("exif.jpg") and bad.reason == "required argument is not an integer"
+
+
+def test_a_line_of_pixels_does_not_fill_the_memory(tmp_path):
+    """Its short side would become 256 pixels, its long side 10 million, before the crop: 8 GB."""
+    Image.new("1", (1, 40_000)).save(tmp_path / "line.png")
+    Image.new("L", (3, 300), 7).save(tmp_path / "thin.png")
+    line, thin = open_dataset(tmp_path, image_size=256).try_read([0, 1])
+    assert "1x40000, 256 times as wide and as high to be cropped, more than 89," in line.reason
+    assert thin.shape == (3, 256, 256) and bool((thin == 7).all())
 
 
 # --------------------------------------------------------------------------------------------------- latents

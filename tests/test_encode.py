@@ -209,6 +209,10 @@ def test_a_process_that_is_gone_is_not_waited_for(images: Path, tmp_path: Path) 
     presence, other = Presence(tmp_path, 0), Presence(tmp_path, 1)
     with pytest.raises(UserError, match="another process is encoding into"):
         Presence(tmp_path, 1)
+    presence.leave()
+    with pytest.raises(UserError, match="another process is encoding into"):
+        Presence(tmp_path, 0, 1)  # a start with one, while the second of two lives on
+    presence = Presence(tmp_path, 0, 2)
     encode_shards(encoding, StopSignals())
     stop = StopSignals()
     stop.received = signal.SIGTERM
@@ -362,6 +366,7 @@ def test_the_command_in_this_process(
         ([str(images), str(images / "a" / "cache"), *settings], "would lie in the images' own folder"),
         ([str(images), str(tmp_path / "new"), *settings, "--captions", "text"], "--text-encoder"),
         ([str(tmp_path / "none"), str(tmp_path / "new"), *settings], "neither a folder"),
+        ([str(images), str(tmp_path / "new"), *settings, "--device", "gpu"], "device 'gpu' cannot be used"),
         (["--verify", str(images)], "no latent cache"),
     ]:
         with pytest.raises(SystemExit) as left:

@@ -18,17 +18,18 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from ldm_dcn import checkpoint, hub, metrics, posthoc_ema, trainer
+from ldm_dcn import checkpoint, hub, launch, metrics, posthoc_ema, trainer
 from ldm_dcn.checkpoint import verify
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.errors import UserError
-from ldm_dcn.export import load_model
-from ldm_dcn.launch import StopSignals, check_launch, run_lock
+from ldm_dcn.export import CARD, load_model
+from ldm_dcn.launch import StopSignals, check_launch, run_lock, start_accelerator
 from ldm_dcn.run import Run, open_run
 from ldm_dcn.trainer import NonFinite, train
 from tiny import ROOT, environment, start, tiny_config, write_config
@@ -232,6 +233,20 @@ def test_training_outlives_a_disk_that_is_full_for_a_while(tmp_path: Path) -> No
     assert kept == [f"step-{step}" for step in (1, 2, 3, 4, 8)] and saved_step(config) == 8
     assert [line["step"] for line in metrics.read(config.folder / "metrics.jsonl")] == list(range(1, 9))
     assert load_model(config.folder).step == 8
+
+
+def test_processes_wait_for_the_one_that_saves_or_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than the ten minutes after which NCCL ends a run."""
+    told: list[object] = []
+
+    def accelerator(kwargs_handlers: list[object], **_: object) -> SimpleNamespace:
+        told.extend(kwargs_handlers)
+        return SimpleNamespace(num_processes=1)
+
+    monkeypatch.setattr(launch, "Accelerator", accelerator)
+    start_accelerator()
+    assert [handler.to_kwargs() for handler in told] == [{"timeout": launch.PATIENCE}]
+    assert launch.PATIENCE.total_seconds() >= 3600
 
 
 def on_both(path: Path, *overrides: str, second: Fault | None = None) -> list[int | None]:
@@ -471,6 +486,27 @@ def test_a_hub_id_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch,
     assert "holds no model_index.json" in refusal("somebody/model")
 
 
+@pytest.mark.parametrize("card", [None, "# Edited on the hub\n"])
+def test_an_export_from_the_hub_is_loaded_without_its_card_or_with_another(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, card: str | None
+) -> None:
+    import huggingface_hub
+
+    def download(hub_id: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        wanted = [p for p in export.rglob("*") if any(p.match(pattern) for pattern in allow_patterns)]
+        for path in wanted:
+            copy = tmp_path / "snapshot" / path.relative_to(export)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+        if card is not None:
+            (tmp_path / "snapshot" / "README.md").write_text(card)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(hub, "ask", lambda _: None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert load_model("somebody/model").step == 1
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "expected"),
     [
@@ -558,6 +594,10 @@ def test_damage_in_every_file_of_a_run_is_named_with_its_mend(
             whole = file.read_bytes()
             damage(file)
             named = folder if file.name == "manifest.json" else file
+            if file.name == CARD:
+                assert load_model(config.folder).step == 8  # people may edit it
+                file.write_bytes(whole)
+                continue
             if place == "export":
                 with pytest.raises(UserError) as caught:
                     load_model(config.folder)
@@ -580,7 +620,6 @@ def test_damage_in_every_file_of_a_run_is_named_with_its_mend(
         "ema.safetensors",
         "ema_2.safetensors",
         "state.json",
-        "README.md",
     }
     assert seen >= {"config.json", "scheduler_config.json", "autoencoder.json", "run.json", "manifest.json"}
     assert load_model(config.folder).step == 8 and train(config) == 0

@@ -514,6 +514,20 @@ def test_a_lock_that_was_taken_away_is_not_held(tmp_path: Path) -> None:
     assert len(calls) == 2
 
 
+def test_a_file_system_without_locks_trains_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with launch.run_lock(tmp_path / "run"):
+        (tmp_path / "run" / "config.yaml").touch()
+    assert f"warning: the file system of {tmp_path / 'run'} has no locks" in capsys.readouterr().err
+
+
 def test_lines_that_are_no_metrics_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     wrong = [

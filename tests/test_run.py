@@ -31,7 +31,7 @@ from ldm_dcn.sampling import generate
 from ldm_dcn.swap import apply_swap, plan_swap
 from ldm_dcn.trainer import train, training_step
 from ldm_dcn.unet import build_unet, set_attention
-from tiny import UNET, on_two_processes, tiny_config, write_config
+from tiny import ROOT, UNET, on_two_processes, tiny_config, write_config
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +137,17 @@ def test_batches_with_nan_are_left_out_as_often_as_allowed(tmp_path: Path) -> No
     assert (config.folder / "nonfinite-step-1.json").exists()
 
 
+def test_fp16_does_not_take_a_broken_sample_for_an_overflow(tmp_path: Path) -> None:
+    """The loss scale stays: at 1, where halving for it would end, gradients vanish for thousands of steps."""
+    config = tiny_config(tmp_path, "train.precision=fp16", "train.skip_non_finite=1")
+    with open_run(config) as run:
+        bad_step(run, 0)
+        loss = training_step(run, StopSignals())
+        assert loss is not None and math.isnan(loss)
+        assert run.state.left_out == 1 and run.state.overflows == 0
+        assert run.state.loss_scale == 2.0**16
+
+
 def bad_step(run: Run, step: int) -> None:
     run.latents.moments[run.order[run.positions(step, 0)][2]] = float("nan")
 
@@ -166,11 +177,20 @@ def test_power_averages_resume_exactly_and_give_any_width_afterwards(tmp_path: P
     assert posthoc_ema.main([str(whole.folder), "--width", "0.1", "--out", str(out)]) == 0
     kept = load_file(whole.folder / "checkpoints" / "step-16" / "ema_2.safetensors")
     made = load_model(out)
+    (whole.folder / "averages" / "step-16.copy").mkdir()  # is none of ours
+    assert posthoc_ema.main([str(whole.folder), "--width", "0.1", "--out", str(out)]) == 0
     for name, p in made.denoiser.named_parameters():
         torch.testing.assert_close(p, kept[name], rtol=2e-3, atol=2e-4)  # snapshots are fp16
     assert made.tags["weights"] == "power EMA 0.1, post hoc"
     with pytest.raises(UserError, match=r"no snapshot of step 5 \(there are: 4, 8, 12, 16\)"):
         posthoc_ema.main([str(whole.folder), "--width", "0.1", "--step", "5", "--out", str(out)])
+
+
+def test_a_second_average_is_not_made_up_at_a_resume(tmp_path: Path) -> None:
+    assert train(tiny_config(tmp_path, "train.steps=1")) == 0
+    power = tiny_config(tmp_path, "train.steps=2", "train.ema=power")
+    with pytest.raises(UserError, match=r"keeps one average .* takes two; set train.ema=constant"):
+        train(power, ["train.ema"])
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -205,6 +225,16 @@ def test_sigusr1_saves_and_asks_to_be_started_again(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(trainer, "training_step", interrupted)
     assert train(config) == 0
     assert checkpoint.newest(config.folder / "checkpoints", print).name == "step-5"
+
+
+def test_sigusr1_before_the_first_step_asks_to_be_started_again_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr(run_module, "encode_dataset", lambda *_: signal.raise_signal(signal.SIGUSR1))
+    with pytest.raises(SystemExit) as left:
+        train(tiny_config(tmp_path))
+    assert left.value.code == 0 and signal.getsignal(signal.SIGUSR1) is before
 
 
 def test_a_signal_ends_the_drawing_and_the_step_is_saved(
@@ -355,6 +385,27 @@ def test_scores_on_the_way_carry_their_tags(tmp_path: Path) -> None:
     json.dumps(lines(config))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("data.source={cache}",), "is a latent cache.*set sample.score_reference to the images"),
+        (("data.condition=text",), "data.condition=text; set train.score_every=0"),
+        (("sample.score_extractor=null",), "sample.score_extractor is not set; set it to"),
+    ],
+)
+def test_scores_that_cannot_be_had_are_refused_at_the_start(
+    tmp_path: Path, overrides: tuple[str, ...], expected: str
+) -> None:
+    from eval.on_the_way import OnTheWay
+
+    cache = tmp_path / "cache"
+    (cache / "shards").mkdir(parents=True)
+    (cache / "manifest.json").touch()
+    settings = ("sample.score_extractor=digits", *(text.format(cache=cache) for text in overrides))
+    with pytest.raises(UserError, match=expected):
+        OnTheWay(tiny_config(tmp_path, *settings))
+
+
 def test_train_scores_with_the_extractor_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -430,6 +481,36 @@ def test_attention_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
             set_attention(unet, backend),
         ):
             pass
+
+
+def test_flash_attention_is_for_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grids and scores are drawn in fp32, and by an autoencoder whose attention no FlashAttention takes."""
+    monkeypatch.setattr(run_module, "_check_settings", lambda *_: None)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    allowed, real = {}, trainer.batch_loss
+
+    def note(what: str) -> None:
+        allowed[what] = torch.backends.cuda.math_sdp_enabled()
+
+    def loss(*arguments: object) -> torch.Tensor:
+        note("training")
+        return real(*arguments)
+
+    def draw(*_: object) -> dict[str, object]:
+        note("drawing")
+        return {}
+
+    monkeypatch.setattr(trainer, "batch_loss", loss)
+    config = tiny_config(tmp_path, "train.attention=flash", "train.steps=1", "train.score_every=1")
+    assert train(config, score=draw) == 0
+    assert allowed == {"training": False, "drawing": True}
+
+
+def test_flash_attention_in_fp32_is_refused() -> None:
+    gpu = SimpleNamespace(num_processes=1, device=SimpleNamespace(type="cuda"))
+    settings = load_config(ROOT / "configs" / "digits_unet.yaml", ["train.attention=flash"]).train
+    with pytest.raises(UserError, match=r"flash computes in 16 bits.*set train.precision=bf16"):
+        run_module._check_settings(settings, gpu)
 
 
 @pytest.mark.slow(why="compiles for two minutes")
