@@ -118,6 +118,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "digits_compare": scores,
     "digits_throughput": throughput,
     "digits_study": study,
+    "ablations": study,
     "ablations_speed": ablations_speed,
     "operators_cpu": operators,
     "photographs_compare": scores,
