@@ -59,9 +59,11 @@ ablations: $(VENV)/installed
 	$(RUN) -m eval.ablations --device cpu --json benchmarks/results/ablations_speed.json
 
 report: $(VENV)/installed
-	$(RUN) -m eval.report --out report --study benchmarks/results/digits_study.json \
-	  --scores benchmarks/results/digits_compare.json --throughput benchmarks/results/digits_throughput.json \
-	  --operators benchmarks/results/operators_cpu.json
+	$(RUN) -m eval.report --out report \
+	  --study benchmarks/results/digits_study.json benchmarks/results/ablations.json \
+	  --scores benchmarks/results/digits_compare.json benchmarks/results/photographs_compare.json \
+	  --throughput benchmarks/results/digits_throughput.json --operators benchmarks/results/operators_cpu.json \
+	  --ablations benchmarks/results/ablations_speed.json
 
 # One process a core with one thread each: most of a test is Python, and two threads of two processes would wait for each other.
 test: $(VENV)/testable

@@ -278,7 +278,7 @@ class Summary:
 
 def permutation_test(a: Sequence[float], b: Sequence[float]) -> float:
     """Two-sided p value of the difference of means: the share of all ways to deal the values into two hands of these sizes that
-    differ at least as much (Fisher, 1935; exact). It cannot be below 2 / C(len(a) + len(b), len(a)) of two equal hands."""
+    differ at least as much (Fisher, 1935; exact). It cannot be below `least_p`."""
     pool = [*a, *b]
     total, count = math.fsum(pool), len(a)
 
@@ -289,6 +289,11 @@ def permutation_test(a: Sequence[float], b: Sequence[float]) -> float:
     observed = gap(a) * (1 - 1e-12)
     hands = [gap(hand) >= observed for hand in itertools.combinations(pool, count)]
     return sum(hands) / len(hands)
+
+
+def least_p(a: int, b: int) -> float:
+    """The smallest p value that hands of these sizes can have: equal ones can be exchanged, to the same difference."""
+    return (2 if a == b else 1) / math.comb(a + b, a)
 
 
 def summaries(
@@ -328,7 +333,7 @@ def tables(content: dict[str, Any]) -> str:
     seconds = sum(r["training_cpu_seconds"] + r["scoring_cpu_seconds"] for r in records)
     texts.append(
         f"\nMean ± standard deviation over seeds; p: exact permutation test against the first column, * below {SIGNIFICANT}, not "
-        f"corrected for the number of comparisons. {len(records)} runs, {seconds / 60:.0f} processor minutes in all."
+        f"corrected for the number of tests: {in_all(content)}. {len(records)} runs, {seconds / 60:.0f} processor minutes in all."
     )
     return "\n".join(texts)
 
@@ -391,8 +396,11 @@ def verdicts(content: dict[str, Any]) -> list[str]:
                     if summary.p is None:
                         continue
                     better = (summary.difference > 0) == more_is_better
+                    base = summaries(records, names[:1], f"{scale:g}", score)[names[0]]
                     kind = (
-                        "no difference shown in"
+                        "too few seeds to tell in"
+                        if least_p(len(base.values), len(summary.values)) >= SIGNIFICANT
+                        else "no difference shown in"
                         if summary.p >= SIGNIFICANT
                         else "better in"
                         if better
@@ -404,6 +412,23 @@ def verdicts(content: dict[str, Any]) -> list[str]:
                 own, first = (study.variants[n].label or n for n in (name, names[0]))
                 sentences.append(f"{title}, guidance {scale:g}: {own} against {first}: {said}")
     return sentences
+
+
+def in_all(content: dict[str, Any]) -> str:
+    """How many tests the study makes, and what remains of its stars by Holm's rule (1979), which asks for them all together."""
+    study, records = Study.model_validate(content["study"]), content["runs"]
+    scores = [score for score in SCORES if score != "fd_of_noise"]  # the same test as of FD
+    found = (
+        summary.p
+        for names in comparisons_of(study).values()
+        for scale in study.scoring.guidance
+        for score in scores
+        for summary in summaries(records, names, f"{scale:g}", score).values()
+    )
+    ps = sorted(p for p in found if p is not None)
+    starred = sum(p < SIGNIFICANT for p in ps)
+    remaining = next((i for i, p in enumerate(ps) if p * (len(ps) - i) >= SIGNIFICANT), len(ps))
+    return f"{len(ps)} tests, {starred} below {SIGNIFICANT}, {remaining} by Holm's rule over all"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

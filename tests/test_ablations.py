@@ -10,6 +10,7 @@ import torch
 from dcnv4_ext import native
 from eval import ablations
 from eval.peers import Case, Ours, Shape
+from eval.report import __main__ as page
 
 
 def test_every_ablation_is_measured(tmp_path, capsys):
@@ -61,3 +62,23 @@ def test_mistakes(tmp_path, capsys):
         with pytest.raises(SystemExit) as leaving:
             ablations.main(["--device", "cpu", *arguments])
         assert leaving.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_the_report_shows_them(tmp_path, capsys):
+    file = tmp_path / "speed.json"
+    shared = {"level": "module", "direction": "forward", "dtype": "float32", "sigma": 2.0}
+    records = [
+        {**shared, "shape": shape, "seconds": {"dcnv4": 1.0, "with softmax": seconds}}
+        for shape, seconds in (("1x4x4x32", 2.0), ("1x8x8x32", 8.0))
+    ]
+    made = {"command": "ablations.py --device cpu", "cpu": "a processor", "threads": 3}
+    file.write_text(json.dumps({"records": records, "environment": made}))
+    page.main(["--ablations", str(file), "--out", str(tmp_path / "page")])
+    text = (tmp_path / "page" / "index.html").read_text()
+    for said in ("What each choice costs", "4.00x", "with softmax", "<td>8.00</td>", "python -m eval.ablations --device cpu",
+                 "a processor, 3 threads", "sigma 2 px"):  # fmt: skip
+        assert said in text, said
+    file.write_text("{}")
+    with pytest.raises(SystemExit):
+        page.main(["--ablations", str(file), "--out", str(tmp_path / "page")])
+    assert "no file of eval.ablations" in capsys.readouterr().err

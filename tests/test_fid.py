@@ -80,6 +80,11 @@ def test_inputs_that_cannot_be_scored_are_refused(tmp_path, digits):
     (tmp_path / "single.npy").rename(tmp_path / "single.npz")
     nan = (grey / 255).astype(np.float32)
     nan[2, 5] = np.nan
+    cut = folder("cut_png", *[(32, 32)] * 20)
+    Image.fromarray(images[0, 0].numpy()).save(Path(cut, "7.png"))
+    Path(cut, "7.png").write_bytes(Path(cut, "7.png").read_bytes()[:200])
+    with pytest.raises(UserError, match=r"7\.png cannot be read \(.*\); delete or repair it$"):
+        fid.evaluate([cut], reference=cut, progress=False)
     cases = {
         folder("eight", *[(32, 32)] * 8): "8 images, too few",
         str(tmp_path / "cut.npz"): "cannot be read",

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from eval import study
 from ldm_dcn.config import load_config, valid_keys
 from tiny import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+EVIDENCE = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
 
 
@@ -45,6 +48,55 @@ def test_results_say_what_made_them(readme: ModuleType) -> None:
             made_with["command"] and made_with["versions"]["torch"] and (made_with["gpu"] or made_with["cpu"])
         )
         assert path.name in texts, f"{path.name} is named in no text"
+
+
+def test_the_report_is_of_all_results(readme: ModuleType) -> None:
+    """`make report` leaves no file of results out."""
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nreport:")[2].partition("\n\n")[0]
+    names = {path.name for path in readme.RESULTS.glob("*.json")}
+    assert [name for name in sorted(names) if name not in recipe] == ["full_size_cpu.json"]
+
+
+def test_sentences_are_those_of_the_json(readme: ModuleType) -> None:
+    """What the texts say of the study beside its tables."""
+    content = json.loads((readme.RESULTS / "digits_study.json").read_text(encoding="utf-8"))
+    text = " ".join(README.split())
+    assert study.in_all(content) in text
+    ablations = json.loads((readme.RESULTS / "ablations.json").read_text(encoding="utf-8"))
+    assert study.in_all(ablations) in " ".join(EVIDENCE.split())
+    seeds = len(content["study"]["seeds"])
+    assert f"cannot be below {2 / math.comb(2 * seeds, seeds):.3f}" in text
+    worse = {}
+    for title, (first, *others) in content["study"]["comparisons"].items():
+        for score in ("fd", "precision", "recall", "class_accuracy"):
+            found = study.summaries(content["runs"], (first, *others), "1", score)
+            for name in others:
+                assert score != "fd" or (found[name].difference > 0 and found[name].p >= study.SIGNIFICANT)
+                if found[name].p < study.SIGNIFICANT and (found[name].difference < 0) != (score == "fd"):
+                    worse.setdefault(score, set()).add((title, name))
+    assert (
+        "The U-Net's mean FD is lower in both comparisons, by less than four seeds can tell from chance"
+        in text
+    )
+    assert {score: (len(where), {name for _, name in where}) for score, where in worse.items()} == {
+        "precision": (4, {"dcn_convs", "dcn_full"}),
+        "recall": (2, {"dcn_convs"}),
+        "class_accuracy": (2, {"dcn_full"}),
+    }
+    said = "precision is worse with DCNv4 in all four, recall with DCNv4 in the convolutions alone, class accuracy with DCNv4 in both."
+    assert said in text
+    photographs = json.loads((readme.RESULTS / "photographs_compare.json").read_text(encoding="utf-8"))
+    text = " ".join((ROOT / "docs" / "photographs.md").read_text(encoding="utf-8").split())
+    columns = {column["name"]: column for column in photographs["columns"]}
+    counts = f"{photographs['reference']['images']:,} crops to train on and {columns['held-out']['tags']['N']:,} held out"
+    unet, dcn = (columns[f"photographs_{name} g=1"]["tags"] for name in ("unet", "dcn"))
+    sizes = f"{unet['parameters'] / 1e6:.3f} M parameters for the U-Net and {dcn['parameters'] / 1e6:.3f} M with DCNv4"
+    nearest = f"are {columns['held-out']['scores']['nearest_neighbour']:.1f} grey levels from the nearest"
+    accuracy = f"and {columns['held-out']['scores']['class_accuracy']:.0%} of those held out".replace(
+        "%", " %"
+    )
+    for sentence in (counts, sizes, nearest, accuracy, f"{unet['step']} steps"):
+        assert sentence in text, sentence
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)

@@ -391,6 +391,31 @@ def test_axes_hold_their_values_and_end_on_round_numbers() -> None:
     assert plots.axis([1e-4, 3.0]).logarithmic and not plots.axis([1.0, 5.0]).logarithmic
 
 
+def test_series_of_one_colour_differ_in_shape() -> None:
+    """A study of ablations has more variants than there are colours."""
+    looks = {(plots.colour(index), plots.variety(index)) for index in range(20)}
+    assert len(looks) == 20
+    chart = plots.lines(
+        [plots.Series(str(i), [(0, i), (1, i + 1)]) for i in range(9)], x="x", y="y", title="t"
+    )
+    root = ElementTree.fromstring(f"<div>{chart}</div>")
+    signs = [(line.attrib["stroke"], line.attrib.get("stroke-dasharray")) for line in root.iter("polyline")]
+    keys = [
+        (line.attrib["stroke"], line.attrib.get("stroke-dasharray")) for line in root.findall("div//line")
+    ]
+    assert len(set(signs)) == 9 and signs == keys
+
+
+def test_values_and_names_beside_bars_fit_on_a_phone() -> None:
+    """Where letters are 15 units high (page.py), two thirds as wide on the average."""
+    rows = [("a row", {"a name that is longer than there is room": 97.99, "b": 1.0})]
+    for reference in (None, 1.0):
+        chart = plots.bars(rows, title="t", form=lambda v: f"{v:.2f}x", reference=reference)
+        (svg,) = (s for s in ElementTree.fromstring(f"<div>{chart}</div>").iter("svg") if "role" in s.attrib)
+        for text in svg.iter("text"):
+            assert float(text.attrib["x"]) + 15 * 0.56 * len(text.text) <= plots.WIDTH, text.text
+
+
 def test_smoothing_shifts_nothing() -> None:
     line = [(float(i), 2.0 * i) for i in range(50)]
     assert [x for x, _ in plots.smoothed(line, 7)] == [x for x, _ in line]

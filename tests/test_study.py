@@ -115,6 +115,8 @@ def test_the_permutation_test_is_exact():
         a, b = (torch.randn(n, generator=generator).double().tolist() for n in sizes)
         assert study.permutation_test(a, b) == pytest.approx(brute_force_p(a, b)), sizes
         assert study.permutation_test(b, a) == pytest.approx(brute_force_p(a, b)), sizes
+        apart = study.permutation_test(range(sizes[0]), range(100, 100 + sizes[1]))
+        assert apart == pytest.approx(study.least_p(*sizes)), sizes
 
 
 RUN = {
@@ -159,6 +161,7 @@ def results(folder: Path, a: Sequence[float], b: Sequence[float]) -> dict:
             }
             for name, t in (("a", 1.0), ("b", 1.5))
         ],
+        "settings": {"rounds": 2, "batch_size": 64, "precision": "fp32"},
         "environment": {"cpu": "a processor", "threads": 1},
     }
     environment = {"command": "study.py study.yaml", "cpu": "a processor", "threads": 1}
@@ -172,8 +175,15 @@ def test_tables_say_what_differs_and_what_does_not(tmp_path):
     assert "training time / first's" in table and "1.50" in table
     assert "8 runs, 8 processor minutes" in table
     assert study.verdicts(content) == ["pair, guidance 1: b against first: worse in FD, class accuracy"]
-    content = results(tmp_path, [0.1, 0.3], [0.2, 0.22])
+    content = results(tmp_path, [0.1, 0.3, 0.2, 0.15], [0.2, 0.22, 0.21, 0.14])
     assert study.verdicts(content) == ["pair, guidance 1: b against first: no difference shown in FD, class accuracy"]  # fmt: skip
+    # however far apart, three against three cannot be told apart: p is a tenth at least
+    content = results(tmp_path, [0.1, 0.12, 0.11], [9.2, 9.22, 9.21])
+    assert study.verdicts(content) == ["pair, guidance 1: b against first: too few seeds to tell in FD, class accuracy"]  # fmt: skip
+    # the nearest neighbours are equal: the third test
+    assert study.in_all(results(tmp_path, [0.1, 0.12, 0.11, 0.13], [0.2, 0.22, 0.21, 0.23])) == "3 tests, 2 below 0.05, 0 by Holm's rule over all"  # fmt: skip
+    many = results(tmp_path, [0.1, 0.12, 0.11, 0.13, 0.14], [0.2, 0.22, 0.21, 0.23, 0.24])
+    assert study.in_all(many) == "3 tests, 2 below 0.05, 2 by Holm's rule over all"
     alone = study.summaries(results(tmp_path, [0.1], [0.2])["runs"], ["a", "b"], "1", "fd")
     assert alone["b"].p is None and math.isnan(alone["b"].spread)
 
@@ -327,14 +337,37 @@ def test_a_report_of_results_alone(tmp_path):
     page = (tmp_path / "page" / "index.html").read_text()
     for text in (
         "p 0.100",
-        "no difference shown",
+        "too few seeds to tell",
         "python -m eval.study study.yaml",
-        "Quality against speed",
-        "N 40",
+        "3 tests, 0 below 0.05, 0 by Holm",
+        "Fréchet distance on the way",
+        "batch 64, fp32",
     ):
         assert text in page, text
+    (quality,) = (part for part in page.split("<figure") if "against the time of a training step" in part)
+    for told in ("Guidance 1", "weights beef", "resize none", "N 40", "reference digits", "dpm++ 1 steps", "sampling seed 0", "EMA 0.9"):  # fmt: skip
+        assert told in quality, told
     broken = tmp_path / "broken.json"
     broken.write_text('{"study": {}, "runs": []}')
     with pytest.raises(SystemExit):
         report(["--study", str(broken), "--out", str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()
+
+
+def test_more_variants_than_colours_stand_in_charts_by_comparison(tmp_path):
+    """And a study that measured no distance on the way says so."""
+    content = results(tmp_path, [0.1, 0.12], [0.2, 0.22])
+    names = [f"v{i}" for i in range(9)]
+    content["study"] |= {
+        "variants": {name: {"config": "tiny.yaml"} for name in names},
+        "comparisons": {"front": names[:5], "back": [names[0], *names[5:]]},
+    }
+    content["runs"] = [{**RUN, "variant": name, "seed": seed, "settings": ""} for name in names for seed in (0, 1)]  # fmt: skip
+    content["speed"] = {}
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(content))
+    report(["--study", str(file), "--out", str(tmp_path / "page")])
+    page = (tmp_path / "page" / "index.html").read_text()
+    for title in ("Loss, front", "Loss, back"):
+        assert page.count(f"<h4>{title}</h4>") == 1
+    assert page.count("Fréchet distance on the way: not measured") == 1

@@ -6,8 +6,8 @@
     python -m eval.report --study study.json                 from results alone, without the runs
 
 Sample grids and offset maps are drawn on the fly, a few images from the same seeds for all runs; losses come from the run
-folders. Scores and times come from the JSON of eval.fid, eval.throughput (also --profile), eval.operators and eval.study; what
-has no such file is called not measured. The page opens in a browser without a server or a network.
+folders. Scores and times come from the JSON of eval.fid, eval.throughput (also --profile), eval.operators, eval.ablations and
+eval.study; what has no such file is called not measured. The page opens in a browser without a server or a network.
 """
 
 from __future__ import annotations
@@ -27,13 +27,20 @@ from ldm_dcn.files import check_folder_place, replacing
 from ldm_dcn.sampling import SAMPLERS
 
 from ..environment import environment
-from . import grids, looks, networks, operators, scores, speed, studies, training
+from . import ablations, grids, looks, networks, operators, scores, speed, studies, training
 from .drawing import DEFAULT_LAYERS, Drawing, Watching
 from .inputs import Files, Run, open_runs, read_files
 from .markup import joined, tag
 from .page import page
 
 PAGE = "index.html"
+RESULTS = (
+    "--scores",
+    "--throughput",
+    "--operators",
+    "--study",
+    "--ablations",
+)  # options that change no picture
 MOST_ROWS = 5  # of a sample grid, where --labels is not given
 
 
@@ -64,6 +71,11 @@ def build(
         ("offsets", "Where DCNv4 looks", joined(*maps)),
         ("curves", "Training", training.curves(runs)),
     ] if runs else []  # fmt: skip
+    choices = (
+        [("ablations", "What each choice costs", ablations.ablations(files.ablations))]
+        if files.ablations
+        else []
+    )
     contents = [
         *([("studies", "Studies", studies.studies(files.studies))] if files.studies else []),
         *of_runs,
@@ -71,6 +83,7 @@ def build(
         ("quality", "Quality against speed", scores.quality(list(files.scores.values()))),
         ("speed", "Speed and size", speed.speed(files.throughput)),
         ("operators", "The operator beside its peers", operators.operators(files.operators)),
+        *choices,
     ]
     about = environment()
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
@@ -157,6 +170,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--operators", type=Path, nargs="+", default=[], metavar="JSON", help="of eval.operators"
     )
+    parser.add_argument(
+        "--ablations", type=Path, nargs="+", default=[], metavar="JSON", help="of eval.ablations"
+    )
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="default: report/")
     parser.add_argument(
         "--labels", type=int, nargs="+", metavar="L", help=f"rows of a grid (default: the first {MOST_ROWS})"
@@ -210,9 +226,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         watching = _watching(options)
         # Before the runs, whose loading may take long.
-        if not options.runs and not options.study:
+        if not options.runs and not options.study and not options.ablations:
             raise UserError("there is nothing to report; give a run folder, or --study JSON")
-        files = read_files(options.scores, options.throughput, options.operators, options.study)
+        files = read_files(
+            options.scores, options.throughput, options.operators, options.study, options.ablations
+        )
         runs = open_runs(options.runs, device=options.device, autoencoder=options.autoencoder)
         file = build(
             runs,
@@ -221,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             watching=watching,
             files=files,
             command=_command(given),
-            drawn_by=_command(_without(given, "--scores", "--throughput", "--operators", "--study", "--out")),
+            drawn_by=_command(_without(given, *RESULTS, "--out")),
         )
         pictures = len(list(options.out.glob("*.png")))
         print(

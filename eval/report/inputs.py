@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -138,6 +138,22 @@ class Operators(BaseModel):
     environment: dict[str, Any] = {}
 
 
+class AblationRecord(BaseModel):
+    level: str
+    shape: str
+    direction: str
+    dtype: str
+    sigma: float
+    seconds: dict[str, Annotated[float, Field(gt=0)]]
+
+
+class Ablations(BaseModel):
+    """What `eval.ablations --json` writes."""
+
+    records: list[AblationRecord] = Field(min_length=1)
+    environment: dict[str, Any] = {}
+
+
 class StudyRun(BaseModel):
     variant: str
     seed: int
@@ -166,6 +182,7 @@ _MAKERS = {
     Scores: ("eval.fid", "python -m eval.fid RUN --json"),
     Throughput: ("eval.throughput", "python -m eval.throughput MODEL --json"),
     Operators: ("eval.operators", "python -m eval.operators --json"),
+    Ablations: ("eval.ablations", "python -m eval.ablations --json"),
 }
 
 
@@ -193,10 +210,15 @@ class Files:
     throughput: list[Throughput]
     operators: list[Operators]
     studies: dict[Path, dict[str, Any]] = field(default_factory=dict)  # as eval.study reads them
+    ablations: list[Ablations] = field(default_factory=list)
 
 
 def read_files(
-    scores: list[Path], throughput: list[Path], operators: list[Path], studies: Sequence[Path] = ()
+    scores: list[Path],
+    throughput: list[Path],
+    operators: list[Path],
+    studies: Sequence[Path] = (),
+    ablations: Sequence[Path] = (),
 ) -> Files:
     for path in studies:
         read_file(path, StudyResults)
@@ -205,6 +227,7 @@ def read_files(
         [read_file(path, Throughput) for path in throughput],
         [read_file(path, Operators) for path in operators],
         {path: json.loads(path.read_text(encoding="utf-8")) for path in studies},
+        [read_file(path, Ablations) for path in ablations],
     )
 
 
@@ -214,7 +237,7 @@ def command_of(environment: dict[str, Any]) -> str | None:
     if not isinstance(command, str) or not command:
         return None
     program, _, arguments = command.partition(" ")
-    if program in ("fid.py", "throughput.py", "operators.py", "study.py"):
+    if program in ("fid.py", "throughput.py", "operators.py", "study.py", "ablations.py"):
         program = f"python -m eval.{program.removesuffix('.py')}"
     return f"{program} {arguments}".rstrip()
 

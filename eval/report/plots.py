@@ -18,12 +18,17 @@ DASHES = (None, "7 4", "2 4", "10 3 2 3")
 MOST_POINTS = 300  # of a curve: more than pixels that show them; means of equal stretches stand for the rest
 LOGARITHMIC = 8  # largest over smallest value from which an axis is logarithmic
 BAR, ROW = 11, 10  # height of a bar, and the gap between rows
-NAMES = 205  # room for values and names beside bars
+NAMES = 225  # room for values and names beside bars, in a phone's letters
 LONGEST_NAME = 18  # letters beside a bar; the legend has all of them
 
 
 def colour(index: int) -> str:
     return f"var(--c{index % len(LIGHT)})"
+
+
+def variety(index: int) -> int:
+    """Which of four dashes or marks: another one each time that the colours begin again."""
+    return (index + index // len(LIGHT)) % len(DASHES)
 
 
 @dataclass(frozen=True)
@@ -135,9 +140,7 @@ def _draw_lines(series: Series, index: int, place: Callable, taken: list) -> lis
     style = {"stroke": colour(index), "fill": "none", "stroke_linejoin": "round"}
     if series.faint:
         return [tag("polyline", points=text, stroke_width=1, stroke_opacity=0.3, **style)]
-    shapes = [
-        tag("polyline", points=text, stroke_width=2, stroke_dasharray=DASHES[index % len(DASHES)], **style)
-    ]
+    shapes = [tag("polyline", points=text, stroke_width=2, stroke_dasharray=DASHES[variety(index)], **style)]
     if len(thinned) <= 25:  # few enough to be seen one by one
         shapes += [_mark(place(point), index) for point in thinned]
     return shapes
@@ -172,9 +175,9 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 
 def _mark(spot: tuple[float, float], index: int) -> Markup:
-    """A dot, square, triangle or diamond: a shape of its own for each of four series."""
+    """A dot, square, triangle or diamond."""
     x, y = spot
-    kind = index % 4
+    kind = variety(index)
     if kind == 0:
         return tag("circle", cx=x, cy=y, r=4, fill=colour(index))
     corners = {
@@ -195,7 +198,7 @@ def _legend(names: Sequence[str], about: str, *, marks: bool, bars: bool = False
             sign = _mark((12, 7), index)
         else:
             sign = tag("line", x1=0, x2=24, y1=7, y2=7, stroke=colour(index), stroke_width=2,
-                       stroke_dasharray=DASHES[index % len(DASHES)])  # fmt: skip
+                       stroke_dasharray=DASHES[variety(index)])  # fmt: skip
         size = 12 if bars else 24
         entries.append(tag("span", tag("svg", sign, width=size, height=14, aria_hidden="true"), name))
     return tag("div", *entries, class_="legend")

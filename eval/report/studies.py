@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..study import SIGNIFICANT, Study, comparisons_of, rows_of, verdicts
+from ..study import SIGNIFICANT, Study, comparisons_of, in_all, rows_of, verdicts
 from . import plots
 from .inputs import command_of, machine_of
 from .markup import Markup, joined, tag
-from .page import data_uri, figure, missing, table
+from .page import LIGHT, data_uri, figure, missing, table
+
+Runs = dict[str, list[dict[str, Any]]]  # of variants, by their labels
 
 
 def studies(files: Mapping[Path, dict[str, Any]]) -> Markup:
@@ -38,28 +40,61 @@ def _study(path: Path, content: dict[str, Any]) -> Markup:
                 tag("h4", f"{title}, guidance {scale:g}"),
                 figure(table(header, rows), caption, command),
             ]
-    parts += [_pictures(path, study, content, command), _losses(study, content, command)]
-    parts += [_distances(study, content, command), _quality(study, content, command)]
+    parts.append(_pictures(path, study, content, command))
+    for part in (_losses, _distances, _quality):
+        parts += [part(study, title, runs, content, command) for title, runs in _groups(study, content)]
+    if not any(run["distances"] for run in content["runs"]):
+        parts.append(missing("Fréchet distance on the way", "The study trains without train.score_every=N."))
     return joined(*parts)
 
 
 def _protocol(study: Study, content: dict[str, Any]) -> str:
-    run, scoring = content["runs"][0], study.scoring
+    run = content["runs"][0]
     return (
         f"Mean ± standard deviation over seeds; p: exact permutation test against the first column, * below {SIGNIFICANT}, not "
-        f"corrected for the number of tests. {run['metric']}, extractor {run['extractor']['name']} (weights "
-        f"{run['extractor']['weights']}, resize {run['extractor']['resize']}), N {run['tags']['N']}, reference "
-        f"{run['reference'].get('source')}, {scoring.sampler} {scoring.steps} steps, sampling seed {scoring.seed}, "
-        f"{run['tags']['weights']}, {run['tags']['step']} training steps; on {machine_of(content['environment'])}."
+        f"corrected for the number of tests: {in_all(content)}. {_tags(study, content)}, {run['tags']['step']} training steps; on "
+        f"{machine_of(content['environment'])}.{_speed_settings(content)}"
     )
 
 
-def _runs(study: Study, content: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each variant that has some, by its label."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for run in content["runs"]:
-        found.setdefault(study.variants[run["variant"]].label or run["variant"], []).append(run)
+def _speed_settings(content: dict[str, Any]) -> str:
+    speed = content.get("speed", {})
+    settings = speed.get("settings")
+    if not settings:
+        return ""
+    return (
+        f" Times: medians over {settings['rounds']} rounds in which all took turns, batch {settings['batch_size']}, "
+        f"{settings['precision']}, on {machine_of(speed['environment'])}."
+    )
+
+
+def _tags(study: Study, content: dict[str, Any]) -> str:
+    """What all distances of the study depend on, beside the guidance."""
+    run, scoring = content["runs"][0], study.scoring
+    return (
+        f"{run['metric']}, extractor {run['extractor']['name']} (weights {run['extractor']['weights']}, resize "
+        f"{run['extractor']['resize']}), N {run['tags']['N']}, reference {run['reference'].get('source')}, {scoring.sampler} "
+        f"{scoring.steps} steps, sampling seed {scoring.seed}, {run['tags']['weights']}"
+    )
+
+
+def _runs(study: Study, content: dict[str, Any], names: Sequence[str] | None = None) -> Runs:
+    """The runs of each variant that has some, by its label; of `names`, in their order, or of all."""
+    found: Runs = {}
+    for name in names or study.variants:
+        own = [run for run in content["runs"] if run["variant"] == name]
+        if own:
+            found[study.variants[name].label or name] = own
     return found
+
+
+def _groups(study: Study, content: dict[str, Any]) -> list[tuple[str, Runs]]:
+    """What stands in one chart, under a title: all variants, or where colours do not suffice a comparison's."""
+    everything = _runs(study, content)
+    if len(everything) <= len(LIGHT):
+        return [("", everything)]
+    groups = ((f", {title}", _runs(study, content, names)) for title, names in comparisons_of(study).items())
+    return [(title, runs) for title, runs in groups if len(runs) > 1]
 
 
 def _pictures(path: Path, study: Study, content: dict[str, Any], command: str | None) -> Markup | None:
@@ -76,27 +111,27 @@ def _pictures(path: Path, study: Study, content: dict[str, Any], command: str | 
     return joined(tag("h4", "Samples"), figure(tag("div", *shown, class_="side"), caption, command))
 
 
-def _losses(study: Study, content: dict[str, Any], command: str | None) -> Markup:
-    series = [
-        plots.Series(label, _mean_curve(runs, "losses")) for label, runs in _runs(study, content).items()
-    ]
-    chart = plots.lines(series, x="training step", y="loss", title="Loss over training steps")
+def _losses(study: Study, title: str, runs: Runs, content: dict[str, Any], command: str | None) -> Markup:
+    series = [plots.Series(label, _mean_curve(own, "losses")) for label, own in runs.items()]
+    chart = plots.lines(series, x="training step", y="loss", title=f"Loss over training steps{title}")
     caption = "Training loss, mean over seeds. Variants of one seed see the same samples, noise and times."
-    return joined(tag("h4", "Loss"), figure(chart, caption, command))
+    return joined(tag("h4", f"Loss{title}"), figure(chart, caption, command))
 
 
-def _distances(study: Study, content: dict[str, Any], command: str | None) -> Markup | None:
-    curves = {label: _mean_curve(runs, "distances") for label, runs in _runs(study, content).items()}
+def _distances(
+    study: Study, title: str, runs: Runs, content: dict[str, Any], command: str | None
+) -> Markup | None:
+    curves = {label: _mean_curve(own, "distances") for label, own in runs.items()}
     curves = {label: curve for label, curve in curves.items() if curve}
     if not curves:
         return None
-    tags = next(run["distance_tags"] for run in content["runs"] if run["distances"])
+    tags = next(run["distance_tags"] for own in runs.values() for run in own if run["distances"])
     metric = tags["metric"]
     series = [plots.Series(label, curve) for label, curve in curves.items()]
-    chart = plots.lines(series, x="training step", y=metric, title=f"{metric} over training steps")
+    chart = plots.lines(series, x="training step", y=metric, title=f"{metric} over training steps{title}")
     told = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in tags.items() if key != "metric")
     caption = f"{metric} of few images, measured while training, mean over seeds: {told}."
-    return joined(tag("h4", "Fréchet distance on the way"), figure(chart, caption, command))
+    return joined(tag("h4", f"Fréchet distance on the way{title}"), figure(chart, caption, command))
 
 
 def _mean_curve(runs: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -108,26 +143,27 @@ def _mean_curve(runs: Sequence[dict[str, Any]], key: str) -> list[tuple[float, f
     return [(step, statistics.fmean(own)) for step, own in sorted(values.items()) if len(own) == len(runs)]
 
 
-def _quality(study: Study, content: dict[str, Any], command: str | None) -> Markup | None:
+def _quality(
+    study: Study, title: str, runs: Runs, content: dict[str, Any], command: str | None
+) -> Markup | None:
     """Every run's distance over the time of a training step, as a multiple of the first variant's."""
     figures = {figure["name"]: figure for figure in content.get("speed", {}).get("figures", [])}
-    known = {label: runs for label, runs in _runs(study, content).items() if runs[0]["variant"] in figures}
+    known = {label: own for label, own in runs.items() if own[0]["variant"] in figures}
     if not known:
         return None
     first = next(iter(known.values()))[0]["variant"]
     base = statistics.median(figures[first]["timings"]["training"]["seconds"])
     scale = f"{study.scoring.guidance[0]:g}"
     series = []
-    for label, runs in known.items():
-        seconds = statistics.median(figures[runs[0]["variant"]]["timings"]["training"]["seconds"])
-        series.append(
-            plots.Series(label, sorted((seconds / base, run["scores"][scale]["fd"]) for run in runs))
-        )
+    for label, own in known.items():
+        seconds = statistics.median(figures[own[0]["variant"]]["timings"]["training"]["seconds"])
+        points = sorted((seconds / base, run["scores"][scale]["fd"]) for run in own)
+        series.append(plots.Series(label, points))
     metric = content["runs"][0]["metric"]
     chart = plots.points(series, x="time of a training step, to the left is faster", y=f"{metric}, lower is better",
-                         title=f"{metric} against the time of a training step")  # fmt: skip
+                         title=f"{metric} against the time of a training step{title}")  # fmt: skip
     caption = (
-        f"A point a seed, at guidance {scale}; times as multiples of the first variant's, medians of rounds in which all took "
-        f"turns, on {machine_of(content['speed']['environment'])}."
+        f"A point a seed; times as multiples of {next(iter(known))}'s. Guidance {scale}, {_tags(study, content)}."
+        f"{_speed_settings(content)}"
     )
-    return joined(tag("h4", "Quality against speed"), figure(chart, caption, command))
+    return joined(tag("h4", f"Quality against speed{title}"), figure(chart, caption, command))
