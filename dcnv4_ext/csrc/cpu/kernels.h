@@ -484,57 +484,35 @@ Window window_of(const dcnv4_problem& p, const Plan<S>& plan, int64_t first, int
   return {from, std::max(to + 1, from + 2)};
 }
 
-// The groups of an image (or of some of its rows) divided into tasks. A task takes its groups one after the other and asks for
-// the next one's data while it computes; there are tasks enough for the threads to share evenly.
-struct Share {
-  int64_t blocks, together, groups;
-  Share(const dcnv4_problem& p, int64_t parts) : groups(p.G) {
-    const int64_t wanted = std::min(p.G, (4 * int64_t(p.threads) + parts - 1) / parts);
-    together = (p.G + wanted - 1) / wanted;
-    blocks = (p.G + together - 1) / together;
-  }
-  int64_t first(int64_t task) const { return task % blocks * together; }
-  int64_t last(int64_t task) const { return std::min(groups, first(task) + together); }
-};
-
-// Where a task finds its groups: rows of the window of the value map, and output rows [first, last) of the tensors of pixels.
-template <class V, class T>
-class Reading {
+// What tasks threads take, one after the other. Where there are many, a thread takes its next one before it does this one, so
+// that it can ask for that one's data meanwhile.
+class Tasks {
  public:
-  Reading(const dcnv4_problem& p, const T* image, Window window, int64_t first, int64_t last)
-      : pixels_(std::max<int64_t>(0, last - first) * p.Wo), skipped_(first * p.Wo) {
-    const int64_t from = std::max<int64_t>(0, window.first), to = std::min(p.H, window.last);
-    value_ = {image + from * p.W * p.value_stride, p.value_stride, (to - from) * p.W, p.D};
-  }
-  // Output pixels of `elements` a group; `tensor` is at the image's first, or null.
-  Stream<V, T> rows(const T* tensor, int64_t step, int64_t elements) const {
-    return {tensor ? tensor + skipped_ * step : nullptr, step, tensor ? pixels_ : 0, elements};
-  }
-  void set(Stream<V, T> offsets, Stream<V, T> gradient, Stream<V, T> written) {
-    offsets_ = offsets;
-    gradient_ = gradient;
-    written_ = written;
-  }
-  // For group g, or nothing where it is not the task's.
-  Ahead<V, T> ahead(int64_t g, int64_t last_group) const {
-    if (g >= last_group) return {};
-    return {of_group(value_, g), of_group(offsets_, g), of_group(gradient_, g), of_group(written_, g)};
-  }
-  // Nobody has asked for the first group's data: at least for the beginning of the rows.
-  void begin(int64_t g) const {
-    Ahead<V, T> own = ahead(g, g + 1);
-    own.value.pixels = 0;
-    for (int pixel = 0; pixel < 16; ++pixel) own.fetch();
+  Tasks(int64_t count, int threads) : count_(count), early_(count >= 4 * int64_t(threads)) {}
+
+  // For every thread of a team: `work(task, next)`, where `next` is -1 if it is not known.
+  template <class Work>
+  void run(Work work) {
+    int64_t task = taken_++;
+    while (task < count_) {
+      const int64_t next = early_ ? taken_++ : -1;
+      work(task, next < count_ ? next : -1);
+      task = early_ ? next : taken_++;
+    }
   }
 
  private:
-  static Stream<V, T> of_group(Stream<V, T> stream, int64_t g) {
-    if (stream.pixels > 0) stream.at += g * stream.elements;
-    return stream;
-  }
-  int64_t pixels_, skipped_;
-  Stream<V, T> value_, offsets_ = {}, gradient_ = {}, written_ = {};
+  std::atomic<int64_t> taken_{0};
+  const int64_t count_;
+  const bool early_;
 };
+
+// Nobody has asked for the data of a thread's first task: at least for the beginning of its rows.
+template <class V, class T>
+void fetch_beginning(Ahead<V, T> own) {
+  own.value.pixels = 0;
+  for (int pixel = 0; pixel < 16; ++pixel) own.fetch();
+}
 
 // Whether results go past the caches: whole cache lines, of a tensor that no L2 cache would hold until it is read. A line is
 // then not read before it is written.
@@ -570,7 +548,6 @@ int32_t forward(const dcnv4_problem& p, const void* value_, const void* offset_m
   tile = std::max<int64_t>(1, std::min(tile, (p.Ho + wanted - 1) / wanted));
   const int64_t tiles = (p.Ho + tile - 1) / tile;
   tile = (p.Ho + tiles - 1) / tiles;
-  const Share share(p, p.N * tiles);
 
   const bool past_caches = plan.K == 9 && goes_past_caches<V, T>(plan, p.N * p.Ho * p.Wo, p.output_stride, output);
 
@@ -583,36 +560,52 @@ int32_t forward(const dcnv4_problem& p, const void* value_, const void* offset_m
   const int64_t map_size = map_elements(plan, most_rows);
   const int64_t tap_size = 4 * 6 * plan.padded_taps;
   std::atomic<int32_t> status{DCNV4_OK};
-  const int64_t tasks = p.N * tiles * share.blocks;
-  const bool parallel = tasks > 1 && p.threads > 1 && p.N * p.Ho * p.Wo * p.G * p.D >= 1 << 13;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads) if (parallel)
-  for (int64_t task = 0; task < tasks; ++task) {
+  const int64_t count = p.N * tiles * p.G;
+  const bool parallel = count > 1 && p.threads > 1 && p.N * p.Ho * p.Wo * p.G * p.D >= 1 << 13;
+  // A task: group g of the output rows [first, last) of image n.
+  struct Part {
+    int64_t n, g, first, last;
+    Window window;
+  };
+  const auto part_of = [&](int64_t task) {
+    const int64_t t = task / p.G % tiles, first = t * tile, last = std::min(p.Ho, first + tile);
+    return Part{task / (p.G * tiles), task % p.G, first, last,
+                tiles > 1 && first < last ? window_of(p, plan, first, last, kHalo) : whole};
+  };
+  const auto image_of = [&](const Part& part) { return value + part.n * p.H * p.W * p.value_stride + part.g * p.D; };
+  const auto offsets_of = [&](const Part& part) {
+    return offset_mask + part.n * p.Ho * p.Wo * p.offset_mask_stride + part.g * 3 * plan.K;
+  };
+  const auto output_of = [&](const Part& part) { return output + part.n * p.Ho * p.Wo * p.output_stride + part.g * p.D; };
+  const auto data_of = [&](int64_t task) -> Ahead<V, T> {
+    if (task < 0) return {};
+    const Part part = part_of(task);
+    const int64_t from = std::max<int64_t>(0, part.window.first), to = std::min(p.H, part.window.last);
+    const int64_t skipped = part.first * p.Wo, pixels = std::max<int64_t>(0, part.last - part.first) * p.Wo;
+    return {{image_of(part) + from * p.W * p.value_stride, p.value_stride, (to - from) * p.W, p.D},
+            {offsets_of(part) + skipped * p.offset_mask_stride, p.offset_mask_stride, pixels, 3 * plan.K},
+            {},
+            {output_of(part) + skipped * p.output_stride, p.output_stride, past_caches ? 0 : pixels, p.D}};
+  };
+  Tasks tasks(count, parallel ? p.threads : 1);
+#pragma omp parallel num_threads(p.threads) if (parallel)
+  {
     static thread_local Scratch scratch;
-    S* map = static_cast<S*>(scratch.get((map_size + tap_size) * sizeof(S)));
-    if (!map) {
-      status = DCNV4_OUT_OF_MEMORY;
-      continue;
-    }
-    S* tap_scratch = map + map_size;
-    const int64_t t = task / share.blocks % tiles, n = task / (share.blocks * tiles);
-    const int64_t first = t * tile, last = std::min(p.Ho, first + tile);
-    if (first >= last) continue;
-    const Window window = tiles > 1 ? window_of(p, plan, first, last, kHalo) : whole;
-    const int32_t blank = int32_t((window.last - window.first) * plan.pitch);
-    const T* image = value + n * p.H * p.W * p.value_stride;
-    const T* offsets = offset_mask + n * p.Ho * p.Wo * p.offset_mask_stride;
-    T* target = output + n * p.Ho * p.Wo * p.output_stride;
-    Reading<V, T> reading(p, image, window, first, last);
-    reading.set(reading.rows(offsets, p.offset_mask_stride, 3 * plan.K), {},
-                reading.rows(past_caches ? nullptr : target, p.output_stride, p.D));
-    const int64_t first_group = share.first(task), last_group = share.last(task);
-    reading.begin(first_group);
-    for (int64_t g = first_group; g < last_group; ++g) {
-      pack<V, T>(p, plan, image + g * p.D, window, map);
+    bool begun = false;
+    tasks.run([&](int64_t task, int64_t next) {
+      S* map = static_cast<S*>(scratch.get((map_size + tap_size) * sizeof(S)));
+      const Part part = part_of(task);
+      if (!map) status = DCNV4_OUT_OF_MEMORY;
+      if (!map || part.first >= part.last) return;
+      if (!begun) fetch_beginning(data_of(task));
+      begun = true;
+      const T* image = image_of(part);
+      const int32_t blank = int32_t((part.window.last - part.window.first) * plan.pitch);
+      pack<V, T>(p, plan, image, part.window, map);
       clear_blank<V>(plan, map + int64_t(blank) * plan.packed_width);
-      rows_kernel(p, plan, image + g * p.D, offsets + g * 3 * plan.K, target + g * p.D, map, window, blank, first, last,
-                  tap_scratch, reading.ahead(g + 1, last_group), past_caches);
-    }
+      rows_kernel(p, plan, image, offsets_of(part), output_of(part), map, part.window, blank, part.first, part.last,
+                  map + map_size, data_of(next), past_caches);
+    });
     if constexpr (V::spreads)
       if (past_caches) V::fence();
     scratch.trim(kKeptScratch);
@@ -800,53 +793,78 @@ int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_
     if (!slab_maps) slabs = 1;
   }
   const int64_t rows_a_slab = (p.Ho + slabs - 1) / slabs;
-  const Share share(p, p.N * slabs);
   const bool past_caches = grad_value && goes_past_caches<V, T>(plan, p.N * p.H * p.W, p.grad_value_stride, grad_value);
-  const int64_t tasks = p.N * slabs * share.blocks;
-  const bool parallel = tasks > 1 && p.threads > 1 && p.N * p.Ho * p.Wo * p.G * p.D >= 1 << 12;
+  const int64_t count = owners * slabs;
+  const bool parallel = count > 1 && p.threads > 1 && p.N * p.Ho * p.Wo * p.G * p.D >= 1 << 12;
   std::atomic<int32_t> status{DCNV4_OK};
-#pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads) if (parallel)
-  for (int64_t task = 0; task < tasks; ++task) {
+  // A task: the output rows [first, last) of group g of image n.
+  struct Part {
+    int64_t n, g, first, last;
+  };
+  const auto part_of = [&](int64_t task) {
+    const int64_t first = std::min(p.Ho, task % slabs * rows_a_slab);
+    return Part{task / (slabs * p.G), task / slabs % p.G, first, std::min(p.Ho, first + rows_a_slab)};
+  };
+  const auto image_of = [&](const Part& part) { return value + part.n * p.H * p.W * p.value_stride + part.g * p.D; };
+  const auto offsets_of = [&](const Part& part) {
+    return offset_mask + part.n * p.Ho * p.Wo * p.offset_mask_stride + part.g * 3 * plan.K;
+  };
+  const auto gradient_of = [&](const Part& part) {
+    return grad_output + part.n * p.Ho * p.Wo * p.output_stride + part.g * p.D;
+  };
+  const auto target_of = [&](const Part& part) {
+    return grad_offset_mask ? grad_offset_mask + part.n * p.Ho * p.Wo * p.grad_offset_mask_stride + part.g * 3 * plan.K
+                            : nullptr;
+  };
+  const auto data_of = [&](int64_t task) -> Ahead<V, T> {
+    if (task < 0) return {};
+    const Part part = part_of(task);
+    const int64_t skipped = part.first * p.Wo, pixels = (part.last - part.first) * p.Wo;
+    Stream<V, T> written = {};
+    if (grad_offset_mask)
+      written = {target_of(part) + skipped * p.grad_offset_mask_stride, p.grad_offset_mask_stride, pixels, 3 * plan.K};
+    return {{image_of(part), p.value_stride, p.H * p.W, p.D},
+            {offsets_of(part) + skipped * p.offset_mask_stride, p.offset_mask_stride, pixels, 3 * plan.K},
+            {gradient_of(part) + skipped * p.output_stride, p.output_stride, pixels, p.D},
+            written};
+  };
+  Tasks tasks(count, parallel ? p.threads : 1);
+#pragma omp parallel num_threads(p.threads) if (parallel)
+  {
     static thread_local Scratch scratch;
-    S* map = static_cast<S*>(scratch.get((2 * map_size + tap_size) * sizeof(S)));
-    if (!map) {
-      status = DCNV4_OUT_OF_MEMORY;
-      continue;
-    }
-    const int64_t slab = task / share.blocks % slabs, n = task / (share.blocks * slabs);
-    S* tap_scratch = map + 2 * map_size;
-    // Lanes past K are never written by sum4; they must not hold signalling rubbish.
-    memset(tap_scratch, 0, tap_size * sizeof(S));
-    const T* image = value + n * p.H * p.W * p.value_stride;
-    const T* offsets = offset_mask + n * p.Ho * p.Wo * p.offset_mask_stride;
-    const T* gradient = grad_output + n * p.Ho * p.Wo * p.output_stride;
-    T* target = grad_offset_mask ? grad_offset_mask + n * p.Ho * p.Wo * p.grad_offset_mask_stride : nullptr;
-    const int64_t first = std::min(p.Ho, slab * rows_a_slab), last = std::min(p.Ho, first + rows_a_slab);
-    Reading<V, T> reading(p, image, whole, first, last);
-    reading.set(reading.rows(offsets, p.offset_mask_stride, 3 * plan.K), reading.rows(gradient, p.output_stride, p.D),
-                reading.rows(target, p.grad_offset_mask_stride, 3 * plan.K));
-    const int64_t first_group = share.first(task), last_group = share.last(task);
-    reading.begin(first_group);
-    for (int64_t g = first_group; g < last_group; ++g) {
-      S* grad_map = slabs > 1 ? slab_maps + ((n * p.G + g) * slabs + slab) * map_size : map + map_size;
-      pack<V, T>(p, plan, image + g * p.D, whole, map);
+    bool begun = false;
+    tasks.run([&](int64_t task, int64_t next) {
+      S* map = static_cast<S*>(scratch.get((2 * map_size + tap_size) * sizeof(S)));
+      if (!map) {
+        status = DCNV4_OUT_OF_MEMORY;
+        return;
+      }
+      if (!begun) fetch_beginning(data_of(task));
+      begun = true;
+      const Part part = part_of(task);
+      S* grad_map = slabs > 1 ? slab_maps + task * map_size : map + map_size;
+      S* tap_scratch = map + 2 * map_size;
+      // Lanes past K are never written by sum4; they must not hold signalling rubbish.
+      memset(tap_scratch, 0, tap_size * sizeof(S));
+      pack<V, T>(p, plan, image_of(part), whole, map);
       clear_blank<V>(plan, map + int64_t(blank) * plan.packed_width);
       memset(grad_map, 0, map_size * sizeof(S));
-      rows_kernel(p, plan, offsets + g * 3 * plan.K, gradient + g * p.D, target ? target + g * 3 * plan.K : nullptr, map,
-                  grad_map, whole, blank, first, last, tap_scratch, reading.ahead(g + 1, last_group));
+      T* target = target_of(part);
+      rows_kernel(p, plan, offsets_of(part), gradient_of(part), target, map, grad_map, whole, blank, part.first, part.last,
+                  tap_scratch, data_of(next));
       const int64_t used = 3 * p.G * plan.K;
-      if (target && g == p.G - 1 && p.P > used)
-        for (int64_t pixel = first * p.Wo; pixel < last * p.Wo; ++pixel)
-          memset(target + pixel * p.grad_offset_mask_stride + used, 0, (p.P - used) * sizeof(T));
+      if (target && part.g == p.G - 1 && p.P > used)
+        for (int64_t pixel = part.first * p.Wo; pixel < part.last * p.Wo; ++pixel)
+          memset(target + pixel * p.grad_offset_mask_stride + 3 * plan.K, 0, (p.P - used) * sizeof(T));
       if (grad_value && slabs == 1)
-        unpack<V, T>(p, plan, grad_map, map_size, 1, 0, p.H, grad_value + n * p.H * p.W * p.grad_value_stride + g * p.D,
-                     past_caches);
-    }
+        unpack<V, T>(p, plan, grad_map, map_size, 1, 0, p.H,
+                     grad_value + part.n * p.H * p.W * p.grad_value_stride + part.g * p.D, past_caches);
+    });
     scratch.trim(kKeptScratch);
   }
   if (grad_value && slabs > 1 && status == DCNV4_OK) {
 #pragma omp parallel for schedule(static) num_threads(p.threads) if (parallel)
-    for (int64_t task = 0; task < owners * slabs; ++task) {
+    for (int64_t task = 0; task < count; ++task) {
       const int64_t slab = task % slabs, owner = task / slabs, n = owner / p.G, g = owner % p.G;
       const int64_t rows = (p.H + slabs - 1) / slabs;
       unpack<V, T>(p, plan, slab_maps + owner * slabs * map_size, map_size, slabs, slab * rows,
