@@ -224,6 +224,45 @@ def test_strided_inputs(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_group_among_others_is_the_group_alone(dtype: torch.dtype) -> None:
+    """Large results are written past the caches, and threads fetch one group's data while they compute another's; a group alone is
+    small, and has neither."""
+    generator = torch.Generator().manual_seed(5)
+    value = torch.randn(2, 29, 31, 5 * 32, generator=generator).to(dtype)
+    offset_mask = (2 * torch.randn(2, 29, 31, 5 * 27 + 1, generator=generator)).to(dtype)
+    grad_output = torch.randn(value.shape, generator=generator).to(dtype)
+    assert value.numel() * value.element_size() > 2**18
+    relative, absolute = TOLERANCES[dtype]
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            whole = _solve(value, offset_mask, grad_output, 5)
+            for g in range(5):
+                channels, taps = slice(32 * g, 32 * g + 32), slice(27 * g, 27 * g + 27)
+                alone = _solve(
+                    value[:1, ..., channels], offset_mask[:1, ..., taps], grad_output[:1, ..., channels], 1
+                )
+                for found, among, part in zip(alone, whole, (channels, channels, taps), strict=True):
+                    want = among[:1, ..., part].double()
+                    error = (found.double() - want).abs()
+                    # Two roundings of one sum lie up to a unit of the last place apart, twice what one may miss.
+                    allowed = 2 * relative * want.abs() + absolute * want.abs().max()
+                    assert bool((error <= allowed).all()), (threads, g)
+            assert not whole[2][..., 5 * 27 :].any()
+    finally:
+        torch.set_num_threads(before)
+
+
+def _solve(
+    value: torch.Tensor, offset_mask: torch.Tensor, grad_output: torch.Tensor, groups: int
+) -> tuple[torch.Tensor, ...]:
+    value, offset_mask = value.detach().requires_grad_(), offset_mask.detach().requires_grad_()
+    output = dcnv4(value, offset_mask, groups=groups)
+    return output.detach(), *torch.autograd.grad(output, (value, offset_mask), grad_output)
+
+
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     problem = random_problem(11, torch.float32)
     problem.settings = dict(groups=4)
