@@ -54,7 +54,7 @@ def test_the_report_is_of_all_results(readme: ModuleType) -> None:
     """`make report` leaves no file of results out."""
     recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nreport:")[2].partition("\n\n")[0]
     names = {path.name for path in readme.RESULTS.glob("*.json")}
-    assert [name for name in sorted(names) if name not in recipe] == ["full_size_cpu.json"]
+    assert [name for name in sorted(names) if name not in recipe] == ["full_size_cpu.json", "times.json"]
 
 
 def test_sentences_are_those_of_the_json(readme: ModuleType) -> None:
@@ -97,6 +97,18 @@ def test_sentences_are_those_of_the_json(readme: ModuleType) -> None:
     )
     for sentence in (counts, sizes, nearest, accuracy, f"{unet['step']} steps"):
         assert sentence in text, sentence
+
+
+def test_times_of_the_commands_are_those_of_the_json(readme: ModuleType) -> None:
+    seconds = json.loads((readme.RESULTS / "times.json").read_text(encoding="utf-8"))["seconds"]
+    minutes = {name: round(value / 60) for name, value in seconds.items()}
+    words = {5: "five", 6: "six"}
+    text = " ".join(README.split())
+    assert (
+        f"The first takes about {words[minutes['make demo, after it']]} minutes on two idle CPU cores" in text
+    )
+    assert f"the second {words[minutes['make compare, after make demo']]} more" in text
+    assert seconds["make test, the tests"] < 360 and "under 6 minutes on two cores" in text
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
