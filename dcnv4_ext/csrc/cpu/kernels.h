@@ -212,8 +212,7 @@ DCNV4_NOINLINE void forward_direct(const dcnv4_problem& p, const Plan<ScalarOf<V
   }
 }
 
-// Four weighted loads a tap for `kVectors` vectors of channels. kTaps = 0: K at run time. Measured on Zen 4 (AVX-512, D = 32,
-// all in L1): as fast as its 72 loads alone, so weights from registers, more sums in flight and the like change nothing.
+// Four weighted loads a tap for `kVectors` vectors of channels. kTaps = 0: K at run time.
 template <class V, int kVectors, int kTaps>
 DCNV4_INLINE void gather(const ScalarOf<V>* map, int64_t width, int64_t row_size, int64_t K, const Taps<V>& taps, V* sum) {
   V even[kVectors], odd[kVectors];
