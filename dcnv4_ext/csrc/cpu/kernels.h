@@ -350,6 +350,14 @@ struct Lookups {
   alignas(64) uint32_t element[kAll + V::width];  // where the upper left corner begins in the packed map
 };
 
+// What backward needs of them besides.
+template <class V, int kTaps>
+struct LookupStates {
+  static constexpr int kAll = V::width * kTaps;
+  alignas(64) ScalarOf<V> lx[kAll], ly[kAll], weight[kAll + V::width];
+  typename V::Mask used[kTaps];
+};
+
 // Constants of a lane, the same for every batch: [0, kAll) of its tap, then its pixel in the batch, then 0, 1, 2, ...
 template <class V, int kTaps>
 struct LaneTables {
@@ -389,16 +397,17 @@ struct LookupFrame {
 };
 
 // The lookups of the pixels (row, column) and `count` - 1 behind it, whose offset rows begin at `offsets`, `step` apart.
-// `softmax`: normalise the weights. Returns whether a tap may need a row outside the window; then `outside` has a bit a tap.
+// `softmax`: normalise the weights. Returns whether a tap needs a row outside the window; then `outside` has a bit a tap.
 template <class V, class T, int kTaps>
 DCNV4_NOINLINE bool locate_lookups(const dcnv4_problem& p, const LookupFrame<V>& on, const LaneTables<V, kTaps>& lanes,
                                    const T* offsets, int64_t step, int count, int64_t row, int64_t column,
-                                   Lookups<V, kTaps>& to, typename V::Mask* outside) {
+                                   Lookups<V, kTaps>& to, typename V::Mask* outside, LookupStates<V, kTaps>* states) {
   using S = ScalarOf<V>;
   constexpr int kPixels = V::width;
   // The taps' offsets and weights side by side. A store writes whole vectors, and the next one overwrites what is too much.
   alignas(64) T pairs[kPixels * 2 * kTaps + 2 * V::width];
-  alignas(64) S weights[kPixels * kTaps + V::width];
+  alignas(64) S own_weights[kPixels * kTaps + V::width];
+  S* const weights = states ? states->weight : own_weights;
   const bool softmax = p.softmax;
   for (int i = 0; i < count; ++i, offsets += step) {
     V::prefetch(offsets + kPixels * step);
@@ -432,8 +441,13 @@ DCNV4_NOINLINE bool locate_lookups(const dcnv4_problem& p, const LookupFrame<V>&
       leaves |= V::any(outside[v]);
     }
     V::store_whole(to.element + i, used, V::fma(y0, on.row_size, V::fma(x0, on.cell_size, on.origin)), on.blank);
-    const Corners<V> w =
-        corner_weights(V::select(used, x - x0), V::select(used, y - y0), V::select(used, V::load(weights + i)), frame.one);
+    const V lx = V::select(used, x - x0), ly = V::select(used, y - y0);
+    if (states) {
+      lx.store(states->lx + i);
+      ly.store(states->ly + i);
+      states->used[v] = used;
+    }
+    const Corners<V> w = corner_weights(lx, ly, V::select(used, V::load(weights + i)), frame.one);
     w.w00.store(to.w00 + i);
     w.w01.store(to.w01 + i);
     w.w10.store(to.w10 + i);
@@ -508,7 +522,7 @@ void forward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, 
     const int count = int(std::min<int64_t>(V::width, pixels - first));
     const int64_t row = first_row + first / p.Wo, column = first % p.Wo;
     const bool leaves =
-        locate_lookups<V, T, kTaps>(p, frame, lanes, offsets, offset_step, count, row, column, lookups, outside);
+        locate_lookups<V, T, kTaps>(p, frame, lanes, offsets, offset_step, count, row, column, lookups, outside, nullptr);
     if (DCNV4_LIKELY(!leaves && D == kChunk)) {
       gather_lookups<V, T, kVectors, kTaps>(map, row_size, lookups, count, target, output_step, ahead, past_caches);
       continue;
@@ -794,6 +808,17 @@ DCNV4_INLINE void scatter(const ScalarOf<V>* map, ScalarOf<V>* grad_map, int64_t
   }
 }
 
+// A pixel's channels, of which the first `channels` are there, in kVectors vectors.
+template <class V, int kVectors, class T>
+DCNV4_INLINE void load_channels(const T* from, int64_t channels, V* to) {
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t left = channels - v * V::width;
+    to[v] = DCNV4_LIKELY(left >= V::width) ? V::load(from + v * V::width)
+            : left > 0                     ? V::load_some(from + v * V::width, int(left))
+                                           : V::zero();
+  }
+}
+
 // Gradients of the offsets and weights of one pixel from the dot products.
 template <class V, class T>
 DCNV4_INLINE void finish_taps(const Plan<ScalarOf<V>>& plan, int64_t K, const ScalarOf<V>* sums, const TapState<V>& state,
@@ -845,12 +870,7 @@ void backward_rows(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const 
       const T* gradient = grad_output + pixel * p.output_stride;
       for (int64_t c = 0; c < width; c += kVectors * V::width) {
         V grad[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
-          const int64_t left = p.D - c - v * V::width;
-          grad[v] = DCNV4_LIKELY(left >= V::width) ? V::load(gradient + c + v * V::width)
-                    : left > 0                     ? V::load_some(gradient + c + v * V::width, int(left))
-                                                   : V::zero();
-        }
+        load_channels<V, kVectors>(gradient + c, p.D - c, grad);
         scatter<V, kVectors, kTaps>(map + c, grad_map + c, width, row_size, K, taps, grad, sums, c > 0);
       }
       if (grad_offset_mask)
@@ -860,28 +880,159 @@ void backward_rows(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const 
   }
 }
 
+// Dot products of grad_output with the corners of the taps of `count` pixels, four a tap, over kVectors vectors of channels of
+// which `channels` are there; `add`: to what `sums` holds. Cells are `width` elements apart.
+template <class V, class T, int kVectors, int kTaps, bool kSingle>
+DCNV4_NOINLINE void dot_lookups(const ScalarOf<V>* map, int64_t width, int64_t row_size, const Lookups<V, kTaps>& from,
+                                int count, const T* gradient, int64_t step, int64_t channels, ScalarOf<V>* sums, bool add,
+                                Ahead<V>& ahead) {
+  using S = ScalarOf<V>;
+  if (kSingle) width = kVectors * V::width;
+  for (int i = 0; i < count; ++i, gradient += step, sums += 4 * kTaps) {
+    if (kSingle || !add) ahead.fetch();
+    V::prefetch(gradient + 4 * step);
+    V grad[kVectors];
+    load_channels<V, kVectors>(gradient, channels, grad);
+    uint64_t two = 0;
+    DCNV4_UNROLL
+    for (int k = 0; k < kTaps; ++k, two >>= 32) {
+      if (k % 2 == 0) memcpy(&two, from.element + i * kTaps + k, sizeof two);
+      const S* top = map + uint32_t(two);
+      const S* const corner[4] = {top, top + width, top + row_size, top + row_size + width};
+      V dot[4];
+      for (int q = 0; q < 4; ++q) {
+        dot[q] = grad[0] * V::load(corner[q]);
+        for (int v = 1; v < kVectors; ++v) dot[q] = V::fma(grad[v], V::load(corner[q] + v * V::width), dot[q]);
+      }
+      V::sum4(dot[0], dot[1], dot[2], dot[3], sums + 4 * k, !kSingle && add);
+    }
+  }
+}
+
+// grad_output times the weights of the corners, added to the cells of `map`.
+template <class V, class T, int kVectors, int kTaps, bool kSingle>
+DCNV4_NOINLINE void scatter_lookups(ScalarOf<V>* map, int64_t width, int64_t row_size, const Lookups<V, kTaps>& from, int count,
+                                    const T* gradient, int64_t step, int64_t channels) {
+  using S = ScalarOf<V>;
+  if (kSingle) width = kVectors * V::width;
+  for (int i = 0; i < count; ++i, gradient += step) {
+    const int at = i * kTaps;
+    const V w00 = V::load(from.w00 + at), w01 = V::load(from.w01 + at), w10 = V::load(from.w10 + at),
+            w11 = V::load(from.w11 + at);
+    V grad[kVectors];
+    load_channels<V, kVectors>(gradient, channels, grad);
+    uint64_t two = 0;
+    DCNV4_UNROLL
+    for (int k = 0; k < kTaps; ++k, two >>= 32) {
+      if (k % 2 == 0) memcpy(&two, from.element + at + k, sizeof two);
+      S* top = map + uint32_t(two);
+      S* bottom = top + row_size;
+      const auto add = [&](S* corner, V weight) DCNV4_LAMBDA_INLINE {
+        for (int v = 0; v < kVectors; ++v) V::fma(weight, grad[v], V::load(corner + v * V::width)).store(corner + v * V::width);
+      };
+      add(top, V::spread(w00, k));
+      add(top + width, V::spread(w01, k));
+      add(bottom, V::spread(w10, k));
+      add(bottom + width, V::spread(w11, k));
+    }
+  }
+}
+
+// Gradients of the offsets and weights of `count` pixels from the dot products, to rows `step` apart.
+template <class V, class T, int kTaps>
+DCNV4_NOINLINE void finish_lookups(V scale, const ScalarOf<V>* sums, const LookupStates<V, kTaps>& states, bool softmax,
+                                   int count, T* target, int64_t step) {
+  using S = ScalarOf<V>;
+  alignas(64) T pairs[2 * V::width * kTaps], weights[V::width * kTaps];
+  alignas(64) S softmax_gradients[V::width * kTaps];
+  const int vectors = (count * kTaps + V::width - 1) / V::width;
+  for (int v = 0, i = 0; v < vectors; ++v, i += V::width) {
+    Corners<V> s;
+    V::quads(sums + 4 * i, s.w00, s.w01, s.w10, s.w11);
+    const TapGradient<V> gradient =
+        tap_gradient(s, V::load(states.lx + i), V::load(states.ly + i), V::load(states.weight + i), scale);
+    const typename V::Mask used = states.used[v];
+    V::store_pairs(pairs + 2 * i, V::width, V::select(used, gradient.x), V::select(used, gradient.y));
+    const V weight = V::select(used, gradient.weight);
+    if (softmax) {
+      weight.store(softmax_gradients + i);
+    } else {
+      weight.store(weights + i);
+    }
+  }
+  for (int i = 0; i < count; ++i, target += step) {
+    const int at = i * kTaps;
+    if (softmax) {
+      S mean = 0;
+      for (int k = 0; k < kTaps; ++k) mean += states.weight[at + k] * softmax_gradients[at + k];
+      for (int k = 0; k < kTaps; ++k)
+        weights[at + k] = from_compute<T>(states.weight[at + k] * (softmax_gradients[at + k] - mean));
+    }
+    memcpy(target, pairs + 2 * at, 2 * kTaps * sizeof(T));
+    memcpy(target + 2 * kTaps, weights + at, kTaps * sizeof(T));
+  }
+}
+
+// The same as backward_rows where positions and elements of the map are whole numbers that the compute type holds: dot
+// products, scattering and the rest in passes of their own over some pixels, which keep what each needs in registers.
+template <class V, class T, int kVectors, int kTaps>
+void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* offset_mask, const T* grad_output,
+                          T* grad_offset_mask, const ScalarOf<V>* map, ScalarOf<V>* grad_map, Window window, int32_t blank,
+                          int64_t first_row, int64_t last_row, ScalarOf<V>*, Ahead<V> ahead) {
+  using S = ScalarOf<V>;
+  constexpr int64_t kChunk = kVectors * V::width;
+  const LaneTables<V, kTaps>& lanes = *static_cast<const LaneTables<V, kTaps>*>(plan.lanes);
+  const int64_t width = plan.packed_width, row_size = plan.pitch * width, pixels = (last_row - first_row) * p.Wo;
+  const LookupFrame<V> frame(p, plan, window, blank);
+  Lookups<V, kTaps> lookups;
+  LookupStates<V, kTaps> states;
+  alignas(64) S sums[4 * V::width * kTaps];
+  memset(sums, 0, sizeof sums);  // lanes of a last batch that nothing is computed for
+  for (int64_t first = 0; first < pixels; first += V::width) {
+    const int count = int(std::min<int64_t>(V::width, pixels - first));
+    const int64_t pixel = first_row * p.Wo + first;
+    const T* gradient = grad_output + pixel * p.output_stride;
+    locate_lookups<V, T, kTaps>(p, frame, lanes, offset_mask + pixel * p.offset_mask_stride, p.offset_mask_stride, count,
+                                first_row + first / p.Wo, first % p.Wo, lookups, nullptr, &states);
+    for (int64_t c = 0; c < width; c += kChunk) {
+      const auto dot = width == kChunk ? dot_lookups<V, T, kVectors, kTaps, true> : dot_lookups<V, T, kVectors, kTaps, false>;
+      const auto scatter =
+          width == kChunk ? scatter_lookups<V, T, kVectors, kTaps, true> : scatter_lookups<V, T, kVectors, kTaps, false>;
+      if (grad_offset_mask)
+        dot(map + c, width, row_size, lookups, count, gradient + c, p.output_stride, p.D - c, sums, c > 0, ahead);
+      if (grad_map) scatter(grad_map + c, width, row_size, lookups, count, gradient + c, p.output_stride, p.D - c);
+    }
+    if (grad_offset_mask)
+      finish_lookups<V, T, kTaps>(frame.frame.scale, sums, states, p.softmax, count,
+                                  grad_offset_mask + pixel * p.grad_offset_mask_stride, p.grad_offset_mask_stride);
+  }
+}
+
 template <class V, class T>
 using BackwardRows = void (*)(const dcnv4_problem&, const Plan<ScalarOf<V>>&, const T*, const T*, T*, const ScalarOf<V>*,
                               ScalarOf<V>*, Window, int32_t, int64_t, int64_t, ScalarOf<V>*, Ahead<V>);
 
 template <class V, class T, int kVectors>
-BackwardRows<V, T> backward_rows_for_taps(int64_t K) {
-  if constexpr (kUnrollTaps)
+BackwardRows<V, T> backward_rows_for_taps(int64_t K, bool exact) {
+  if constexpr (V::spreads) {
+    if (K == kLookupTaps && exact) return backward_rows_lookup<V, T, kVectors, kLookupTaps>;
+  } else if constexpr (kUnrollTaps) {
     if (K == 9) return backward_rows<V, T, kVectors, 9>;
+  }
   return backward_rows<V, T, kVectors, 0>;
 }
 
 template <class V, class T>
-BackwardRows<V, T> choose_backward_rows(int64_t D, int64_t K) {
+BackwardRows<V, T> choose_backward_rows(int64_t D, int64_t K, bool exact) {
   switch (vectors_at_once((D + V::width - 1) / V::width)) {
     case 1:
-      return backward_rows_for_taps<V, T, 1>(K);
+      return backward_rows_for_taps<V, T, 1>(K, exact);
     case 2:
-      return backward_rows_for_taps<V, T, 2>(K);
+      return backward_rows_for_taps<V, T, 2>(K, exact);
     case 3:
-      return backward_rows_for_taps<V, T, 3>(K);
+      return backward_rows_for_taps<V, T, 3>(K, exact);
     default:
-      return backward_rows_for_taps<V, T, 4>(K);
+      return backward_rows_for_taps<V, T, 4>(K, exact);
   }
 }
 
@@ -923,8 +1074,10 @@ int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_
   static thread_local Scratch grid_scratch, slab_scratch;
   S* grid = static_cast<S*>(grid_scratch.get(TapGrid<V>::elements(p) * sizeof(S)));
   if (!grid) return DCNV4_OUT_OF_MEMORY;
-  const Plan<S> plan = TapGrid<V>::plan(p, grid);
-  const auto rows_kernel = choose_backward_rows<V, T>(p.D, plan.K);
+  Plan<S> plan = TapGrid<V>::plan(p, grid);
+  std::optional<LaneTables<V, kLookupTaps>> lanes;
+  if (V::spreads && plan.K == kLookupTaps) plan.lanes = &lanes.emplace(plan);
+  const auto rows_kernel = choose_backward_rows<V, T>(p.D, plan.K, is_exact(p, plan, p.H + 2));
   const Window whole = {-1, p.H + 1};
   const int32_t blank = int32_t((p.H + 2) * plan.pitch);
   const int64_t map_size = map_elements(plan, p.H + 2);
