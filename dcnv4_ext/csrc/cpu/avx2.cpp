@@ -9,16 +9,22 @@ namespace dcnv4 {
 namespace avx2 {
 namespace {
 
-DCNV4_INLINE __m128i bf16_bits(__m256 v) {
-  // Round to nearest even; NaN keeps its upper bits and becomes quiet.
+// In the lower half of a lane. Round to nearest even; NaN keeps its upper bits and becomes quiet.
+DCNV4_INLINE __m256i round_to_bf16(__m256 v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0xd8);
-  return _mm256_castsi256_si128(packed);
+  return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+}
+// Two vectors in one.
+DCNV4_INLINE __m256i bf16_bits(__m256 low, __m256 high) {
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(round_to_bf16(low), round_to_bf16(high)), 0xd8);
+}
+DCNV4_INLINE __m128i bf16_bits(__m256 v) {
+  const __m256i bits = round_to_bf16(v);
+  return _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
 }
 DCNV4_INLINE __m256 from_bf16(__m128i bits) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)); }
 DCNV4_INLINE __m256i lanes32(int n) {
@@ -58,6 +64,11 @@ struct F32 {
   DCNV4_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
   DCNV4_INLINE void store(bf16* p) const { _mm_storeu_si128((__m128i*)p, bf16_bits(v)); }
   DCNV4_INLINE void store(f16* p) const { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+  // Past the caches; p is aligned.
+  DCNV4_INLINE void stream(float* p) const { _mm256_stream_ps(p, v); }
+  DCNV4_INLINE void stream(bf16* p) const { _mm_stream_si128((__m128i*)p, bf16_bits(v)); }
+  DCNV4_INLINE void stream(f16* p) const { _mm_stream_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+  static DCNV4_INLINE void fence() { _mm_sfence(); }
   DCNV4_INLINE void store_some(float* p, int n) const { _mm256_maskstore_ps(p, lanes32(n), v); }
   DCNV4_INLINE void store_some(bf16* p, int n) const { store_halves(p, n, bf16_bits(v)); }
   DCNV4_INLINE void store_some(f16* p, int n) const { store_halves(p, n, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
@@ -68,6 +79,45 @@ struct F32 {
     const F32 low = n >= 4 ? load(p) : load_some(p, 2 * n), high = n > 4 ? load_some(p + 8, 2 * n - 8) : zero();
     even.v = in_order(_mm256_shuffle_ps(low.v, high.v, 0x88));
     odd.v = in_order(_mm256_shuffle_ps(low.v, high.v, 0xdd));
+  }
+  // The same for a whole vector of pairs.
+  template <class T>
+  static DCNV4_INLINE void all_pairs(const T* p, F32& even, F32& odd) {
+    pairs(p, width, even, odd);
+  }
+  static DCNV4_INLINE void all_pairs(const bf16* p, F32& even, F32& odd) {
+    const __m256i both = _mm256_loadu_si256((const __m256i*)p);
+    even.v = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    odd.v = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(int(0xffff0000u))));
+  }
+  // n neighbouring vectors; past the caches they are aligned to whole lines.
+  template <int n, class T>
+  static DCNV4_INLINE void store_all(T* p, const F32* v, bool past_caches) {
+    for (int i = 0; i < n; ++i) {
+      if (past_caches) {
+        v[i].stream(p + i * width);
+      } else {
+        v[i].store(p + i * width);
+      }
+    }
+  }
+  template <int n>
+  static DCNV4_INLINE void store_all(bf16* p, const F32* v, bool past_caches) {
+    for (int i = 0; i + 1 < n; i += 2) {
+      const __m256i two = bf16_bits(v[i].v, v[i + 1].v);
+      if (past_caches) {
+        _mm256_stream_si256((__m256i*)(p + i * width), two);
+      } else {
+        _mm256_storeu_si256((__m256i*)(p + i * width), two);
+      }
+    }
+    if (n % 2) {
+      if (past_caches) {
+        v[n - 1].stream(p + (n - 1) * width);
+      } else {
+        v[n - 1].store(p + (n - 1) * width);
+      }
+    }
   }
   template <class T>
   static DCNV4_INLINE void store_pairs(T* p, int n, F32 even, F32 odd) {
@@ -96,14 +146,24 @@ struct F32 {
     _mm_storeu_ps(out, sums);
   }
 
-  static constexpr bool spreads = false;
+  static constexpr bool looks_up = true, spreads = false;
   static DCNV4_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static DCNV4_INLINE F32 floor(F32 a) { return {_mm256_floor_ps(a.v)}; }
   static DCNV4_INLINE Mask greater(Mask among, F32 a, F32 b) {
     return _mm256_and_ps(among, _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ));
   }
   static DCNV4_INLINE bool any(Mask m) { return _mm256_movemask_ps(m) != 0; }
+  static DCNV4_INLINE Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
+  static DCNV4_INLINE bool lane(Mask m, int i) { return _mm256_movemask_ps(m) >> i & 1; }
+  static DCNV4_INLINE F32 permute(F32 a, const int32_t* lanes) {
+    return {_mm256_permutevar8x32_ps(a.v, _mm256_loadu_si256((const __m256i*)lanes))};
+  }
   static DCNV4_INLINE F32 select(Mask m, F32 a) { return {_mm256_and_ps(m, a.v)}; }
+  // `cell`, a whole number below 2^24, where used.
+  static DCNV4_INLINE void store_whole(uint32_t* out, Mask used, F32 cell, int32_t blank) {
+    const __m256i chosen = _mm256_blendv_epi8(_mm256_set1_epi32(blank), _mm256_cvttps_epi32(cell.v), _mm256_castps_si256(used));
+    _mm256_storeu_si256((__m256i*)out, chosen);
+  }
   static DCNV4_INLINE void store_cells(int32_t* out, Mask used, F32 y, F32 x, int32_t first_row, int32_t pitch, int32_t blank) {
     const __m256i row = _mm256_sub_epi32(_mm256_cvttps_epi32(_mm256_and_ps(used, y.v)), _mm256_set1_epi32(first_row));
     const __m256i column = _mm256_add_epi32(_mm256_cvttps_epi32(_mm256_and_ps(used, x.v)), _mm256_set1_epi32(1));
@@ -158,7 +218,7 @@ struct F64 {
     if (add) sums = _mm256_add_pd(sums, _mm256_loadu_pd(out));
     _mm256_storeu_pd(out, sums);
   }
-  static constexpr bool spreads = false;
+  static constexpr bool looks_up = false;
   static DCNV4_INLINE F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   static DCNV4_INLINE F64 floor(F64 a) { return {_mm256_floor_pd(a.v)}; }
   static DCNV4_INLINE Mask greater(Mask among, F64 a, F64 b) {

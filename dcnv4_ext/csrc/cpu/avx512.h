@@ -153,7 +153,7 @@ struct F32 {
     _mm_storeu_ps(out, sums);
   }
 
-  static constexpr bool spreads = true;
+  static constexpr bool looks_up = true, spreads = true;
   static DCNV4_INLINE F32 spread(F32 a, int lane) { return {_mm512_permutexvar_ps(_mm512_set1_epi32(lane), a.v)}; }
   static DCNV4_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static DCNV4_INLINE F32 floor(F32 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
@@ -221,7 +221,7 @@ struct F64 {
                             _mm512_reduce_add_pd(d.v)};
     for (int q = 0; q < 4; ++q) out[q] = add ? out[q] + sums[q] : sums[q];
   }
-  static constexpr bool spreads = false;
+  static constexpr bool looks_up = false;
   static DCNV4_INLINE F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
   static DCNV4_INLINE F64 floor(F64 a) { return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
   static DCNV4_INLINE Mask greater(Mask among, F64 a, F64 b) { return _mm512_mask_cmp_pd_mask(among, a.v, b.v, _CMP_GT_OQ); }

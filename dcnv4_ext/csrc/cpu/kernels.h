@@ -396,11 +396,28 @@ struct LookupFrame {
         blank(int32_t(blank * plan.packed_width)) {}
 };
 
+// Calls `work(row, column, count, below)` for up to V::width neighbouring pixels at a time: those from (row, column) on, which
+// are followed by those `below` pixels further on. `strips`: wide maps go in strips, down all rows one after the other. The
+// part of a packed map that a strip looks at stays in the L1 cache, where rows of the whole width would not.
+template <class V, class Work>
+DCNV4_INLINE void for_batches(const dcnv4_problem& p, int64_t first_row, int64_t last_row, bool strips, Work work) {
+  strips = strips && p.Wo >= 2 * V::width;
+  const int64_t strip = strips ? V::width : p.Wo, below = strips ? p.Wo : V::width;
+  for (int64_t left = 0; left < p.Wo; left += strip)
+    for (int64_t row = first_row; row < last_row; row += strips ? 1 : last_row - first_row) {
+      const int64_t pixels = strips ? std::min(strip, p.Wo - left) : (last_row - first_row) * p.Wo;
+      for (int64_t first = 0; first < pixels; first += V::width) {
+        const int64_t column = left + first;
+        work(row + column / p.Wo, column % p.Wo, int(std::min<int64_t>(V::width, pixels - first)), below);
+      }
+    }
+}
+
 // The lookups of the pixels (row, column) and `count` - 1 behind it, whose offset rows begin at `offsets`, `step` apart.
-// `softmax`: normalise the weights. Returns whether a tap needs a row outside the window; then `outside` has a bit a tap.
+// Pixels `below` behind them are next. Returns whether a tap needs a row outside the window; then `outside` has a bit a tap.
 template <class V, class T, int kTaps>
 DCNV4_NOINLINE bool locate_lookups(const dcnv4_problem& p, const LookupFrame<V>& on, const LaneTables<V, kTaps>& lanes,
-                                   const T* offsets, int64_t step, int count, int64_t row, int64_t column,
+                                   const T* offsets, int64_t step, int64_t below, int count, int64_t row, int64_t column,
                                    Lookups<V, kTaps>& to, typename V::Mask* outside, LookupStates<V, kTaps>* states) {
   using S = ScalarOf<V>;
   constexpr int kPixels = V::width;
@@ -410,12 +427,13 @@ DCNV4_NOINLINE bool locate_lookups(const dcnv4_problem& p, const LookupFrame<V>&
   S* const weights = states ? states->weight : own_weights;
   const bool softmax = p.softmax;
   for (int i = 0; i < count; ++i, offsets += step) {
-    V::prefetch(offsets + kPixels * step);
+    V::prefetch(offsets + below * step);
     memcpy(pairs + i * 2 * kTaps, offsets, 2 * kTaps * sizeof(T));
     if (softmax) {
       softmax_row(offsets + 2 * kTaps, kTaps, weights + i * kTaps);
     } else {
-      V::load_some(offsets + 2 * kTaps, kTaps).store(weights + i * kTaps);
+      for (int k = 0; k < kTaps; k += V::width)
+        V::load_some(offsets + 2 * kTaps + k, std::min(V::width + 0, kTaps - k)).store(weights + i * kTaps + k);
     }
   }
   const Frame<V> frame = on.frame;
@@ -456,32 +474,49 @@ DCNV4_NOINLINE bool locate_lookups(const dcnv4_problem& p, const LookupFrame<V>&
   return leaves;
 }
 
-// Four weighted loads a tap for `kVectors` vectors of channels, `width` elements from one cell to the next. A permutation
-// spreads each weight over a vector without the load ports, which the map keeps busy. Sums of one or two vectors are kept a
-// corner: a chain of additions must not be longer than the multiply-adds take that run beside it.
+// One corner's weights of the taps of a pixel, spread over a vector one by one.
+template <class V, bool kPermute>
+struct Spreads {
+  V all;
+  explicit DCNV4_INLINE Spreads(const ScalarOf<V>* weights) : all(V::load(weights)) {}
+  DCNV4_INLINE V operator()(int tap) const { return V::spread(all, tap); }
+};
+template <class V>
+struct Spreads<V, false> {
+  const ScalarOf<V>* weights;
+  explicit DCNV4_INLINE Spreads(const ScalarOf<V>* weights) : weights(weights) {}
+  DCNV4_INLINE V operator()(int tap) const { return V::set1(weights[tap]); }
+};
+
+// Four weighted loads a tap for `kVectors` vectors of channels, `width` elements from one cell to the next. Where a permutation
+// can spread a weight over a vector, two of four come so and two from memory: neither the load ports, which the map keeps busy,
+// nor the multiply-adds' neighbours are then the narrow place. Sums of one or two vectors are kept a corner: a chain of
+// additions must not be longer than the multiply-adds take that run beside it.
 template <class V, int kVectors, int kTaps>
 DCNV4_INLINE void gather_lookup(const ScalarOf<V>* map, int64_t width, int64_t row_size, const Lookups<V, kTaps>& from,
                                 int pixel, V* sum) {
   constexpr int kChains = kVectors <= 2 ? 4 : 2;
   const int at = pixel * kTaps;
   V chain[kChains][kVectors];
-  for (int q = 0; q < kChains; ++q)
-    for (int v = 0; v < kVectors; ++v) chain[q][v] = V::zero();
-  const V w00 = V::load(from.w00 + at), w01 = V::load(from.w01 + at), w10 = V::load(from.w10 + at),
-          w11 = V::load(from.w11 + at);
+  const Spreads<V, V::spreads> w00(from.w00 + at), w10(from.w10 + at);
+  const Spreads<V, false> w01(from.w01 + at), w11(from.w11 + at);
   uint64_t two = 0;  // elements of two taps: half as many loads, and none that extends a sign
   DCNV4_UNROLL
   for (int k = 0; k < kTaps; ++k, two >>= 32) {
     if (k % 2 == 0) memcpy(&two, from.element + at + k, sizeof two);
     const ScalarOf<V>* top = map + uint32_t(two);
     const ScalarOf<V>* bottom = top + row_size;
-    const auto add = [&](V* sums, V weight, const ScalarOf<V>* corner) DCNV4_LAMBDA_INLINE {
-      for (int v = 0; v < kVectors; ++v) sums[v] = V::fma(weight, V::load(corner + v * V::width), sums[v]);
+    const auto add = [&](int q, V weight, const ScalarOf<V>* corner) DCNV4_LAMBDA_INLINE {
+      V* const sums = chain[q % kChains];
+      for (int v = 0; v < kVectors; ++v) {
+        const V there = V::load(corner + v * V::width);
+        sums[v] = k == 0 && q < kChains ? weight * there : V::fma(weight, there, sums[v]);
+      }
     };
-    add(chain[0], V::spread(w00, k), top);
-    add(chain[1], V::spread(w01, k), top + width);
-    add(chain[2 % kChains], V::spread(w10, k), bottom);
-    add(chain[3 % kChains], V::spread(w11, k), bottom + width);
+    add(0, w00(k), top);
+    add(1, w01(k), top + width);
+    add(2, w10(k), bottom);
+    add(3, w11(k), bottom + width);
   }
   for (int v = 0; v < kVectors; ++v) {
     sum[v] = chain[0][v] + chain[1][v];
@@ -511,21 +546,18 @@ void forward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, 
   constexpr int64_t kChunk = kVectors * V::width;
   const LaneTables<V, kTaps>& lanes = *static_cast<const LaneTables<V, kTaps>*>(plan.lanes);
   const int64_t width = plan.packed_width, row_size = plan.pitch * width, D = p.D;
-  const int64_t offset_step = p.offset_mask_stride, output_step = p.output_stride, pixels = (last_row - first_row) * p.Wo;
+  const int64_t offset_step = p.offset_mask_stride, output_step = p.output_stride;
   const LookupFrame<V> frame(p, plan, window, blank);
-  const T* offsets = offset_mask + first_row * p.Wo * offset_step;
-  T* target = output + first_row * p.Wo * output_step;
   Lookups<V, kTaps> lookups;
   typename V::Mask outside[kTaps];
-  for (int64_t first = 0; first < pixels;
-       first += V::width, offsets += V::width * offset_step, target += V::width * output_step) {
-    const int count = int(std::min<int64_t>(V::width, pixels - first));
-    const int64_t row = first_row + first / p.Wo, column = first % p.Wo;
-    const bool leaves =
-        locate_lookups<V, T, kTaps>(p, frame, lanes, offsets, offset_step, count, row, column, lookups, outside, nullptr);
+  for_batches<V>(p, first_row, last_row, true, [&](int64_t row, int64_t column, int count, int64_t below) DCNV4_LAMBDA_INLINE {
+    const T* const offsets = offset_mask + (row * p.Wo + column) * offset_step;
+    T* const target = output + (row * p.Wo + column) * output_step;
+    const bool leaves = locate_lookups<V, T, kTaps>(p, frame, lanes, offsets, offset_step, below, count, row, column, lookups,
+                                                    outside, nullptr);
     if (DCNV4_LIKELY(!leaves && D == kChunk)) {
       gather_lookups<V, T, kVectors, kTaps>(map, row_size, lookups, count, target, output_step, ahead, past_caches);
-      continue;
+      return;
     }
     for (int i = 0; i < count; ++i) {
       T* out = target + i * output_step;
@@ -552,7 +584,7 @@ void forward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, 
         }
       }
     }
-  }
+  });
 }
 
 // Channels are taken kVectors vectors at a time, at most four so that sums, weights and addresses stay in registers.
@@ -602,7 +634,7 @@ constexpr int kLookupTaps = 9;
 
 template <class V, class T, int kVectors>
 ForwardRows<V, T> forward_rows_for_taps(int64_t K, bool exact) {
-  if constexpr (V::spreads && V::width >= 9) {
+  if constexpr (V::looks_up) {
     if (K == kLookupTaps && exact) return forward_rows_lookup<V, T, kVectors, kLookupTaps>;
   } else if constexpr (kUnrollTaps) {
     if (K == 9) return forward_rows<V, T, kVectors, 9>;
@@ -682,7 +714,7 @@ template <class V, class T>
 bool goes_past_caches(const Plan<ScalarOf<V>>& plan, int64_t pixels, int64_t stride, const T* tensor) {
   constexpr int64_t kStays = int64_t(256) << 10;  // bytes
   const auto whole_lines = [](int64_t bytes) { return bytes % 64 == 0; };
-  return V::spreads && pixels * stride * int64_t(sizeof(T)) > kStays && plan.D == plan.packed_width &&
+  return V::looks_up && pixels * stride * int64_t(sizeof(T)) > kStays && plan.D == plan.packed_width &&
          whole_lines(plan.D * sizeof(T)) && whole_lines(stride * sizeof(T)) && whole_lines(reinterpret_cast<uintptr_t>(tensor));
 }
 
@@ -697,7 +729,7 @@ int32_t forward(const dcnv4_problem& p, const void* value_, const void* offset_m
   Plan<S> plan = TapGrid<V>::plan(p, grid);
   const int64_t row_size = plan.pitch * plan.packed_width;
   std::optional<LaneTables<V, kLookupTaps>> lanes;
-  if (V::spreads && plan.K == kLookupTaps) plan.lanes = &lanes.emplace(plan);
+  if (V::looks_up && plan.K == kLookupTaps) plan.lanes = &lanes.emplace(plan);
 
   // Output rows a task: all where the map they need stays within half of the L2 cache, else as many as leave most of the window
   // no halo; fewer where threads would have nothing to do.
@@ -769,7 +801,7 @@ int32_t forward(const dcnv4_problem& p, const void* value_, const void* offset_m
       rows_kernel(p, plan, image, offsets_of(part), output_of(part), map, part.window, blank, part.first, part.last,
                   map + map_size, data_of(next), past_caches);
     });
-    if constexpr (V::spreads)
+    if constexpr (V::looks_up)
       if (past_caches) V::fence();
     scratch.trim(kKeptScratch);
   }
@@ -917,8 +949,7 @@ DCNV4_NOINLINE void scatter_lookups(ScalarOf<V>* map, int64_t width, int64_t row
   if (kSingle) width = kVectors * V::width;
   for (int i = 0; i < count; ++i, gradient += step) {
     const int at = i * kTaps;
-    const V w00 = V::load(from.w00 + at), w01 = V::load(from.w01 + at), w10 = V::load(from.w10 + at),
-            w11 = V::load(from.w11 + at);
+    const Spreads<V, V::spreads> w00(from.w00 + at), w01(from.w01 + at), w10(from.w10 + at), w11(from.w11 + at);
     V grad[kVectors];
     load_channels<V, kVectors>(gradient, channels, grad);
     uint64_t two = 0;
@@ -930,10 +961,10 @@ DCNV4_NOINLINE void scatter_lookups(ScalarOf<V>* map, int64_t width, int64_t row
       const auto add = [&](S* corner, V weight) DCNV4_LAMBDA_INLINE {
         for (int v = 0; v < kVectors; ++v) V::fma(weight, grad[v], V::load(corner + v * V::width)).store(corner + v * V::width);
       };
-      add(top, V::spread(w00, k));
-      add(top + width, V::spread(w01, k));
-      add(bottom, V::spread(w10, k));
-      add(bottom + width, V::spread(w11, k));
+      add(top, w00(k));
+      add(top + width, w01(k));
+      add(bottom, w10(k));
+      add(bottom + width, w11(k));
     }
   }
 }
@@ -982,18 +1013,18 @@ void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
   using S = ScalarOf<V>;
   constexpr int64_t kChunk = kVectors * V::width;
   const LaneTables<V, kTaps>& lanes = *static_cast<const LaneTables<V, kTaps>*>(plan.lanes);
-  const int64_t width = plan.packed_width, row_size = plan.pitch * width, pixels = (last_row - first_row) * p.Wo;
+  const int64_t width = plan.packed_width, row_size = plan.pitch * width;
   const LookupFrame<V> frame(p, plan, window, blank);
   Lookups<V, kTaps> lookups;
   LookupStates<V, kTaps> states;
   alignas(64) S sums[4 * V::width * kTaps];
   memset(sums, 0, sizeof sums);  // lanes of a last batch that nothing is computed for
-  for (int64_t first = 0; first < pixels; first += V::width) {
-    const int count = int(std::min<int64_t>(V::width, pixels - first));
-    const int64_t pixel = first_row * p.Wo + first;
+  // No strips: what is added to would come back to the L1 cache as often as there are strips (measured: a quarter slower).
+  for_batches<V>(p, first_row, last_row, false, [&](int64_t row, int64_t column, int count, int64_t below) DCNV4_LAMBDA_INLINE {
+    const int64_t pixel = row * p.Wo + column;
     const T* gradient = grad_output + pixel * p.output_stride;
-    locate_lookups<V, T, kTaps>(p, frame, lanes, offset_mask + pixel * p.offset_mask_stride, p.offset_mask_stride, count,
-                                first_row + first / p.Wo, first % p.Wo, lookups, nullptr, &states);
+    locate_lookups<V, T, kTaps>(p, frame, lanes, offset_mask + pixel * p.offset_mask_stride, p.offset_mask_stride, below, count,
+                                row, column, lookups, nullptr, &states);
     for (int64_t c = 0; c < width; c += kChunk) {
       const auto dot = width == kChunk ? dot_lookups<V, T, kVectors, kTaps, true> : dot_lookups<V, T, kVectors, kTaps, false>;
       const auto scatter =
@@ -1005,7 +1036,7 @@ void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
     if (grad_offset_mask)
       finish_lookups<V, T, kTaps>(frame.frame.scale, sums, states, p.softmax, count,
                                   grad_offset_mask + pixel * p.grad_offset_mask_stride, p.grad_offset_mask_stride);
-  }
+  });
 }
 
 template <class V, class T>
@@ -1014,7 +1045,7 @@ using BackwardRows = void (*)(const dcnv4_problem&, const Plan<ScalarOf<V>>&, co
 
 template <class V, class T, int kVectors>
 BackwardRows<V, T> backward_rows_for_taps(int64_t K, bool exact) {
-  if constexpr (V::spreads) {
+  if constexpr (V::looks_up) {
     if (K == kLookupTaps && exact) return backward_rows_lookup<V, T, kVectors, kLookupTaps>;
   } else if constexpr (kUnrollTaps) {
     if (K == 9) return backward_rows<V, T, kVectors, 9>;
@@ -1047,7 +1078,7 @@ void unpack(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const ScalarO
       for (int64_t c = 0; c < p.D; c += V::width) {
         V sum = V::load(cell + c);
         for (int64_t s = 1; s < slabs; ++s) sum = sum + V::load(cell + s * map_size + c);
-        if constexpr (V::spreads) {
+        if constexpr (V::looks_up) {
           if (past_caches) {
             sum.stream(target + c);
             continue;
@@ -1060,7 +1091,7 @@ void unpack(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const ScalarO
         }
       }
     }
-  if constexpr (V::spreads)
+  if constexpr (V::looks_up)
     if (past_caches) V::fence();
 }
 
@@ -1076,7 +1107,7 @@ int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_
   if (!grid) return DCNV4_OUT_OF_MEMORY;
   Plan<S> plan = TapGrid<V>::plan(p, grid);
   std::optional<LaneTables<V, kLookupTaps>> lanes;
-  if (V::spreads && plan.K == kLookupTaps) plan.lanes = &lanes.emplace(plan);
+  if (V::looks_up && plan.K == kLookupTaps) plan.lanes = &lanes.emplace(plan);
   const auto rows_kernel = choose_backward_rows<V, T>(p.D, plan.K, is_exact(p, plan, p.H + 2));
   const Window whole = {-1, p.H + 1};
   const int32_t blank = int32_t((p.H + 2) * plan.pitch);

@@ -15,7 +15,7 @@ struct Lanes {
     bool lane[kWidth];
   };
   static constexpr int width = kWidth;
-  static constexpr bool spreads = false;
+  static constexpr bool looks_up = false;
   S v[kWidth];
 
   template <class F>
