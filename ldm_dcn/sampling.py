@@ -251,9 +251,15 @@ def _checked_conditions(
         return denoiser.null_condition(count).cpu()
     if denoiser.takes_text:
         return _checked_tokens(model, torch.as_tensor(conditions), count)
-    classes, labels = model.num_classes, _whole_numbers(conditions, "label")
+    labels = check_labels(model, conditions)
     if len(labels) != count:
         raise ValueError(f"{len(labels)} labels came with {count} seeds; give one label a seed")
+    return labels
+
+
+def check_labels(model: Model, values: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    """The labels as a tensor. Raises `UserError` where the model does not know one of them."""
+    classes, labels = model.num_classes, _whole_numbers(values, "label")
     wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
         known = f"{classes} classes, 0 to {classes - 1}" if classes else "no classes (leave the labels out)"

@@ -223,7 +223,7 @@ def test_a_disk_too_small_for_the_npz_is_seen_first(
 ) -> None:
     leave_free(monkeypatch, 10**6)
     command = [str(finished.folder), "--n", "10000", "--npz", str(tmp_path / "a.npz")]
-    assert "takes 2 MB and 1 MB are free" in line(lambda: sample.main(command))
+    assert f"10000 images take 3 MB in {tmp_path} and 1 MB are free" in line(lambda: sample.main(command))
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -214,6 +214,11 @@ def test_a_swapped_text_to_image_network_fine_tunes_exports_and_draws_elsewhere(
     options = ["--prompts", "day", "night", "--seeds", "0-2", "--steps", "2", "--grid", str(grid)]
     assert sample.main([str(config.folder), *options]) == 0
     assert Image.open(grid).size == (3 * 64, 2 * 64)
+    (tmp_path / "prompts.txt").write_text("day\nnight\n")
+    options[:3] = ["--prompts-file", str(tmp_path / "prompts.txt")]
+    options[-1] = str(tmp_path / "again.png")
+    assert sample.main([str(config.folder), *options]) == 0
+    assert (tmp_path / "again.png").read_bytes() == grid.read_bytes()
     with pytest.raises(UserError, match="takes prompts, not labels"):
         sample.main([str(config.folder), "--labels", "3"])
     capsys.readouterr()
