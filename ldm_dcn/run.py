@@ -253,11 +253,13 @@ class Run:
         share = torch.from_numpy(share)
         if settings.times == "uniform":
             return diffusion.uniform_times(share, self.config.diffusion.num_steps)
-        return diffusion.lognormal_times(share, self._host_levels, settings.times_mean, settings.times_std)
+        return diffusion.lognormal_times(
+            share, self._lognormal_edges, settings.times_mean, settings.times_std
+        )
 
     @cached_property
-    def _host_levels(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return diffusion.levels(self.schedule)
+    def _lognormal_edges(self) -> torch.Tensor:
+        return diffusion.lognormal_edges(diffusion.levels(self.schedule))
 
     @cached_property
     def schedule(self) -> diffusion.Schedule:

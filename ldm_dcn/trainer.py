@@ -70,9 +70,7 @@ def training_step(run: Run, stop: StopSignals) -> float | None:
     for micro in range(settings.gradient_accumulation):
         batch = run.batch(step, micro)
         with gradients_exchanged(run.model, run.optimizer, micro == settings.gradient_accumulation - 1):
-            loss = batch_loss(run, batch) / settings.gradient_accumulation
-            (loss * state.loss_scale).backward()
-        total[0] += loss.detach()
+            total[0] += backpropagate(run, batch)
     total[1] = stop.received
     loss, run.stopped_by = run.mean_loss_and_signal(total)
     if not _scale_gradients(run) or not math.isfinite(loss):
@@ -87,6 +85,13 @@ def training_step(run: Run, stop: StopSignals) -> float | None:
     if settings.precision == "fp16" and (step + 1 - state.overflow_step) % GROWTH_STEPS == 0:
         state.loss_scale *= 2
     return loss
+
+
+def backpropagate(run: Run, batch: Batch) -> torch.Tensor:
+    """Add one process's share of a (micro-)step to the gradients; returns its part of the loss, without the graph."""
+    loss = batch_loss(run, batch) / run.config.train.gradient_accumulation
+    (loss * run.state.loss_scale).backward()
+    return loss.detach()
 
 
 def batch_loss(run: Run, batch: Batch) -> torch.Tensor:

@@ -54,7 +54,12 @@ def test_the_report_is_of_all_results(readme: ModuleType) -> None:
     """`make report` leaves no file of results out."""
     recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nreport:")[2].partition("\n\n")[0]
     names = {path.name for path in readme.RESULTS.glob("*.json")}
-    assert [name for name in sorted(names) if name not in recipe] == ["full_size_cpu.json", "times.json"]
+    assert [name for name in sorted(names) if name not in recipe] == [
+        "cache_reading.json",
+        "digits_loop.json",
+        "full_size_cpu.json",
+        "times.json",
+    ]
 
 
 def test_sentences_are_those_of_the_json(readme: ModuleType) -> None:
@@ -109,6 +114,24 @@ def test_times_of_the_commands_are_those_of_the_json(readme: ModuleType) -> None
     )
     assert f"the second {words[minutes['make compare, after make demo']]} more" in text
     assert seconds["make test, the tests"] < 360 and "under 6 minutes on two cores" in text
+
+
+def test_costs_of_loop_and_loader_are_those_of_the_json(readme: ModuleType) -> None:
+    """And within what was asked: 20,000 latents a second, 3 % of a digits step."""
+    text = " ".join((ROOT / "docs" / "training.md").read_text(encoding="utf-8").split())
+    reading = json.loads((readme.RESULTS / "cache_reading.json").read_text(encoding="utf-8"))
+    assert reading["moments"] == [8, 32, 32] and reading["dtype"] == "float16" and reading["median"] >= 20_000
+    assert (
+        f"{reading['median']:,} latents of 4x32x32 a second on {reading['environment']['cores']} cores"
+        in text
+    )
+    loop = json.loads((readme.RESULTS / "digits_loop.json").read_text(encoding="utf-8"))
+    assert loop["config"]["run"]["name"] == "digits_dcn" and loop["overhead"] <= 0.03
+    ema = loop["seconds"]["average"] / loop["step"]
+    assert (
+        f"{loop['overhead']:.1%} of a digits step, {ema:.1%} of it the moving average".replace("%", " %")
+        in text
+    )
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
