@@ -105,6 +105,9 @@ class _Digits(Images):
     def name(self, index: int) -> str:
         return str(int(self._chosen[index]))
 
+    def content(self, index: int) -> bytes:
+        return b""  # the package's own
+
     def _read(self, index: int) -> Tensor:
         return self._pixels[index]
 
@@ -129,6 +132,12 @@ class _Folder(Images):
     def size(self, index: int) -> int:
         try:
             return os.path.getsize(self.files[index])
+        except OSError:
+            return 0
+
+    def changed(self, index: int) -> int:
+        try:
+            return os.stat(self.files[index]).st_mtime_ns
         except OSError:
             return 0
 

@@ -776,12 +776,11 @@ def _open_latents(
 
 
 def _identity(images: Images) -> str:
-    """12 hex digits: the same files, by name and size, with the same labels, in the same order, have the same."""
+    """12 hex digits: the same files, by name and content, with the same labels, in the same order, have the same."""
     digest = hashlib.sha256()
-    for index, label in enumerate(images.labels.tolist()):
-        digest.update(
-            f"{images.name(index)}\0{images.size(index)}\0{label}\n".encode("utf-8", "surrogateescape")
-        )
+    contents = images.contents(range(len(images)))
+    for index, (label, content) in enumerate(zip(images.labels.tolist(), contents, strict=True)):
+        digest.update(f"{images.name(index)}\0{content.hex()}\0{label}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:12]
 
 

@@ -142,7 +142,7 @@ def test_the_other_processes_let_the_main_one_speak(line: Line, monkeypatch: pyt
     ("program", "arguments", "expected"),
     [
         (sample.main, [], "the following arguments are required: RUN"),
-        (sample.main, ["run", "--n", "abc"], "argument --n: invalid int value: 'abc'"),
+        (sample.main, ["run", "--n", "abc"], "argument --n/--count: invalid int value: 'abc'"),
         (sample.main, ["run", "--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )
