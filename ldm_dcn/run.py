@@ -73,6 +73,7 @@ class State:
     loss_scale: float = 1.0  # of fp16's gradients
     overflows: int = 0  # steps that fp16 took again
     overflow_step: int = 0  # the last of them
+    overflows_in_a_row: int = 0  # of the step that comes next
     left_out: int = 0  # batches left out for NaN or infinity
 
 

@@ -89,11 +89,11 @@ def test_stratified_times_meet_every_share_once_a_batch(tmp_path: Path) -> None:
 def test_fp16_takes_an_overflowing_step_again_at_half_the_scale(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "train.precision=fp16")
     with open_run(config) as run:
-        run.state.loss_scale = 2.0**40  # overflows until it is small enough
+        run.state.loss_scale = 2.0**27  # overflows until it is small enough
         before = {name: p.detach().clone() for name, p in run.denoiser.named_parameters()}
         assert training_step(run, StopSignals()) is None
         assert all(torch.equal(p, before[name]) for name, p in run.denoiser.named_parameters())
-        assert (run.state.step, run.state.overflows, run.state.loss_scale) == (0, 1, 2.0**39)
+        assert (run.state.step, run.state.overflows, run.state.loss_scale) == (0, 1, 2.0**26)
         while (loss := training_step(run, StopSignals())) is None:
             pass
         run.record(loss)
@@ -109,6 +109,35 @@ def test_fp16_learns_what_fp32_learns(tmp_path: Path) -> None:
     assert [train(config) for config in configs] == [0, 0]
     assert losses(configs[1]) == pytest.approx(losses(configs[0]), rel=0.02)
     assert lines(configs[1])[-1]["loss_scale"] == 2.0**16 and lines(configs[1])[-1]["overflows"] == 0
+
+
+def test_fp16_stops_where_no_scale_mends_the_gradient(tmp_path: Path) -> None:
+    """A NaN that only the backward pass makes: the loss is finite, and halving its scale would go on for ever."""
+    config = tiny_config(tmp_path, "train.precision=fp16", "train.skip_non_finite=1")
+    with open_run(config) as run:
+        for _ in range(2):
+            run.record(training_step(run, StopSignals()))
+        run.save()
+        before = {name: p.detach().clone() for name, p in run.denoiser.named_parameters()}
+        parameter = next(iter(run.denoiser.parameters()))
+        hook = parameter.register_hook(lambda gradient: gradient * math.nan)
+        for taken_again in (1, 2):
+            for _ in range(trainer.OVERFLOWS_IN_A_ROW):
+                assert training_step(run, StopSignals()) is None
+            assert run.state.loss_scale == 2.0**16 / 2**trainer.OVERFLOWS_IN_A_ROW
+            if taken_again == 1:  # train.skip_non_finite leaves the batch out, and the scale is what it was
+                loss = training_step(run, StopSignals())
+                assert math.isnan(loss)
+                run.record(loss)
+                assert (run.state.left_out, run.state.loss_scale) == (1, 2.0**16)
+        told = r"step 4: the loss is 0\.\d+ and the gradient's norm nan after 12 halvings of fp16's loss scale, down to 16; the"
+        with pytest.raises(trainer.NonFinite, match=told):
+            training_step(run, StopSignals())
+        assert all(torch.equal(p, before[name]) for name, p in run.denoiser.named_parameters())
+        hook.remove()
+    with open_run(config) as run:
+        assert (run.state.step, run.state.loss_scale) == (2, 2.0**16)
+        assert math.isfinite(training_step(run, StopSignals()))
 
 
 def test_the_loss_scale_grows_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
