@@ -33,7 +33,7 @@ from .images import Images
 from .launch import StopSignals, run_lock, start_accelerator
 from .matching import Matching, new_parameters
 from .metrics import MetricsLog, read
-from .parallel import Optimizer, in_shares_of, replicate, reshard, shard, state_of, whole
+from .parallel import Optimizer, collected, in_shares_of, replicate, reshard, shard, state_of
 from .sampling import generate
 from .swap import apply_swap, plan_swap, swapped_sites
 from .unet import (
@@ -499,11 +499,13 @@ class Run:
         """The power averages of this step in half precision, from which others are made afterwards."""
         if not self._draws or len(self.averages) < 2:
             return
+        main = self.accelerator.is_main_process
         with self.spared("the snapshot of the averages"), self.pause():
             averages = [
-                {name: whole(t).half() for name, t in average.shadow.items()} for average in self.averages
+                collected(((name, t.half()) for name, t in average.shadow.items()), main)
+                for average in self.averages
             ]
-            if self.accelerator.is_main_process:
+            if main:
                 checkpoint.save_tensors(
                     self.config.folder / "averages" / f"step-{self.state.step}",
                     {
@@ -513,15 +515,19 @@ class Run:
                 )
 
     def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """All that a resumed run needs, whole, by group and name."""
-        optimizer = {}
+        """All that a resumed run needs, whole, by group and name; empty groups but on the main process."""
         reshard(self.model)
-        for name, p in self.denoiser.named_parameters():
-            for key, value in state_of(self.optimizer, p).items():
-                optimizer[f"{key}/{name}"] = value
-        groups = {"model": self.denoiser.state_dict(), "optimizer": optimizer}
-        groups |= {name: average.shadow for name, average in zip(EMA_GROUPS, self.averages, strict=False)}
-        return {group: {name: whole(t) for name, t in tensors.items()} for group, tensors in groups.items()}
+        optimizer = (
+            (f"{key}/{name}", value)
+            for name, p in self.denoiser.named_parameters()
+            for key, value in state_of(self.optimizer, p).items()
+        )
+        groups = {"model": self.denoiser.state_dict().items(), "optimizer": optimizer}
+        for name, average in zip(EMA_GROUPS, self.averages, strict=False):
+            groups[name] = average.shadow.items()
+        return {
+            group: collected(tensors, self.accelerator.is_main_process) for group, tensors in groups.items()
+        }
 
     def _facts(self) -> dict[str, Any]:
         return {
