@@ -629,7 +629,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--workers", type=_positive, help="threads that decode images (default: the cores, at most 8)")
     add("--text-encoder", metavar="SPEC", help="encode captions too: hub id or folder of a CLIP text encoder")
     add("--captions", metavar="FIELD", help="where captions stand in metadata.jsonl, .json or the data set (default: text or "
-        "caption); class-names takes the names of the classes")  # fmt: skip
+        "caption); class-names takes the names of the classes, a FILE.json MS-COCO's captions")  # fmt: skip
     add(
         "--device", help="such as cpu or cuda:1 (default: a GPU of its own for each process, if there is one)"
     )
