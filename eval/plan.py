@@ -48,6 +48,7 @@ FP32 = 4  # bytes
 BACKWARD = 2  # times a forward's FLOPs
 PROBES = 2, 4  # images the network is counted with: what is kept once falls out of the difference
 LATENT_FACTOR = 8  # pixels per latent, where a config does not say it: Stable Diffusion's
+CLIP_TOKENS = 77  # of a caption
 GPUS = (1, 8, 64)
 
 
@@ -116,11 +117,15 @@ def count(config: Config) -> Counted:
     side = config.data.image_size // (1 if config.autoencoder.spec == "identity" else LATENT_FACTOR)
     if config.model.pretrained is not None:
         raise UserError(
-            f"{config.run.name}: a pretrained network is not planned for; give model.preset or model.unet"
+            f"{config.run.name}: a pretrained network is not looked into; give what it is, such as --set "
+            "model.pretrained=null model.preset=sd_dcn_convs model.swap=null for Stable Diffusion 1.x with DCNv4"
         )
     with torch.device("meta"):
         unet = build_unet(config.model.preset or config.model.unet, swap=config.model.swap)
-        denoiser = Denoiser(unet, config.data.num_classes or 0).train()
+        tokens = None
+        if config.data.condition == "text":
+            tokens = torch.empty(CLIP_TOKENS, unet.config.cross_attention_dim)
+        denoiser = Denoiser(unet, config.data.num_classes or 0, tokens).train()
     if config.autoencoder.spec == "digits":
         side = unet.config.sample_size
     with FakeTensorMode():
@@ -133,7 +138,7 @@ def count(config: Config) -> Counted:
         kept_checkpointed = _kept(denoiser, own, config, shape)
         unet.disable_gradient_checkpointing()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            functional_call(denoiser, own, _inputs(1, shape))
+            functional_call(denoiser, own, _inputs(1, shape, denoiser))
     blocks = [
         sum(p.numel() for p in block.parameters())
         for name, modules in denoiser.named_modules()
@@ -150,16 +155,19 @@ def count(config: Config) -> Counted:
     )
 
 
-def _inputs(images: int, shape: tuple[int, int, int]) -> tuple[torch.Tensor, ...]:
+def _inputs(images: int, shape: tuple[int, int, int], denoiser: Denoiser) -> tuple[torch.Tensor, ...]:
     x = torch.empty(images, *shape).to(memory_format=torch.channels_last)
-    return x, torch.zeros(images, dtype=torch.int64), torch.zeros(images, dtype=torch.int64)
+    times = torch.zeros(images, dtype=torch.int64)
+    if denoiser.takes_text:
+        return x, times, torch.empty(images, *denoiser.empty_tokens.shape)
+    return x, times, torch.zeros_like(times)
 
 
 def _kept(
     denoiser: Denoiser, own: dict[str, torch.Tensor], config: Config, shape: tuple[int, int, int]
 ) -> tuple[int, int]:
     """Bytes that autograd keeps of one forward for each image, and once, without the parameters."""
-    few, many = (_kept_by(denoiser, own, config, _inputs(images, shape)) for images in PROBES)
+    few, many = (_kept_by(denoiser, own, config, _inputs(images, shape, denoiser)) for images in PROBES)
     an_image = (many - few) // (PROBES[1] - PROBES[0])
     return an_image, few - PROBES[0] * an_image
 

@@ -35,9 +35,9 @@ def shard(denoiser: nn.Module, device: torch.device, dtype: torch.dtype | None) 
 
 
 def replicate(denoiser: nn.Module, device: torch.device) -> nn.Module:
-    """DDP around those parameters of `denoiser` that learn now."""
+    """DDP around those parameters of `denoiser` that learn now. Gradients lie in its buckets alone, not there and beside."""
     ids = [device.index or 0] if device.type == "cuda" else None
-    return DistributedDataParallel(denoiser, device_ids=ids)
+    return DistributedDataParallel(denoiser, device_ids=ids, gradient_as_bucket_view=True)
 
 
 Optimizer = torch.optim.Optimizer | Zero

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ldm_dcn.parallel import collected
+from ldm_dcn.parallel import collected, replicate
 
 # Forked from a server without threads, as in test_checkpoint.py.
 server = multiprocessing.get_context("forkserver")
@@ -54,6 +54,20 @@ def collect(rank: int, store: str, told: Connection) -> None:
     same = collected([("plain", plain)], keep=True)["plain"] is plain
     told.send(({name: tensor.tolist() for name, tensor in found.items()}, most, len(alive), same))
     dist.destroy_process_group()
+
+
+def test_ddp_keeps_gradients_once(tmp_path: Path) -> None:
+    """In its buckets; by default they lie beside them too, 4 bytes a parameter that `eval.plan` does not count."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = replicate(network(), torch.device("cpu"))
+        for _ in range(2):
+            model.zero_grad()
+            model(torch.ones(2, SIZES[0])).square().sum().backward()
+            places = {p.grad.untyped_storage().data_ptr() for p in model.parameters()}
+            assert len(places) < len(list(model.parameters()))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_only_the_process_that_keeps_them_has_the_whole_tensors(tmp_path: Path) -> None:

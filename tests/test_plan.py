@@ -14,7 +14,7 @@ from ldm_dcn.config import Config, load_config
 from ldm_dcn.denoiser import Denoiser
 from ldm_dcn.errors import UserError
 from ldm_dcn.unet import build_unet
-from tiny import ROOT, tiny_config, write_config
+from tiny import ROOT, UNET, tiny_config, write_config
 
 
 def kept_in_truth(config: Config, images: int) -> int:
@@ -63,6 +63,15 @@ def test_counts_are_those_of_the_network(tmp_path: Path) -> None:
     assert counted.parameters == sum(p.numel() for p in denoiser.parameters())
     inputs = torch.randn(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     assert counted.forward_flops == 2 * throughput.count_macs(denoiser, *inputs)
+
+
+def test_captions_are_more_tokens_than_a_class(tmp_path: Path) -> None:
+    labels = count(tiny_config(tmp_path, "data.num_classes=10"))
+    text = count(tiny_config(tmp_path, "data.condition=text"))
+    assert text.forward_flops > labels.forward_flops and text.kept[0] > labels.kept[0]
+    assert text.parameters == labels.parameters - 11 * UNET["cross_attention_dim"]
+    with pytest.raises(UserError, match=r"model\.pretrained=null model\.preset=sd_dcn_convs"):
+        count(tiny_config(tmp_path, "model.unet=null", "model.pretrained=x/y"))
 
 
 def test_the_papers_networks_are_counted_without_their_weights() -> None:

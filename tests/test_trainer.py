@@ -233,6 +233,10 @@ def test_two_processes_see_the_same_samples_and_losses_as_one(finished: Config, 
     assert "on 2 x cpu" in run.stderr
     config = load_config(path)
     assert losses(config) == pytest.approx(losses(finished), rel=1e-5)
+    for column in ("step", "lr", "ema_decay", "samples"):
+        assert [line[column] for line in metrics.read(config.folder / "metrics.jsonl")] == [
+            line[column] for line in metrics.read(finished.folder / "metrics.jsonl")
+        ]
     ours, theirs = weights(config, "ema"), weights(finished, "ema")
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
