@@ -34,13 +34,14 @@ from .launch import StopSignals, run_lock, start_accelerator
 from .matching import Matching, new_parameters
 from .metrics import MetricsLog, read
 from .parallel import Optimizer, collected, in_shares_of, replicate, reshard, shard, state_of
-from .sampling import generate
+from .sampling import PREDICTION_TYPES, generate
 from .swap import apply_swap, plan_swap, swapped_sites
 from .unet import (
     any_attention,
     build_unet,
     empty_twin,
     load_pretrained_unet,
+    schedule_beside,
     set_attention,
     swap_options,
 )
@@ -746,6 +747,7 @@ def _build_unet(config: Config) -> tuple[torch.nn.Module, dict[str, torch.nn.Mod
             )
         return build_unet(model.preset or model.unet, swap=model.swap), {}
     unet = load_pretrained_unet(model.pretrained)
+    _check_prediction(config)
     if model.swap is None:
         return unet, {}
     if already := swapped_sites(unet):
@@ -753,6 +755,17 @@ def _build_unet(config: Config) -> tuple[torch.nn.Module, dict[str, torch.nn.Mod
     plan = plan_swap(unet, **swap_options(model.swap))
     originals = {site.name: unet.get_submodule(site.name) for site in plan}
     return apply_swap(unet, plan), originals if settings.match_steps else {}
+
+
+def _check_prediction(config: Config) -> None:
+    """A pretrained U-Net must go on predicting what it was made to predict: another quantity makes its weights worthless."""
+    theirs = schedule_beside(config.model.pretrained).get("prediction_type")
+    own = next((name for name, published in PREDICTION_TYPES.items() if published == theirs), None)
+    if own is not None and own != config.diffusion.prediction:
+        raise UserError(
+            f"{config.model.pretrained} predicts {own} (its scheduler's prediction_type is {theirs}), and diffusion.prediction="
+            f"{config.diffusion.prediction}; set diffusion.prediction={own}, or name its unet folder alone to change that"
+        )
 
 
 def _open_latents(

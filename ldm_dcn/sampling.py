@@ -50,6 +50,10 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
 }
 
 
+# What diffusers calls the predictions on a schedule of betas.
+PREDICTION_TYPES = {"noise": "epsilon", "v": "v_prediction", "x0": "sample"}
+
+
 def build_scheduler(sampler: str, schedule: Schedule, **options: Any) -> SchedulerMixin:
     """The diffusers scheduler of `sampler` on our noise levels, fed with x_0; `options` are settings of its own.
 
@@ -89,7 +93,7 @@ def published_scheduler(schedule: Schedule) -> SchedulerMixin:
         beta_schedule=schedule.beta_schedule,
         beta_start=schedule.beta_start,
         beta_end=schedule.beta_end,
-        prediction_type={"noise": "epsilon", "v": "v_prediction", "x0": "sample"}[schedule.prediction],
+        prediction_type=PREDICTION_TYPES[schedule.prediction],
         timestep_spacing="trailing",
         **SAMPLERS["dpm++"][1],
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -387,6 +389,42 @@ def test_a_pretrained_network_may_be_swapped_in_part(pretrained: Path, tmp_path:
     assert "mid_block.resnets.0.conv1" in card and "down_blocks.0.resnets.0.conv1" not in card
     pictures = LatentDiffusion.from_pretrained(config.folder)(labels=[1, 2], steps=2, seed=4)
     assert [picture.size for picture in pictures] == [(8, 8), (8, 8)]
+
+
+def test_a_network_that_predicts_something_else_is_refused(pretrained: Path, tmp_path: Path) -> None:
+    """Such as Stable Diffusion 2.1, which predicts v."""
+    shutil.copytree(pretrained, tmp_path / "sd21")
+    DDPMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "sd21" / "scheduler")
+    settings = ("model.unet=null", f"model.pretrained={tmp_path / 'sd21'}", "train.steps=1")
+    with pytest.raises(UserError, match=r"sd21 predicts v .*v_prediction.*set diffusion.prediction=v, or"):
+        train(tiny_config(tmp_path, *settings))
+    assert train(tiny_config(tmp_path, *settings, "diffusion.prediction=v")) == 0
+    alone = (
+        "model.unet=null",
+        f"model.pretrained={tmp_path / 'sd21' / 'unet'}",
+        "train.steps=1",
+        "run.name=alone",
+    )
+    assert train(tiny_config(tmp_path, *alone)) == 0
+
+
+def test_two_processes_match_and_thaw_like_one(pretrained: Path, tmp_path: Path) -> None:
+    """The error of a matched block is relative to its process's share of the batch, so that it is not quite the same."""
+    settings = [
+        "model.unet=null",
+        f"model.pretrained={pretrained}",
+        "model.swap={sites: [resnet, self_attention], group_channels: 4}",
+        "train.match_steps=3",
+        "train.new_only_steps=5",
+        "train.gradient_accumulation=2",
+        "train.gradient_checkpointing=true",
+    ]
+    one, two = (write_config(tmp_path, name) for name in ("one", "two"))
+    on_two_processes(two, *settings)
+    assert train(load_config(one, settings)) == 0
+    ours, theirs = (lines(load_config(path, settings)) for path in (two, one))
+    assert [line.get("phase") for line in ours] == 3 * ["match"] + 2 * ["new"] + 3 * [None]
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=3e-3)
 
 
 def test_a_missing_pretrained_network_is_named(tmp_path: Path) -> None:
