@@ -575,7 +575,11 @@ def test_moved_data_may_be_allowed_and_replaced_data_may_not(pictures: Path, tmp
     with pytest.raises(UserError, match=r"go on with --allow-change data.source$"):
         train(later)
     assert train(later, ["data.source"]) == 0
-    Image.effect_noise((8, 8), 90).save(moved / "a" / "0.png")
+    picture = moved / "a" / "2.png"
+    before = picture.stat()
+    Image.new("L", (8, 8), 37).save(picture)  # as large as the one before, and as old
+    os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert picture.stat().st_size == before.st_size
     with pytest.raises(UserError, match=r"was trained on another state of .*; bring the data back"):
         train(later)
 

@@ -150,6 +150,21 @@ def test_images_of_other_settings_are_never_mixed(run: str, tmp_path: Path) -> N
         sample.main(command)
 
 
+def test_bf16_draws_nearly_the_same(run: str, tmp_path: Path) -> None:
+    images = {}
+    for precision in ("fp32", "bf16"):
+        folder = tmp_path / precision
+        assert (
+            sample.main([run, "--n", "8", "--steps", "3", "--precision", precision, "--png-dir", str(folder)])
+            == 0
+        )
+        images[precision] = np.stack(
+            [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+        ).astype(int)
+    difference = np.abs(images["fp32"] - images["bf16"])
+    assert 0 < difference.mean() < 2  # of 255
+
+
 def test_the_weights_are_known_again(run: str, tmp_path: Path) -> None:
     from ldm_dcn.export import load_model
 
