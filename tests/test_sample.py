@@ -67,7 +67,7 @@ def arrays(npz: Path) -> list[bytes]:
 def test_kill_9_then_the_same_command_draws_only_what_is_missing(
     run: str, tmp_path: Path, counted: list[int]
 ) -> None:
-    options = [run, "--n", "1500", "--steps", "2", "--batch-size", "3"]
+    options = [run, "--n", "600", "--steps", "2", "--batch-size", "3"]
     npz = tmp_path / "samples.npz"
     killed = start("sample.py", *options, "--npz", str(npz))
     began = time.monotonic()
@@ -78,10 +78,10 @@ def test_kill_9_then_the_same_command_draws_only_what_is_missing(
     killed.communicate()
     (folder,) = tmp_path.glob("samples.npz.*.drawn")
     there = pictures(folder)
-    assert 20 <= len(there) < 1500 and not npz.exists()
+    assert 20 <= len(there) < 600 and not npz.exists()
     options[-1] = "64"
     assert sample.main([*options, "--npz", str(npz)]) == 0
-    assert sum(counted) == 1500 - len(there) and max(counted) <= 64  # nothing twice, and never all in memory
+    assert sum(counted) == 600 - len(there) and max(counted) <= 64  # nothing twice, and never all in memory
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
     counted.clear()
 
@@ -94,7 +94,7 @@ def test_kill_9_then_the_same_command_draws_only_what_is_missing(
     os.rename(straight, other)
     counted.clear()
     assert sample.main([*options, "--guidance", "2", "--npz", str(other)]) == 0
-    assert sum(counted) == 1500 and arrays(other) != arrays(npz)
+    assert sum(counted) == 600 and arrays(other) != arrays(npz)
 
 
 @pytest.mark.parametrize(
@@ -196,22 +196,22 @@ def test_a_power_cut_and_damage_are_seen(run: str, tmp_path: Path, counted: list
 
 
 def test_two_processes_draw_the_files_of_one(run: str, tmp_path: Path) -> None:
-    options = ["--count", "11", "--steps", "2", "--batch-size", "2"]
-    for name, launcher in (
-        ("one", []),
-        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]),
-    ):
+    def command(name: str) -> list[str]:
         outputs = ["--png-dir", str(tmp_path / name), "--npz", str(tmp_path / f"{name}.npz")]
-        done = subprocess.run(
-            [sys.executable, *launcher, "sample.py", run, *options, *outputs],
-            cwd=ROOT,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        return [run, "--count", "11", "--steps", "2", "--batch-size", "2", *outputs]
+
+    assert sample.main(command("one")) == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "sample.py", *command("two")],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
     assert len(pictures(tmp_path / "one")) == 11
     assert pictures(tmp_path / "one") == pictures(tmp_path / "two")
     assert arrays(tmp_path / "one.npz") == arrays(tmp_path / "two.npz")
