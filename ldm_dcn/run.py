@@ -271,8 +271,10 @@ class Run:
 
     def mean_loss_and_signal(self, total: torch.Tensor) -> tuple[float, int]:
         """One exchange between the processes: the mean of total[0], and the largest of total[1]."""
-        rows = self.accelerator.gather(total[None]) if self.accelerator.num_processes > 1 else total[None]
-        rows = rows.double().cpu()
+        if self.accelerator.num_processes == 1:
+            loss, signal = total.tolist()
+            return loss, int(signal)
+        rows = self.accelerator.gather(total[None]).double().cpu()
         return float(rows[:, 0].mean()), int(rows[:, 1].max())
 
     def record(self, loss: float) -> None:

@@ -56,7 +56,8 @@ def test_the_report_is_of_all_results(readme: ModuleType) -> None:
     names = {path.name for path in readme.RESULTS.glob("*.json")}
     assert [name for name in sorted(names) if name not in recipe] == [
         "cache_reading.json",
-        "digits_loop.json",
+        "digits_dcn_loop.json",
+        "digits_unet_loop.json",
         "full_size_cpu.json",
         "times.json",
     ]
@@ -125,13 +126,15 @@ def test_costs_of_loop_and_loader_are_those_of_the_json(readme: ModuleType) -> N
         f"{reading['median']:,} latents of 4x32x32 a second on {reading['environment']['cores']} cores"
         in text
     )
-    loop = json.loads((readme.RESULTS / "digits_loop.json").read_text(encoding="utf-8"))
-    assert loop["config"]["run"]["name"] == "digits_dcn" and loop["overhead"] <= 0.03
-    ema = loop["seconds"]["average"] / loop["step"]
-    assert (
-        f"{loop['overhead']:.1%} of a digits step, {ema:.1%} of it the moving average".replace("%", " %")
-        in text
-    )
+    overheads, averages = [], []
+    for name in ("digits_unet", "digits_dcn"):
+        loop = json.loads((readme.RESULTS / f"{name}_loop.json").read_text(encoding="utf-8"))
+        assert loop["config"]["run"]["name"] == name and loop["overhead"] <= 0.03
+        overheads.append(f"{loop['overhead']:.1%}".replace("%", " %"))
+        averages.append(f"{loop['seconds']['average'] / loop['step']:.1%}".replace("%", " %"))
+    unet, dcn = overheads
+    assert f"takes {unet} of a step of `digits_unet` and {dcn} of one of `digits_dcn`" in text
+    assert f"the moving average {averages[0]} and {averages[1]}" in text
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
