@@ -4,27 +4,60 @@ python sample.py runs/digits_dcn                            grid.png: a row a cl
 python sample.py runs/digits_dcn --labels 3 7 --seeds 0-9   two rows of ten
 python sample.py RUN --n 50000 --npz samples.npz            50,000 images, classes in turn, seeds from 0
 python sample.py RUN --prompts "a red fox" "a blue bird"    of a model trained on captions: a row a prompt
+torchrun --standalone --nproc_per_node 8 sample.py RUN --count 50000 --npz samples.npz      the same images, on 8 GPUs
+
+Every image is a PNG file as soon as it is drawn: in --png-dir, or in a folder beside the output that is removed at the end. The
+same command again goes on where it was stopped, with any number of processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 
 if TYPE_CHECKING:
+    from eval.processes import Processes
+    from ldm_dcn.drawn import Drawn
     from ldm_dcn.export import Model
+    from ldm_dcn.launch import StopSignals
 
 COLUMNS = 8  # seeds a class where neither --seeds nor --n says how many
 ROWS = 20  # classes at most in a grid where --labels does not say which
 MOST = 10**7  # images, labels or seeds in one command
 LARGEST = 2**63 - 1  # seed
+AT_ONCE = 256  # images in memory while an npz is written
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is drawn: image i has labels[i] (a class, or a prompt's number) and seeds[i].
+
+    columns   images that make a row of the grid
+    prompts   of a model that takes text, else empty
+    """
+
+    labels: list[int]
+    seeds: list[int]
+    columns: int
+    prompts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def names(self) -> list[str]:
+        """The files that the images become."""
+        pairs = zip(self.labels, self.seeds, strict=True)
+        return [f"{number:06d}_label{label}_seed{seed}.png" for number, (label, seed) in enumerate(pairs)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,53 +67,175 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--n {arguments.n}: ask for at least one image, and at most {MOST:,} at a time")
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size {arguments.batch_size}: draw at least one image at once")
+    if arguments.prompts_file:
+        arguments.prompts = _read_prompts(arguments.prompts_file)
 
+    from eval.processes import joined_processes
+    from ldm_dcn.device import choose_device
+    from ldm_dcn.export import load_model
+    from ldm_dcn.sampling import check_guidance, check_labels
+
+    check_guidance(arguments.guidance, tuple(arguments.guidance_interval))
+    with joined_processes() as processes:
+        if processes.count > 1 and arguments.device:
+            raise UserError(
+                f"--device {arguments.device} is for one process; leave it out, each takes its own"
+            )
+        device = choose_device(processes.device or arguments.device)
+        model = processes.together(
+            lambda: load_model(arguments.model, device=device, autoencoder=arguments.autoencoder)
+        )
+        prompts = _checked_prompts(arguments, model)
+        if labels and not prompts:
+            check_labels(model, labels)
+        task = Task(*_plan(labels, seeds, arguments.n, len(prompts) or model.num_classes), prompts)
+        return _make(arguments, model, task, processes)
+
+
+def _make(arguments: argparse.Namespace, model: Model, task: Task, processes: Processes) -> int:
+    """Draw on all processes what is not there yet, then make grid and npz of it on the first; returns the exit code."""
+    from ldm_dcn.drawn import Drawn
+    from ldm_dcn.launch import REQUEUE, StopSignals
+
+    names, made_with = task.names(), _made_with(arguments, model, task)
+    mark = hashlib.sha256(json.dumps([made_with, names]).encode()).hexdigest()
+    if not (arguments.npz or arguments.png_dir or arguments.grid):
+        arguments.grid = Path("grid.png")
+    output = arguments.npz or arguments.grid
+    drawn = Drawn(arguments.png_dir or output.with_name(f"{output.name}.{mark[:8]}.drawn"), names, made_with)
+
+    def begin() -> list[int]:
+        _check_outputs(arguments, model, task, drawn.folder)
+        finished = (
+            arguments.npz and not (arguments.grid or arguments.png_dir) and _is_made(arguments.npz, mark)
+        )
+        return [] if finished else drawn.begin()
+
+    missing = processes.everyones(processes.together(lambda: begin() if processes.is_first else []))[0]
+    with StopSignals() as stop:
+        drawing = processes.together(lambda: _draw(arguments, model, task, missing, drawn, processes, stop))
+    stopped_by = max(processes.everyones(drawing))
+    if processes.is_first and stopped_by:
+        print(
+            f"{len(task) - len(drawn.missing())} of {len(task)} images are in {drawn.folder}; the same command goes on"
+        )
+    if stopped_by:
+        return 0 if stopped_by == REQUEUE else 128 + stopped_by
+    kinds = len(task.prompts) or model.num_classes
+    processes.together(
+        lambda: _finish(arguments, task, drawn, mark, bool(kinds)) if processes.is_first else None
+    )
+    return 0
+
+
+def _made_with(arguments: argparse.Namespace, model: Model, task: Task) -> dict[str, Any]:
+    """All that decides what an image looks like, beside its label and seed."""
+    from ldm_dcn.drawn import weights_hash
+
+    return {
+        "model": model.name,
+        "step": model.step,
+        "weights": weights_hash(model.denoiser),
+        "autoencoder": model.autoencoder.fingerprint(),
+        "sampler": arguments.sampler,
+        "steps": arguments.steps,
+        "guidance": arguments.guidance,
+        "guidance_interval": list(arguments.guidance_interval),
+        "precision": arguments.precision,
+        "prompts": task.prompts,
+    }
+
+
+def _draw(
+    arguments: argparse.Namespace,
+    model: Model,
+    task: Task,
+    missing: list[int],
+    drawn: Drawn,
+    processes: Processes,
+    stop: StopSignals,
+) -> int:
+    """This process's share of the `missing` images, a batch at a time; returns the signal that stopped it, or 0."""
     import torch
     from tqdm import tqdm
 
-    from ldm_dcn.device import choose_device
-    from ldm_dcn.export import load_model
-    from ldm_dcn.pictures import save_adm_npz, save_grid, save_png
-    from ldm_dcn.sampling import check_guidance, generate
+    from ldm_dcn.sampling import generate
 
-    check_guidance(arguments.guidance, tuple(arguments.guidance_interval))
-    device = choose_device(arguments.device)
-    model = load_model(arguments.model, device=device, autoencoder=arguments.autoencoder)
-    prompts = _checked_prompts(arguments, model)
-    kinds = len(prompts) if prompts else model.num_classes
-    labels, seeds, columns = _plan(labels, seeds, arguments.n, kinds)
-    conditions = labels if model.num_classes else None
-    if prompts:
-        conditions = model.encode_prompts(prompts, arguments.text_encoder)[torch.tensor(labels)]
-    grid = arguments.grid or (None if arguments.npz or arguments.png_dir else Path("grid.png"))
-    pixels = (model.latent_shape[1] * model.autoencoder.factor) * (
-        model.latent_shape[2] * model.autoencoder.factor
-    )
-    _check_outputs(grid, arguments.npz, arguments.png_dir, 3 * pixels * len(seeds))
+    batches = [missing[i : i + arguments.batch_size] for i in range(0, len(missing), arguments.batch_size)]
+    own = batches[processes.rank :: processes.count]
+    bf16 = torch.autocast(model.denoiser.device.type, torch.bfloat16, enabled=arguments.precision == "bf16")
+    others = f" (process 1 of {processes.count})" if processes.count > 1 else ""
+    with tqdm(
+        total=sum(map(len, own)), desc=model.name + others, unit="image", disable=not processes.is_first
+    ) as bar:
+        for batch in own:
+            if stop.received:
+                break
+            conditions: Any = [task.labels[number] for number in batch] if model.num_classes else None
+            if task.prompts:
+                wanted = [task.prompts[task.labels[number]] for number in batch]
+                conditions = model.encode_prompts(wanted, arguments.text_encoder)
+            with bf16:
+                images = generate(
+                    model,
+                    conditions,
+                    [task.seeds[number] for number in batch],
+                    sampler=arguments.sampler,
+                    steps=arguments.steps,
+                    guidance=arguments.guidance,
+                    guidance_interval=tuple(arguments.guidance_interval),
+                    batch_size=arguments.batch_size,
+                )
+            for number, image in zip(batch, images, strict=True):
+                drawn.save(number, image)
+            bar.update(len(batch))
+    return stop.received
 
-    with tqdm(total=len(seeds), desc=model.name, unit="image") as bar:
-        images = generate(
-            model,
-            conditions,
-            seeds,
-            sampler=arguments.sampler,
-            steps=arguments.steps,
-            guidance=arguments.guidance,
-            guidance_interval=tuple(arguments.guidance_interval),
-            batch_size=arguments.batch_size,
-            progress=bar.update,
+
+def _finish(arguments: argparse.Namespace, task: Task, drawn: Drawn, mark: str, has_labels: bool) -> None:
+    """Grid and npz of the images that were drawn."""
+    import torch
+
+    from eval.npz import AdmNpzWriter
+    from ldm_dcn.pictures import save_grid
+
+    if not drawn.folder.exists():
+        print(f"{arguments.npz}: is there already, with these {len(task)} images")
+        return
+    if lost := drawn.missing():
+        raise UserError(
+            f"{len(lost)} images that other processes drew are not in {drawn.folder}; write to a file system that all of "
+            "them share"
         )
-    if grid:
-        save_grid(images, columns, grid)
-        print(f"{grid}: {len(images)} images, {columns} a row")
+    if arguments.grid:
+        images = torch.stack([drawn.read(number) for number in range(len(task))])
+        save_grid(images, task.columns, arguments.grid)
+        print(f"{arguments.grid}: {len(task)} images, {task.columns} a row")
     if arguments.npz:
-        save_adm_npz(images, torch.tensor(labels) if kinds else None, arguments.npz)
-        print(f"{arguments.npz}: arr_0 {len(images)} RGB images" + (", arr_1 their labels" if kinds else ""))
+        height, width = drawn.read(0).shape[1:]
+        with AdmNpzWriter(arguments.npz, len(task), height, width, comment=mark) as file:
+            for first in range(0, len(task), AT_ONCE):
+                numbers = range(first, min(first + AT_ONCE, len(task)))
+                file.add(torch.stack([drawn.read(number) for number in numbers]))
+            if has_labels:
+                file.label(torch.tensor(task.labels))
+        what = ", arr_1 their labels" if has_labels else ""
+        print(f"{arguments.npz}: arr_0 {len(task)} RGB images{what}")
     if arguments.png_dir:
-        for number, (image, label, seed) in enumerate(zip(images, labels, seeds, strict=True)):
-            save_png(image, arguments.png_dir / f"{number:06d}_label{label}_seed{seed}.png")
-        print(f"{arguments.png_dir}: {len(images)} PNG files")
-    return 0
+        print(f"{arguments.png_dir}: {len(task)} PNG files")
+    else:
+        drawn.remove()
+
+
+def _is_made(npz: Path, mark: str) -> bool:
+    """Whether `npz` is what this command makes: `_finish` left `mark` in it."""
+    from zipfile import BadZipFile, ZipFile
+
+    try:
+        with ZipFile(npz) as archive:
+            return archive.comment == mark.encode()
+    except (OSError, BadZipFile):
+        return False
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,7 +250,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds", nargs="+", metavar="S", help="numbers and ranges (default: 0-7 for each label)"
     )
-    parser.add_argument("--n", type=int, help="this many images in all: labels in turn, a new seed each")
+    parser.add_argument(  # torchrun takes --n for an abbreviation of options of its own
+        "--n",
+        "--count",
+        type=int,
+        metavar="N",
+        help="this many images in all: labels or prompts in turn, a new seed each; under torchrun write --count",
+    )
     parser.add_argument("--sampler", default="dpm++", help="dpm++ (default), ddim or euler")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument(
@@ -109,7 +270,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("LOW", "HIGH"),
         help="shares of the times, 0 being the data's end, between which guidance works (default: 0 1)",
     )
-    parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="of a model trained on captions")
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="of a model trained on captions")
+    prompts.add_argument("--prompts-file", type=Path, metavar="FILE", help="the same, one a line")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="what the network computes in (default: fp32)",
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="images at once; does not change them")
     parser.add_argument(
         "--grid", type=Path, metavar="PNG", help="default: grid.png, where no other output is asked for"
@@ -160,21 +329,41 @@ def _plan(
     return list(islice(cycle(labels), n)), seeds, min(n, len(labels))
 
 
-def _check_outputs(grid: Path | None, npz: Path | None, pngs: Path | None, size: int) -> None:
-    """Refuse, before hours of drawing, what could not be written afterwards; `size` is that of the npz in bytes."""
+def _check_outputs(arguments: argparse.Namespace, model: Model, task: Task, folder: Path) -> None:
+    """Refuse, before hours of drawing, what could not be written then or afterwards; `folder` is for the single images."""
     from ldm_dcn.files import check_file_place, check_folder_place, existing_folder
 
-    if grid:
-        check_file_place(grid, "give another --grid")
-    if npz:
-        check_file_place(npz, "give another --npz")
-        free = shutil.disk_usage(existing_folder(npz.parent)).free
-        if size > free:
+    if arguments.grid:
+        check_file_place(arguments.grid, "give another --grid")
+    if arguments.npz:
+        check_file_place(arguments.npz, "give another --npz")
+    option = "--png-dir" if arguments.png_dir else "--npz" if arguments.npz else "--grid"
+    check_folder_place(folder, f"give another {option}")
+    factor = model.autoencoder.factor
+    pixels = len(task) * model.latent_shape[1] * factor * model.latent_shape[2] * factor
+    places = {existing_folder(folder): pixels * model.autoencoder.image_channels}  # and seldom more
+    if arguments.npz:
+        place = existing_folder(arguments.npz.parent)
+        places[place] = places.get(place, 0) + 3 * pixels
+    for place, size in places.items():
+        free = shutil.disk_usage(place).free
+        if size > free and not folder.exists():
             raise UserError(
-                f"{npz} takes {size / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; free some space, or give another --npz"
+                f"{len(task)} images take {size / 1e6:.0f} MB in {place} and {free / 1e6:.0f} MB are free; free some space, "
+                f"or give another {option}"
             )
-    if pngs:
-        check_folder_place(pngs, "give another --png-dir")
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--prompts-file {path} cannot be read ({error}); give a text file, one prompt a line"
+        ) from None
+    if not prompts:
+        raise UserError(f"--prompts-file {path} is empty; write one prompt a line")
+    return prompts
 
 
 def _numbers(texts: Sequence[str] | None, what: str) -> list[int] | None:

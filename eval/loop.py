@@ -35,6 +35,8 @@ class LoopCost:
     step: list[float] = field(default_factory=list)
     parts: dict[str, list[float]] = field(default_factory=dict)
     loader: float = 0.0  # of one batch made in the foreground, where it is made ready beside the step before
+    peak_bytes: int | None = None  # of GPU memory, in the timed steps
+    processes: int = 1
 
     def median(self, part: str) -> float:
         return statistics.median(self.parts[part])
@@ -56,11 +58,14 @@ def measure_loop(config: Config, steps: int, progress: bool = True) -> LoopCost:
         run_config = config.run.model_copy(update={"dir": folder, "name": "loop"})
         config = config.model_copy(update={"train": train, "run": run_config})
         with open_run(config) as run, StopSignals() as stop:
+            cost.processes = run.accelerator.num_processes
             run.enter_phase()
             if run.bar is not None:
                 run.bar.disable = True
             for number in tqdm(range(WARM_UP + steps), desc="training", disable=not progress, leave=False):
                 times: dict[str, float] = {}
+                if number == WARM_UP and run.accelerator.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
                 with _parts_timed(run, times):
                     began = _now(run)
                     loss = trainer.training_step(run, stop)
@@ -71,9 +76,12 @@ def measure_loop(config: Config, steps: int, progress: bool = True) -> LoopCost:
                     whole = _now(run) - began
                 if number >= WARM_UP:
                     cost.step.append(whole)
+                    times["backward"] -= times["forward"]  # both are in it, and the end of the graph
                     times["rest"] = whole - sum(times.values())
                     for name, seconds in times.items():
                         cost.parts.setdefault(name, []).append(seconds)
+            if run.accelerator.device.type == "cuda":
+                cost.peak_bytes = torch.cuda.max_memory_allocated()
             loads = []
             for number in range(LOADED):
                 began = time.perf_counter()
@@ -121,7 +129,7 @@ def _parts_timed(run: Any, times: dict[str, float]) -> Iterator[None]:
     patches = [
         mock.patch.object(run, "batch", timed("waiting for the batch", run.batch)),
         mock.patch.object(trainer, "batch_loss", timed("forward", trainer.batch_loss)),
-        mock.patch.object(torch.Tensor, "backward", timed("backward", torch.Tensor.backward)),
+        mock.patch.object(trainer, "backpropagate", timed("backward", trainer.backpropagate)),
         mock.patch.object(trainer, "_scale_gradients", timed("optimiser", trainer._scale_gradients)),
         mock.patch.object(run.optimizer, "step", timed("optimiser", run.optimizer.step)),
         mock.patch.object(run.optimizer, "zero_grad", timed("optimiser", run.optimizer.zero_grad)),

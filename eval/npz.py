@@ -48,16 +48,19 @@ def _opened(path: str) -> Iterator[np.lib.npyio.NpzFile]:
 class AdmNpzWriter:
     """Writes `count` images (H, W) to `path` as they come; it appears when all are there. Grey is repeated to RGB.
 
+    `comment` is left in the archive, where readers of arrays do not see it.
+
     with AdmNpzWriter(path, 50_000, 256, 256) as file:
         file.add(images)       # uint8 (B, 1 or 3, H, W), until all are there
         file.label(labels)     # (N,), where there are any
     """
 
-    def __init__(self, path: Path, count: int, height: int, width: int) -> None:
+    def __init__(self, path: Path, count: int, height: int, width: int, comment: str = "") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._unfinished = path, path.with_name(f"{path.name}.unfinished")
         self._size, self._left = (height, width), count
         self._zip = zipfile.ZipFile(self._unfinished, "w", zipfile.ZIP_STORED, allowZip64=True)
+        self._zip.comment = comment.encode()
         self._array = self._zip.open("arr_0.npy", "w", force_zip64=True)
         header = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, 3)}
         np.lib.format.write_array_header_1_0(self._array, header)

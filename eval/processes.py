@@ -46,14 +46,19 @@ class Processes:
             result = make()
         except UserError as caught:
             error = caught
-        if self.count > 1:
-            errors: list[str | None] = [None] * self.count
-            dist.all_gather_object(errors, None if error is None else str(error), group=self.group)
-            if error is None:
-                error = next((UserError(text) for text in errors if text is not None), None)
+        errors = self.everyones(None if error is None else str(error))
+        if error is None:
+            error = next((UserError(text) for text in errors if text is not None), None)
         if error is not None:
             raise error
         return result
+
+    def everyones(self, value: T) -> list[T]:
+        """`value` of each process, in their order, on all of them."""
+        values = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def in_order(self, make: Callable[[int], T], blocks: int) -> Iterator[T]:
         """On the first process make(0), ..., make(blocks - 1), each of them made by one process; on the others nothing."""

@@ -475,7 +475,8 @@ def time_the_loop(path: str, options: argparse.Namespace) -> None:
     if options.json:
         medians = {name: cost.median(name) for name in cost.parts}
         content = {"config": config.resolved(), "seconds": medians, "step": statistics.median(cost.step),
-                   "overhead": cost.overhead, "loader": cost.loader, "environment": environment()}  # fmt: skip
+                   "overhead": cost.overhead, "loader": cost.loader, "steps": len(cost.step), "processes": cost.processes,
+                   "peak_bytes": cost.peak_bytes, "environment": environment()}  # fmt: skip
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

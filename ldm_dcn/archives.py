@@ -98,6 +98,12 @@ class Tars(Images):
     def size(self, index: int) -> int:
         return int(self._places[index, 2])
 
+    def changed(self, index: int) -> int:
+        try:
+            return os.stat(self._tars[self._places[index, 0]]).st_mtime_ns
+        except OSError:
+            return 0
+
     def _file(self, index: int) -> bytes:
         tar, offset, size = (int(number) for number in self._places[index])
         return _read_at(self._tars[tar], offset, size)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
+from .files import only_variant
 from .hub import HUB_ID, Unavailable, from_hub_or_cache
 
 ASSETS = Path(__file__).parent / "assets"
@@ -278,6 +279,7 @@ def _from_folder(folder: str) -> torch.nn.Module:
         f"autoencoder folder {folder}",
         "copy diffusion_pytorch_model.safetensors there again",
         local_files_only=True,
+        variant=only_variant(Path(folder), "diffusion_pytorch_model"),
     )
 
 

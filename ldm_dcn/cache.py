@@ -24,7 +24,7 @@ import mmap
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,24 +192,29 @@ def clear_up(out: Path, shard: Range) -> None:
     recover(out / SHARDS / shard.name)
 
 
-def is_written(out: Path, shard: Range, plan: Mapping[str, Any], stamp: str) -> bool:
-    """Whether `shard` is there, whole by its sizes, of this plan, and of images that bear this `stamp`."""
+def is_written(
+    out: Path, shard: Range, plan: Mapping[str, Any], is_current: Callable[[Any], bool] = lambda _: True
+) -> bool:
+    """Whether `shard` is there, whole by its sizes, of this plan, and of images whose stamp `is_current`."""
     try:
         facts = read_shard(out, shard)
     except Damaged:
         return False
-    return facts["plan"] == digest(meaning(plan)) and facts["stamp"] == stamp
+    return facts["plan"] == digest(meaning(plan)) and is_current(facts["stamp"])
 
 
 def write_shard(
     out: Path,
     shard: Range,
     plan: Mapping[str, Any],
-    stamp: str,
+    stamp: Any,
     tensors: Mapping[str, Tensor],
     bad: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Put one shard into its place, atomically. `bad` lists {"index", "path", "reason"} of what is left out."""
+    """Put one shard into its place, atomically.
+
+    `stamp` tells, as JSON, what the images were; `bad` lists {"index", "path", "reason"} of what is left out.
+    """
     plan_hash = digest(meaning(plan))
     with _room(out), committed_folder(out / SHARDS / shard.name) as folder:
         save_file(

@@ -105,6 +105,9 @@ class _Digits(Images):
     def name(self, index: int) -> str:
         return str(int(self._chosen[index]))
 
+    def content(self, index: int) -> bytes:
+        return b""  # the package's own
+
     def _read(self, index: int) -> Tensor:
         return self._pixels[index]
 
@@ -132,11 +135,27 @@ class _Folder(Images):
         except OSError:
             return 0
 
+    def changed(self, index: int) -> int:
+        try:
+            return os.stat(self.files[index]).st_mtime_ns
+        except OSError:
+            return 0
+
     def _file(self, index: int) -> str:
         return self.files[index]
 
     def _find_captions(self, field: str | None) -> Callable[[int], Sequence[str]]:
-        """From metadata.jsonl files, which win where there are any, or else from .txt files beside the pictures."""
+        """From metadata.jsonl files, which win where there are any, or else from .txt files beside the pictures.
+
+        A `field` that is a JSON file is MS-COCO's list of captions.
+        """
+        if field is not None and field.endswith(".json"):
+            named = _coco_captions(field)
+            if not any(os.path.basename(path) in named for path in self.files):
+                raise UserError(
+                    f"--captions {field} names none of the images of {self.source}; give the list of these"
+                )
+            return lambda index: named.get(os.path.basename(self.files[index]), [])
         table = self._read_metadata(field)
         if table is not None:
             return lambda index: table.get(self.files[index], [])
@@ -170,6 +189,25 @@ class _Folder(Images):
                 found = True
                 table.update(_captions_of(folder, field))
         return table if found else None
+
+
+def _coco_captions(path: str) -> dict[str, list[str]]:
+    """Captions by file name, of MS-COCO's annotations/captions_*.json."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        table: dict[str, list[str]] = {name: [] for name in names.values()}
+        for entry in content["annotations"]:
+            table[names[entry["image_id"]]] += as_captions(
+                entry["caption"], f"{path}, image {entry['image_id']}"
+            )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--captions {path} cannot be read as MS-COCO's captions ({type(error).__name__}: {error}); give "
+            "annotations/captions_train2014.json or one like it"
+        ) from None
+    return table
 
 
 def _captions_of(folder: str, field: str | None) -> dict[str, list[str]]:

@@ -134,18 +134,23 @@ def uniform_times(share: torch.Tensor, num_steps: int) -> torch.Tensor:
     return (share.double() * num_steps).long()
 
 
-def lognormal_times(
-    share: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor], mean: float, std: float
-) -> torch.Tensor:
+def lognormal_edges(table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """(num_steps - 1,) float64: half way between the ln(sigma / alpha) of one time and of the next, ascending."""
+    alpha, sigma = (t.double() for t in table)
+    grid = (sigma / alpha).log()
+    return (grid[1:] + grid[:-1]) / 2
+
+
+def lognormal_times(share: torch.Tensor, edges: torch.Tensor, mean: float, std: float) -> torch.Tensor:
     """(N,) int64: the times nearest to ln(sigma / alpha) ~ N(mean, std^2), for `share` (N,) uniform in [0, 1).
+
+    edges   of `lognormal_edges`
 
     On the straight path ln(sigma / alpha) is the logit of sigma, and this is the logit-normal rule of Esser et al. (2024,
     section 3.1; mean 0, std 1); elsewhere it is Karras et al.'s (2022, table 1; mean -1.2, std 1.2 for unit-variance data).
     """
-    alpha, sigma = (t.double() for t in table)
-    grid = (sigma / alpha).log()  # ascending
     wanted = mean + std * torch.special.ndtri(share.double().clamp(1e-12, 1 - 1e-12))
-    return torch.bucketize(wanted, (grid[1:] + grid[:-1]) / 2)
+    return torch.bucketize(wanted, edges)
 
 
 # ------------------------------------------------------------------------------------------------ guidance

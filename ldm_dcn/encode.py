@@ -21,10 +21,11 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,12 +146,35 @@ def _captions_per_image(images: Images) -> float:
     return sum(max(1, len(images.captions(index))) for index in few) / len(few)
 
 
-def stamp(images: Images, shard: Range) -> str:
-    """A hash that changes when a file or a caption of the range is replaced by another: its shard is then made anew."""
+def is_current(stamp: Any, images: Images, shard: Range) -> bool:
+    """Whether the files and captions of the range are those of `stamp`; else its shard is made anew.
+
+    Files of the same sizes and times are taken for the same. Where the times differ, as in a copy, their content decides: they
+    are read through, but not encoded.
+    """
+    now = _outside(images, shard)
+    if not isinstance(stamp, dict) or any(stamp[key] != now[key] for key in ("sizes", "captions")):
+        return False
+    if stamp["times"] == now["times"]:
+        return True
+    return stamp["content"] == _digest(images.contents(range(shard.first, shard.last + 1)))
+
+
+def _outside(images: Images, shard: Range) -> dict[str, str]:
+    """Hashes of what is known of the range's files without reading them."""
+    indices = range(shard.first, shard.last + 1)
+    captions = [images.captions(index) if images.has_captions else None for index in indices]
+    return {
+        "sizes": _digest(str(images.size(index)).encode() for index in indices),
+        "captions": _digest(json.dumps(several).encode() for several in captions),
+        "times": _digest(str(images.changed(index)).encode() for index in indices),
+    }
+
+
+def _digest(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for index in range(shard.first, shard.last + 1):
-        captions = images.captions(index) if images.has_captions else None
-        digest.update(f"{images.size(index)} {json.dumps(captions)}\n".encode())
+    for part in parts:
+        digest.update(part + b"\n")
     return digest.hexdigest()
 
 
@@ -167,8 +191,8 @@ def encode_shards(encoding: Encoding, stop: StopSignals, bar: tqdm | None = None
         if stop.received:
             return stop.received
         cache.clear_up(encoding.out, shard)
-        made_of = stamp(encoding.images, shard)
-        if cache.is_written(encoding.out, shard, encoding.plan, made_of):
+        known = partial(is_current, images=encoding.images, shard=shard)
+        if cache.is_written(encoding.out, shard, encoding.plan, known):
             left_out = cache.read_shard(encoding.out, shard)["bad"]
             bad |= {entry["index"]: BadImage(entry["path"], entry["reason"]) for entry in left_out}
             _advance(bar, len(shard))
@@ -177,16 +201,17 @@ def encode_shards(encoding: Encoding, stop: StopSignals, bar: tqdm | None = None
         made = _encode_shard(encoding, shard, bad, stop, bar)
         if made is None:
             return stop.received
-        tensors, left_out = made
-        cache.write_shard(encoding.out, shard, encoding.plan, made_of, tensors, left_out)
+        cache.write_shard(encoding.out, shard, encoding.plan, *made)
     return stop.received
 
 
 def _encode_shard(
     encoding: Encoding, shard: Range, bad: dict[int, BadImage], stop: StopSignals, bar: tqdm | None
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
-    """The tensors of one shard and its broken images, which are put into `bad` too. None where a signal came."""
+) -> tuple[dict[str, str], dict[str, Tensor], list[dict[str, Any]]] | None:
+    """Stamp, tensors and broken images of one shard; the last are put into `bad` too. None where a signal came."""
     images, plan = encoding.images, encoding.plan
+    contents: list[bytes] = []
+    before = _outside(images, shard)  # of a file that is replaced meanwhile, the next start sees another time
     indices: list[int] = []
     parts: dict[str, list[Tensor]] = {"moments": []}
     if plan["preprocessing"]["flips"]:
@@ -194,9 +219,10 @@ def _encode_shard(
     token_counts: list[int] = []
     left_out: list[dict[str, Any]] = []
     # The batches begin with the shard: they are the same with any number of processes, and so are the bits.
-    for batch, results in _read_ahead(images, shard, encoding.batch_size):
+    for batch, hashes, results in _read_ahead(images, shard, encoding.batch_size):
         if stop.received:
             return None
+        contents += hashes
         good = [(index, r) for index, r in zip(batch, results, strict=True) if not isinstance(r, BadImage)]
         for index, result in zip(batch, results, strict=True):
             if isinstance(result, BadImage):
@@ -235,24 +261,28 @@ def _encode_shard(
     tensors["labels"] = images.labels[tensors["indices"]]
     if encoding.text_encoder is not None:
         tensors["token_starts"] = torch.tensor([0, *token_counts], dtype=torch.int64).cumsum(0)
-    return tensors, left_out
+    return {**before, "content": _digest(contents)}, tensors, left_out
 
 
 def _read_ahead(
     images: Images, shard: Range, batch_size: int
-) -> Iterator[tuple[range, list[Tensor | BadImage]]]:
-    """The batches of a shard, each being read and decoded while the one before is encoded."""
+) -> Iterator[tuple[range, list[bytes], list[Tensor | BadImage]]]:
+    """The batches of a shard with the files' hashes, each being read and decoded while the one before is encoded."""
+
+    def read(batch: range) -> tuple[list[bytes], list[Tensor | BadImage]]:
+        return images.contents(batch), images.try_read(batch)
+
     batches = [
         range(first, min(first + batch_size, shard.last + 1))
         for first in range(shard.first, shard.last + 1, batch_size)
     ]
     with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(images.try_read, batches[0])
+        coming = reader.submit(read, batches[0])
         for number, batch in enumerate(batches):
-            results = coming.result()
+            hashes, results = coming.result()
             if number + 1 < len(batches):
-                coming = reader.submit(images.try_read, batches[number + 1])
-            yield batch, results
+                coming = reader.submit(read, batches[number + 1])
+            yield batch, hashes, results
 
 
 def _embed(encoder: TextEncoder, prompts: list[str], dtype: str) -> list[Tensor]:
@@ -346,9 +376,12 @@ def wait_for_others(encoding: Encoding, presence: Presence, stop: StopSignals) -
         for shard in encoding.ranges[rank :: encoding.processes]
         if rank != encoding.rank
     ]
+    outdated: dict[
+        str, Any
+    ] = {}  # stamps that were found so: their images are not read through again and again
     while waiting and not stop.received:
         present = {rank: presence.is_there(rank) for rank, _ in waiting}  # asked first: it may end just now
-        waiting = [(rank, shard) for rank, shard in waiting if not _is_done(encoding, shard)]
+        waiting = [(rank, shard) for rank, shard in waiting if not _is_done(encoding, shard, outdated)]
         gone = sorted({rank for rank, _ in waiting if not present[rank]})
         if gone:
             raise UserError(
@@ -359,11 +392,19 @@ def wait_for_others(encoding: Encoding, presence: Presence, stop: StopSignals) -
             time.sleep(WAIT)
 
 
-def _is_done(encoding: Encoding, shard: Range) -> bool:
+def _is_done(encoding: Encoding, shard: Range, outdated: dict[str, Any]) -> bool:
+    def known(stamp: Any) -> bool:
+        if outdated.get(shard.name) == stamp:
+            return False
+        if is_current(stamp, encoding.images, shard):
+            return True
+        outdated[shard.name] = stamp
+        return False
+
     folder = encoding.out / cache.SHARDS / shard.name
     if not (folder / cache.checkpoint.MANIFEST).exists():
         return False
-    return cache.is_written(encoding.out, shard, encoding.plan, stamp(encoding.images, shard))
+    return cache.is_written(encoding.out, shard, encoding.plan, known)
 
 
 @contextmanager
@@ -588,7 +629,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--workers", type=_positive, help="threads that decode images (default: the cores, at most 8)")
     add("--text-encoder", metavar="SPEC", help="encode captions too: hub id or folder of a CLIP text encoder")
     add("--captions", metavar="FIELD", help="where captions stand in metadata.jsonl, .json or the data set (default: text or "
-        "caption); class-names takes the names of the classes")  # fmt: skip
+        "caption); class-names takes the names of the classes, a FILE.json MS-COCO's captions")  # fmt: skip
     add(
         "--device", help="such as cpu or cuda:1 (default: a GPU of its own for each process, if there is one)"
     )

@@ -62,6 +62,14 @@ def check_folder_place(path: Path, mend: str) -> None:
     _check_writable(path, path, mend)
 
 
+def only_variant(folder: Path, stem: str) -> str | None:
+    """ "fp16" where a model's folder has the weights `stem` in half precision only: what `from_pretrained` takes as its variant."""
+    names = {path.name for path in folder.glob(f"{stem}*.safetensors*")}
+    whole = {f"{stem}.safetensors", f"{stem}.safetensors.index.json"}
+    half = {f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"}
+    return "fp16" if names & half and not names & whole else None
+
+
 def existing_folder(path: Path) -> Path:
     """`path`, or the nearest of its parents that is there."""
     path = Path(os.path.abspath(path))

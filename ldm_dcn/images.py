@@ -6,6 +6,7 @@ centre: ADM's and U-ViT's preprocessing. A picture that cannot be read is noted 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
@@ -14,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -106,6 +108,23 @@ class Images(ABC):
     def size(self, index: int) -> int:
         """Bytes of the file, to notice that it was replaced; 0 where there is none (any more)."""
         return 0
+
+    def changed(self, index: int) -> int:
+        """When the file was last written, in nanoseconds; 0 where there is none (any more)."""
+        return 0
+
+    def content(self, index: int) -> bytes:
+        """sha256 of the file; empty where it cannot be read."""
+        try:
+            file = self._file(index)
+            return hashlib.sha256(file if isinstance(file, bytes) else Path(file).read_bytes()).digest()
+        except (OSError, ValueError):
+            return b""
+
+    def contents(self, indices: Sequence[int]) -> list[bytes]:
+        """`content` of each of `indices`, on as many threads as decode."""
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            return list(pool.map(self.content, indices))
 
     def _file(self, index: int) -> str | bytes:
         """The path or the content of the picture. May raise OSError or ValueError."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -35,9 +35,9 @@ def shard(denoiser: nn.Module, device: torch.device, dtype: torch.dtype | None) 
 
 
 def replicate(denoiser: nn.Module, device: torch.device) -> nn.Module:
-    """DDP around those parameters of `denoiser` that learn now."""
+    """DDP around those parameters of `denoiser` that learn now. Gradients lie in its buckets alone, not there and beside."""
     ids = [device.index or 0] if device.type == "cuda" else None
-    return DistributedDataParallel(denoiser, device_ids=ids)
+    return DistributedDataParallel(denoiser, device_ids=ids, gradient_as_bucket_view=True)
 
 
 Optimizer = torch.optim.Optimizer | Zero
@@ -70,10 +70,10 @@ def gradients(parameters: Sequence[nn.Parameter], optimizer: Optimizer) -> tuple
 
 
 def state_of(optimizer: Optimizer, p: nn.Parameter) -> dict[str, torch.Tensor]:
-    """The whole state that `optimizer` holds of `p`. All processes must call it together."""
+    """What `optimizer` holds of `p`: of ZeRO's whole, in main memory, else in shares. All processes must call it together."""
     if isinstance(optimizer, Zero):
-        return optimizer.state_of(p)
-    return {name: whole(value) for name, value in optimizer.state.get(p, {}).items()}
+        return {name: value.cpu() for name, value in optimizer.state_of(p).items()}
+    return dict(optimizer.state.get(p, {}))
 
 
 def reshard(model: nn.Module) -> None:
@@ -85,6 +85,20 @@ def reshard(model: nn.Module) -> None:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that may be shared out. All processes must call it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def collected(tensors: Iterable[tuple[str, torch.Tensor]], keep: bool) -> dict[str, torch.Tensor]:
+    """The whole of named `tensors` in those processes that `keep` them; all must call it together.
+
+    What is shared out is gathered one tensor at a time and put into main memory, so that no GPU ever holds the whole model.
+    """
+    found = {}
+    for name, tensor in tensors:
+        gathered = whole(tensor)
+        if keep:
+            found[name] = gathered if gathered is tensor else gathered.cpu()
+        del gathered
+    return found
 
 
 def in_shares_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

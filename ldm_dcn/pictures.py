@@ -1,10 +1,9 @@
-"""Picture files: uint8 tensors to PNG, grids of them, and the npz layout that ADM's evaluator reads."""
+"""Picture files: uint8 tensors to PNG, and grids of them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -31,15 +30,6 @@ def save_grid(images: torch.Tensor, columns: int, path: Path) -> None:
     large = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
     with replacing(path) as file:
         large.save(file, format="PNG")
-
-
-def save_adm_npz(images: torch.Tensor, labels: torch.Tensor | None, path: Path) -> None:
-    """`arr_0`: uint8 (N, H, W, 3), `arr_1`: labels (N,), as guided-diffusion has it. Grey becomes RGB."""
-    arrays = [images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()]
-    if labels is not None:
-        arrays.append(labels.numpy())
-    with replacing(path) as file:  # np.savez would add a suffix to a name it does not like
-        np.savez(file, *arrays)
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:

@@ -33,14 +33,15 @@ from .images import Images
 from .launch import StopSignals, run_lock, start_accelerator
 from .matching import Matching, new_parameters
 from .metrics import MetricsLog, read
-from .parallel import Optimizer, in_shares_of, replicate, reshard, shard, state_of, whole
-from .sampling import generate
+from .parallel import Optimizer, collected, in_shares_of, replicate, reshard, shard, state_of
+from .sampling import PREDICTION_TYPES, generate
 from .swap import apply_swap, plan_swap, swapped_sites
 from .unet import (
     any_attention,
     build_unet,
     empty_twin,
     load_pretrained_unet,
+    schedule_beside,
     set_attention,
     swap_options,
 )
@@ -73,6 +74,7 @@ class State:
     loss_scale: float = 1.0  # of fp16's gradients
     overflows: int = 0  # steps that fp16 took again
     overflow_step: int = 0  # the last of them
+    overflows_in_a_row: int = 0  # of the step that comes next
     left_out: int = 0  # batches left out for NaN or infinity
 
 
@@ -253,11 +255,13 @@ class Run:
         share = torch.from_numpy(share)
         if settings.times == "uniform":
             return diffusion.uniform_times(share, self.config.diffusion.num_steps)
-        return diffusion.lognormal_times(share, self._host_levels, settings.times_mean, settings.times_std)
+        return diffusion.lognormal_times(
+            share, self._lognormal_edges, settings.times_mean, settings.times_std
+        )
 
     @cached_property
-    def _host_levels(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return diffusion.levels(self.schedule)
+    def _lognormal_edges(self) -> torch.Tensor:
+        return diffusion.lognormal_edges(diffusion.levels(self.schedule))
 
     @cached_property
     def schedule(self) -> diffusion.Schedule:
@@ -267,8 +271,10 @@ class Run:
 
     def mean_loss_and_signal(self, total: torch.Tensor) -> tuple[float, int]:
         """One exchange between the processes: the mean of total[0], and the largest of total[1]."""
-        rows = self.accelerator.gather(total[None]) if self.accelerator.num_processes > 1 else total[None]
-        rows = rows.double().cpu()
+        if self.accelerator.num_processes == 1:
+            loss, signal = total.tolist()
+            return loss, int(signal)
+        rows = self.accelerator.gather(total[None]).double().cpu()
         return float(rows[:, 0].mean()), int(rows[:, 1].max())
 
     def record(self, loss: float) -> None:
@@ -496,11 +502,13 @@ class Run:
         """The power averages of this step in half precision, from which others are made afterwards."""
         if not self._draws or len(self.averages) < 2:
             return
+        main = self.accelerator.is_main_process
         with self.spared("the snapshot of the averages"), self.pause():
             averages = [
-                {name: whole(t).half() for name, t in average.shadow.items()} for average in self.averages
+                collected(((name, t.half()) for name, t in average.shadow.items()), main)
+                for average in self.averages
             ]
-            if self.accelerator.is_main_process:
+            if main:
                 checkpoint.save_tensors(
                     self.config.folder / "averages" / f"step-{self.state.step}",
                     {
@@ -510,15 +518,19 @@ class Run:
                 )
 
     def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """All that a resumed run needs, whole, by group and name."""
-        optimizer = {}
+        """All that a resumed run needs, whole, by group and name; empty groups but on the main process."""
         reshard(self.model)
-        for name, p in self.denoiser.named_parameters():
-            for key, value in state_of(self.optimizer, p).items():
-                optimizer[f"{key}/{name}"] = value
-        groups = {"model": self.denoiser.state_dict(), "optimizer": optimizer}
-        groups |= {name: average.shadow for name, average in zip(EMA_GROUPS, self.averages, strict=False)}
-        return {group: {name: whole(t) for name, t in tensors.items()} for group, tensors in groups.items()}
+        optimizer = (
+            (f"{key}/{name}", value)
+            for name, p in self.denoiser.named_parameters()
+            for key, value in state_of(self.optimizer, p).items()
+        )
+        groups = {"model": self.denoiser.state_dict().items(), "optimizer": optimizer}
+        for name, average in zip(EMA_GROUPS, self.averages, strict=False):
+            groups[name] = average.shadow.items()
+        return {
+            group: collected(tensors, self.accelerator.is_main_process) for group, tensors in groups.items()
+        }
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -737,6 +749,7 @@ def _build_unet(config: Config) -> tuple[torch.nn.Module, dict[str, torch.nn.Mod
             )
         return build_unet(model.preset or model.unet, swap=model.swap), {}
     unet = load_pretrained_unet(model.pretrained)
+    _check_prediction(config)
     if model.swap is None:
         return unet, {}
     if already := swapped_sites(unet):
@@ -744,6 +757,17 @@ def _build_unet(config: Config) -> tuple[torch.nn.Module, dict[str, torch.nn.Mod
     plan = plan_swap(unet, **swap_options(model.swap))
     originals = {site.name: unet.get_submodule(site.name) for site in plan}
     return apply_swap(unet, plan), originals if settings.match_steps else {}
+
+
+def _check_prediction(config: Config) -> None:
+    """A pretrained U-Net must go on predicting what it was made to predict: another quantity makes its weights worthless."""
+    theirs = schedule_beside(config.model.pretrained).get("prediction_type")
+    own = next((name for name, published in PREDICTION_TYPES.items() if published == theirs), None)
+    if own is not None and own != config.diffusion.prediction:
+        raise UserError(
+            f"{config.model.pretrained} predicts {own} (its scheduler's prediction_type is {theirs}), and diffusion.prediction="
+            f"{config.diffusion.prediction}; set diffusion.prediction={own}, or name its unet folder alone to change that"
+        )
 
 
 def _open_latents(
@@ -774,12 +798,11 @@ def _open_latents(
 
 
 def _identity(images: Images) -> str:
-    """12 hex digits: the same files, by name and size, with the same labels, in the same order, have the same."""
+    """12 hex digits: the same files, by name and content, with the same labels, in the same order, have the same."""
     digest = hashlib.sha256()
-    for index, label in enumerate(images.labels.tolist()):
-        digest.update(
-            f"{images.name(index)}\0{images.size(index)}\0{label}\n".encode("utf-8", "surrogateescape")
-        )
+    contents = images.contents(range(len(images)))
+    for index, (label, content) in enumerate(zip(images.labels.tolist(), contents, strict=True)):
+        digest.update(f"{images.name(index)}\0{content.hex()}\0{label}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:12]
 
 

@@ -50,6 +50,10 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
 }
 
 
+# What diffusers calls the predictions on a schedule of betas.
+PREDICTION_TYPES = {"noise": "epsilon", "v": "v_prediction", "x0": "sample"}
+
+
 def build_scheduler(sampler: str, schedule: Schedule, **options: Any) -> SchedulerMixin:
     """The diffusers scheduler of `sampler` on our noise levels, fed with x_0; `options` are settings of its own.
 
@@ -89,7 +93,7 @@ def published_scheduler(schedule: Schedule) -> SchedulerMixin:
         beta_schedule=schedule.beta_schedule,
         beta_start=schedule.beta_start,
         beta_end=schedule.beta_end,
-        prediction_type={"noise": "epsilon", "v": "v_prediction", "x0": "sample"}[schedule.prediction],
+        prediction_type=PREDICTION_TYPES[schedule.prediction],
         timestep_spacing="trailing",
         **SAMPLERS["dpm++"][1],
     )
@@ -251,9 +255,15 @@ def _checked_conditions(
         return denoiser.null_condition(count).cpu()
     if denoiser.takes_text:
         return _checked_tokens(model, torch.as_tensor(conditions), count)
-    classes, labels = model.num_classes, _whole_numbers(conditions, "label")
+    labels = check_labels(model, conditions)
     if len(labels) != count:
         raise ValueError(f"{len(labels)} labels came with {count} seeds; give one label a seed")
+    return labels
+
+
+def check_labels(model: Model, values: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    """The labels as a tensor. Raises `UserError` where the model does not know one of them."""
+    classes, labels = model.num_classes, _whole_numbers(values, "label")
     wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
         known = f"{classes} classes, 0 to {classes - 1}" if classes else "no classes (leave the labels out)"

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .autoencoder import _hash_weights
 from .errors import UserError
+from .files import only_variant
 
 # What a CLIP's config.json calls itself. Other encoders have other rules for padding and masks.
 CLIP_MODELS = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")
@@ -115,6 +117,7 @@ def load_text_encoder(
                 local_files_only=local,
                 output_loading_info=True,
                 dtype=DTYPES[dtype],
+                variant=only_variant(Path(spec, model_folder), "model") if local else None,
             )
             tokenizer = transformers.CLIPTokenizer.from_pretrained(
                 spec, subfolder=tokenizer_folder, local_files_only=local

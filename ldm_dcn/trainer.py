@@ -15,6 +15,8 @@ from .parallel import gradients, gradients_exchanged
 from .run import Batch, Run, Score, open_run
 
 NON_FINITE = 3  # exit code of a run whose loss became NaN or infinite
+# Times that one step is taken again at half the loss scale: where a 4096th of it does not help, the gradient is broken.
+OVERFLOWS_IN_A_ROW = 12
 GROWTH_STEPS = 2000  # steps without an overflow after which fp16's loss scale is doubled
 
 
@@ -70,9 +72,7 @@ def training_step(run: Run, stop: StopSignals) -> float | None:
     for micro in range(settings.gradient_accumulation):
         batch = run.batch(step, micro)
         with gradients_exchanged(run.model, run.optimizer, micro == settings.gradient_accumulation - 1):
-            loss = batch_loss(run, batch) / settings.gradient_accumulation
-            (loss * state.loss_scale).backward()
-        total[0] += loss.detach()
+            total[0] += backpropagate(run, batch)
     total[1] = stop.received
     loss, run.stopped_by = run.mean_loss_and_signal(total)
     if not _scale_gradients(run) or not math.isfinite(loss):
@@ -84,9 +84,17 @@ def training_step(run: Run, stop: StopSignals) -> float | None:
     run.optimizer.zero_grad()
     for average in run.averages:
         average.update(step + 1)
+    state.overflows_in_a_row = 0
     if settings.precision == "fp16" and (step + 1 - state.overflow_step) % GROWTH_STEPS == 0:
         state.loss_scale *= 2
     return loss
+
+
+def backpropagate(run: Run, batch: Batch) -> torch.Tensor:
+    """Add one process's share of a (micro-)step to the gradients; returns its part of the loss, without the graph."""
+    loss = batch_loss(run, batch) / run.config.train.gradient_accumulation
+    (loss * run.state.loss_scale).backward()
+    return loss.detach()
 
 
 def batch_loss(run: Run, batch: Batch) -> torch.Tensor:
@@ -134,21 +142,30 @@ def _not_taken(run: Run, loss: float) -> float | None:
     """What becomes of a step whose loss or gradient is not finite. Decided alike in every process."""
     state, settings = run.state, run.config.train
     run.optimizer.zero_grad()
-    if math.isfinite(loss) and state.loss_scale > 1:  # no scale mends a loss that is none
+    mends = math.isfinite(loss) and state.loss_scale > 1  # no scale mends a loss that is none
+    if mends and state.overflows_in_a_row < OVERFLOWS_IN_A_ROW:
         state.loss_scale /= 2
         state.overflows += 1
+        state.overflows_in_a_row += 1
         state.overflow_step = state.step
         return None
+    tried = ""
+    if state.overflows_in_a_row:
+        tried = (
+            f" after {state.overflows_in_a_row} halvings of fp16's loss scale, down to {state.loss_scale:g}"
+        )
+        state.loss_scale *= 2.0**state.overflows_in_a_row  # it was not the scale's fault
+        state.overflows_in_a_row = 0
     where = run.describe_batch(loss)
     if state.left_out < settings.skip_non_finite:
         state.left_out += 1
         run.say(
-            f"step {state.step + 1}: the loss is {loss} and the gradient's norm {run.gradient_norm}; left out "
+            f"step {state.step + 1}: the loss is {loss} and the gradient's norm {run.gradient_norm}{tried}; left out "
             f"({state.left_out} of at most {settings.skip_non_finite}), the batch is written to {where}"
         )
         return math.nan
     raise NonFinite(
-        f"step {state.step + 1}: the loss is {loss} and the gradient's norm {run.gradient_norm}; the weights "
+        f"step {state.step + 1}: the loss is {loss} and the gradient's norm {run.gradient_norm}{tried}; the weights "
         f"were not touched and the last checkpoint is good; the batch is written to {where}; lower train.lr, set "
-        "train.gradient_clip=1.0, look at those samples, or leave a few such batches out with train.skip_non_finite"
+        f"train.gradient_clip=1.0, {'set train.precision=bf16, ' if tried else ''}look at those samples, or leave a few such batches out with train.skip_non_finite"
     )

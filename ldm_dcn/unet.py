@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm_dcn.errors import UserError
+from ldm_dcn.files import only_variant
 from ldm_dcn.hub import HUB_ID, Unavailable, from_hub_or_cache
 from ldm_dcn.swap import DCNUNet2DConditionModel, DCNUNet2DModel, apply_swap, nearest, plan_swap
 
@@ -38,6 +39,8 @@ PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
         {"sites": ("resnet", "self_attention"), "group_channels": 32},
     ),  # 551.29 M
 }
+
+WEIGHTS = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
 
 _CLASSES = (UNet2DConditionModel, UNet2DModel, DCNUNet2DConditionModel, DCNUNet2DModel)
 # Drawing computes in fp32, and the autoencoder's one head is wider than FlashAttention takes.
@@ -177,6 +180,7 @@ def load_unet(
                 use_safetensors=True,
                 output_loading_info=True,
                 local_files_only=local_only,
+                variant=only_variant(here, WEIGHTS) if local else None,
             )
 
     try:
@@ -202,8 +206,27 @@ def load_pretrained_unet(folder_or_hub_id: str | Path) -> UNet2DConditionModel |
         return load_unet(folder_or_hub_id)
 
 
+def schedule_beside(folder_or_hub_id: str | Path) -> dict[str, Any]:
+    """The scheduler_config.json of the pipeline that a U-Net lies in; empty where it lies in none."""
+    source = str(folder_or_hub_id)
+
+    def load(local_only: bool) -> dict[str, Any]:
+        with _quiet_diffusers():
+            return dict(DDPMScheduler.load_config(source, subfolder="scheduler", local_files_only=local_only))
+
+    try:
+        return load(True) if Path(source).is_dir() else from_hub_or_cache(source, load)
+    except (Unavailable, OSError, ValueError):  # none there
+        return {}
+
+
 def _check_folder(folder: Path) -> None:
     """Say what a local folder lacks, before diffusers looks for it elsewhere."""
+    if folder.is_file():
+        raise UserError(
+            f"{folder} is a single file; give a folder in diffusers layout, which "
+            f"diffusers.StableDiffusionPipeline.from_single_file({folder.name!r}).save_pretrained(FOLDER) makes of it"
+        )
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}")
     file = folder / "config.json"
@@ -215,7 +238,8 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{file} is damaged: {_one_line(error)}; save the U-Net again") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} is damaged: it holds no JSON object; save the U-Net again")
-    if not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+    names = (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    if not any((folder / name).is_file() for name in names) and only_variant(folder, WEIGHTS) is None:
         raise UserError(
             f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}; only safetensors are loaded, never a pickle"
         )

@@ -362,3 +362,13 @@ def test_the_script_that_made_it_runs_again(tmp_path, capsys):
     made = load_autoencoder(tmp_path / "made")
     assert made.fingerprint()["sha256"] != load_autoencoder("digits").fingerprint()["sha256"]
     assert made.encode(torch.zeros(1, 1, 32, 32)).shape == (1, 8, 8, 8)
+
+
+def test_half_precision_files_alone_will_do(tmp_path):
+    """What a download of a pipeline's fp16 variant leaves."""
+    AutoencoderKL(**SMALL).half().save_pretrained(tmp_path / "vae", variant="fp16")
+    assert [path.name for path in (tmp_path / "vae").glob("*.safetensors")] == [
+        "diffusion_pytorch_model.fp16.safetensors"
+    ]
+    loaded = load_autoencoder(str(tmp_path))
+    assert loaded.dtype == torch.float32 and loaded.factor == 2 ** (len(SMALL["block_out_channels"]) - 1)

@@ -17,6 +17,7 @@ from ldm_dcn.diffusion import (
     denoised,
     guide,
     levels,
+    lognormal_edges,
     lognormal_times,
     loss,
     min_snr_weight,
@@ -158,7 +159,7 @@ def test_uniform_times_meet_every_time_alike() -> None:
 def test_lognormal_times_have_the_mean_and_spread_asked_for(prediction: str) -> None:
     table = levels(Schedule(prediction=prediction))
     share = torch.from_numpy(randomness.uniform(3, "time", range(20_000)))
-    alpha, sigma = (level[lognormal_times(share, table, -0.4, 0.8)] for level in table)
+    alpha, sigma = (level[lognormal_times(share, lognormal_edges(table), -0.4, 0.8)] for level in table)
     ratio = (sigma / alpha).log()
     assert float(ratio.mean()) == pytest.approx(-0.4, abs=0.02)
     assert float(ratio.std()) == pytest.approx(0.8, abs=0.02)
@@ -166,7 +167,7 @@ def test_lognormal_times_have_the_mean_and_spread_asked_for(prediction: str) -> 
 
 def test_lognormal_times_stay_in_range() -> None:
     times = lognormal_times(
-        torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), levels(Schedule()), 0.0, 50.0
+        torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), lognormal_edges(levels(Schedule())), 0.0, 50.0
     )
     assert times.tolist() == [0, 999]
 

@@ -26,6 +26,7 @@ from ldm_dcn.cache import LatentCache
 from ldm_dcn.data import encode_dataset, open_dataset
 from ldm_dcn.encode import Encoding, Presence, encode_shards, finish, make_plan, parse, wait_for_others
 from ldm_dcn.errors import UserError
+from ldm_dcn.images import Images
 from ldm_dcn.launch import StopSignals
 from tiny import ROOT, environment, start
 
@@ -241,9 +242,41 @@ def test_replaced_images_are_encoded_anew_and_only_their_shards(images: Path, tm
     assert fill(copy, out) != before
     changed = [a != b for a, b in zip(old, hashes(out), strict=True)]
     assert changed == [True] + [False] * 8
+
+    picture, old = copy / "a" / "02.png", hashes(out)
+    changed_bytes = bytearray(picture.read_bytes())
+    changed_bytes[-20] ^= 1  # as large as before: a broken picture, here
+    picture.write_bytes(changed_bytes)
+    with pytest.raises(UserError, match=r"02.png \("):
+        fill(copy, out)
+    Image.new("RGB", Image.open(images / "a" / "02.png").size, "blue").save(copy / "blue.png")
+    picture.write_bytes((copy / "blue.png").read_bytes().ljust(len(changed_bytes), b"\0"))
+    (copy / "blue.png").unlink()
+    assert picture.stat().st_size == len(changed_bytes)
+    fill(copy, out)
+    changed = [a != b for a, b in zip(old, hashes(out), strict=True)]
+    assert changed == [True] + [False] * 8
     (copy / "a" / "02.png").unlink()
     with pytest.raises(UserError, match=r"was encoded otherwise \(image_list_sha256: .*; images: 60 -> 59\)"):
         fill(copy, out)
+
+
+def test_a_copy_of_the_images_is_read_but_not_encoded_anew(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    out = tmp_path / "c"
+    before = fill(images, out)
+    copy = tmp_path / "copy"
+    shutil.copytree(images, copy, copy_function=shutil.copy)  # of other times
+    monkeypatch.setattr(encode, "_encode_shard", lambda *_: pytest.fail("it encodes"))
+    read = []
+    monkeypatch.setattr(
+        Images, "content", lambda self, index, real=Images.content: read.append(index) or real(self, index)
+    )
+    assert fill(images, out) == before and not read  # the same times: nothing is read
+    assert fill(copy, out) == before and sorted(read) == list(range(60))
 
 
 # ------------------------------------------------------------------------------------------- broken images

@@ -12,8 +12,9 @@ from eval import loop, plan, throughput
 from eval.plan import Counted, count
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.denoiser import Denoiser
+from ldm_dcn.errors import UserError
 from ldm_dcn.unet import build_unet
-from tiny import ROOT, tiny_config, write_config
+from tiny import ROOT, UNET, tiny_config, write_config
 
 
 def kept_in_truth(config: Config, images: int) -> int:
@@ -64,14 +65,40 @@ def test_counts_are_those_of_the_network(tmp_path: Path) -> None:
     assert counted.forward_flops == 2 * throughput.count_macs(denoiser, *inputs)
 
 
+def test_captions_are_more_tokens_than_a_class(tmp_path: Path) -> None:
+    labels = count(tiny_config(tmp_path, "data.num_classes=10"))
+    text = count(tiny_config(tmp_path, "data.condition=text"))
+    assert text.forward_flops > labels.forward_flops and text.kept[0] > labels.kept[0]
+    assert text.parameters == labels.parameters - 11 * UNET["cross_attention_dim"]
+    with pytest.raises(UserError, match=r"model\.pretrained=null model\.preset=sd_dcn_convs"):
+        count(tiny_config(tmp_path, "model.unet=null", "model.pretrained=x/y"))
+
+
 def test_the_papers_networks_are_counted_without_their_weights() -> None:
-    counted = count(load_config(ROOT / "configs" / "imagenet256_dcn_convs.yaml"))
+    config = load_config(ROOT / "configs" / "imagenet256_dcn_convs.yaml")
+    counted = count(config)
     assert counted.parameters == 565_581_716 + 1001 * 768
     assert counted.kept[1] == pytest.approx(2 * 565_581_716, rel=0.02)  # bf16 copies of the weights
     assert counted.kept_checkpointed[0] < counted.kept[0] / 5
 
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    one, eight, many = (plan.plan(counted, config, gpus, tflops=100, bandwidth=50) for gpus in (1, 8, 64))
+    kept, checkpointed = (f"{a[0] / 2**20:.0f} MiB" for a in (counted.kept, counted.kept_checkpointed))
+    size = f"{counted.parameters / 1e6:.2f} M | {counted.forward_flops / 2e9:.1f} GMAC"
+    assert f"{size} | {one.state_bytes / 2**30:.1f} GiB | {kept} | {checkpointed} |" in text
+    assert f"`imagenet256_dcn_convs` | {one.days:.1f} days, " in text
+    for p in (eight, many):
+        compute = p.seconds_a_step - p.exchange_seconds
+        assert (
+            f"{compute * config.train.steps / 86400:.1f} days, {p.activation_bytes / 2**30:.1f} GiB "
+            f"({p.sent_bytes / 1e9:.1f} GB, {p.exchange_seconds:.2f} of {compute:.2f} s)"
+        ) in text
+
 
 COUNTED = Counted("x", 1_000_000, 50_000, 10**9, (4_000_000, 2_000_000), (500_000, 0))
+ZERO = "train.parallel=zero"
+FSDP = "train.parallel=fsdp"
+PARTS = "train.gradient_accumulation=4"
 
 
 @pytest.mark.parametrize(
@@ -79,9 +106,11 @@ COUNTED = Counted("x", 1_000_000, 50_000, 10**9, (4_000_000, 2_000_000), (500_00
     [
         ((), 1, 64, 20e6, 64 * 4e6 + 2e6, 3 * 64e9 / 1e14),
         ((), 8, 8, 20e6, 8 * 4e6 + 2e6, 3 * 64e9 / 8e14),
-        (("train.parallel=fsdp",), 8, 8, 20e6 / 8 + 4 * 50e3, 8 * 4e6 + 2e6, 3 * 64e9 / 8e14),
+        ((FSDP,), 8, 8, 20e6 / 8 + 4 * 50e3, 8 * 4e6 + 2e6, 3 * 64e9 / 8e14),
+        ((FSDP, PARTS), 8, 2, 20e6 / 8 + 4 * 50e3 + 4e6, 2 * 4e6 + 2e6, 3 * 64e9 / 8e14),
+        ((ZERO,), 8, 8, 8e6 + 12e6 / 8, 8 * 4e6 + 2e6, 3 * 64e9 / 8e14),
         (("train.gradient_checkpointing=true",), 8, 8, 20e6, 8 * 5e5, 4 * 64e9 / 8e14),
-        (("train.gradient_accumulation=4",), 8, 2, 20e6, 2 * 4e6 + 2e6, 3 * 64e9 / 8e14),
+        ((PARTS,), 8, 2, 20e6, 2 * 4e6 + 2e6, 3 * 64e9 / 8e14),
     ],
 )
 def test_the_formula(
@@ -97,7 +126,111 @@ def test_the_formula(
     got = plan.plan(COUNTED, config, gpus, tflops=100)
     assert (got.images, got.state_bytes, got.activation_bytes) == (images, state, activations)
     assert got.seconds_a_step == pytest.approx(seconds) and got.days == pytest.approx(seconds)
-    assert plan.plan(COUNTED, config, gpus, tflops=None).days is None
+    assert got.basis == "assumed"
+    unknown = plan.plan(COUNTED, config, gpus)
+    assert (unknown.basis, unknown.seconds_a_step, unknown.days) == ("unknown", None, None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "a_parameter"),
+    [
+        ((), 8),
+        ((PARTS,), 8),
+        ((FSDP,), 2 * 4 + 4),
+        ((FSDP, "train.precision=bf16"), 2 * 2 + 4),
+        ((FSDP, PARTS), 8 * 4 + 4),
+        ((ZERO,), 4 + 4),
+        ((ZERO, PARTS), 4 * 4 + 4),
+    ],
+)
+def test_what_a_gpu_sends(tmp_path: Path, overrides: tuple[str, ...], a_parameter: int) -> None:
+    config = tiny_config(tmp_path, "train.batch_size=64", *overrides)
+    assert plan.sent_bytes(1000, config, 1) == 0
+    assert plan.sent_bytes(1000, config, 8) == pytest.approx(1000 * a_parameter * 7 / 8)
+    alone, together = (plan.plan(COUNTED, config, 8, 100, bandwidth=width) for width in (None, 0.5))
+    assert together.seconds_a_step - alone.seconds_a_step == pytest.approx(together.sent_bytes / 0.5e9)
+
+
+def measurement(config: Config, folder: Path, **changes: object) -> Path:
+    """What `eval.throughput --train` writes: 64 images in 640 ms, and 16 ms a step whatever their number."""
+    parts = {"waiting for the batch": 0.04, "forward": 0.2, "backward": 0.4}
+    a_step = {"optimiser": 0.01, "average": 0.004, "rest": 0.002}
+    content = {
+        "config": config.resolved(),
+        "seconds": parts | a_step,
+        "processes": 1,
+        "peak_bytes": None,
+        "environment": {"gpu": "a GPU of ours", "cpu": "x", "threads": 2},
+    }
+    path = folder / "measured.json"
+    path.write_text(json.dumps(content | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "seconds"),
+    [
+        ((), 1, 64 * 0.01 + 0.016),  # what was measured
+        ((), 8, 8 * 0.01 + 0.016),
+        ((PARTS,), 1, 64 * 0.01 + 0.016),
+        (("train.batch_size=256", "train.gradient_accumulation=2"), 8, 2 * 16 * 0.01 + 0.016),
+        ((FSDP,), 8, 8 * 0.01 + 0.01 / 8 + 0.006),
+        ((ZERO,), 8, 8 * 0.01 + 0.01 / 8 + 0.006),
+    ],
+)
+def test_measured_costs_make_the_time(
+    tmp_path: Path, overrides: tuple[str, ...], gpus: int, seconds: float
+) -> None:
+    base = ("train.batch_size=64", "train.steps=86400")
+    measured = plan.read_measured(measurement(tiny_config(tmp_path, *base), tmp_path))
+    config = tiny_config(tmp_path, *base, *overrides)
+    assert plan.matched([config], [measured]) == [measured]
+    got = plan.plan(COUNTED, config, gpus, tflops=1, measured=measured)
+    assert got.basis == "measured"
+    assert got.seconds_a_step == pytest.approx(seconds) and got.days == pytest.approx(seconds)
+
+
+def test_a_measurement_of_something_else_is_refused(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    other = plan.read_measured(
+        measurement(tiny_config(tmp_path, "train.gradient_checkpointing=true"), tmp_path)
+    )
+    told = r"measured.json was measured with other settings.*train.gradient_checkpointing: True -> False"
+    with pytest.raises(UserError, match=told):
+        plan.matched([config], [other])
+    for content in ("[]", "{", '{"config": {}}', '{"config": {"train": {"gradient_accumulation": 0}}}'):
+        (tmp_path / "measured.json").write_text(content)
+        with pytest.raises(
+            UserError, match=r"is no measurement of a training loop .*eval.throughput CONFIG --train"
+        ):
+            plan.read_measured(tmp_path / "measured.json")
+    with pytest.raises(UserError, match=r"nowhere.json: No such file"):
+        plan.read_measured(tmp_path / "nowhere.json")
+
+
+def test_the_command_says_what_was_measured_and_what_assumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And reads what `eval.throughput --train` really writes."""
+    swap = ["--set", "train.batch_size=4", "train.steps=20"]
+    file = tmp_path / "loop.json"
+    config = str(write_config(tmp_path))
+    throughput.main([config, "--train", "--json", str(file), *swap])
+    written = json.loads(file.read_text())
+    capsys.readouterr()
+    out = tmp_path / "plan.json"
+    plan.main([config, "--gpus", "1", "--measured", str(file), "--json", str(out), *swap])
+    printed = capsys.readouterr().out
+    assert "tiny: MEASURED " in printed and f"({written['config']['run']['name']}" not in printed
+    assert "with 4 images at once" in printed and "give --bandwidth" in printed
+    (planned,) = json.loads(out.read_text())["plans"]
+    assert planned["basis"] == "measured"
+    assert planned["seconds_a_step"] == pytest.approx(sum(written["seconds"].values()))
+    plan.main([config, "--gpus", "1", "2", "--tflops", "3", "--bandwidth", "9", *swap])
+    printed = capsys.readouterr().out
+    assert "tiny: ASSUMED 3 TFLOP/s a GPU" in printed and "at 9 GB/s a GPU" in printed
+    plan.main([config, "--gpus", "1", *swap])
+    assert "no times; give --measured FILE or --tflops F" in capsys.readouterr().out
 
 
 def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

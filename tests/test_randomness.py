@@ -67,6 +67,20 @@ def test_the_global_generators_are_left_alone() -> None:
     assert torch.equal(torch.randn(4), expected)
 
 
+def test_one_position_has_the_key_that_it_has_among_many() -> None:
+    positions = [0, 1, 2**31, 2**32 - 1, 2**32, 2**40 + 7, 2**63 - 1]
+    for seed in (0, 1, 2**63 - 1):
+        many = randomness.keys(seed, "noise", positions).tolist()
+        assert [randomness.key(seed, "noise", position) for position in positions] == many
+
+
+@pytest.mark.parametrize("first", [0, 5, 11, 12, 13, 24])
+def test_order_of_a_range_is_that_of_its_numbers(first: int) -> None:
+    order = randomness.Order(12, seed=3)
+    for positions in (range(first, first + 7), range(first, first)):
+        assert torch.equal(order[positions], order[list(positions)])
+
+
 def test_fix_global_seeds_them() -> None:
     randomness.fix_global(0, "dropout", 5)
     first = torch.rand(3)

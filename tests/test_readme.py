@@ -54,7 +54,13 @@ def test_the_report_is_of_all_results(readme: ModuleType) -> None:
     """`make report` leaves no file of results out."""
     recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nreport:")[2].partition("\n\n")[0]
     names = {path.name for path in readme.RESULTS.glob("*.json")}
-    assert [name for name in sorted(names) if name not in recipe] == ["full_size_cpu.json", "times.json"]
+    assert [name for name in sorted(names) if name not in recipe] == [
+        "cache_reading.json",
+        "digits_dcn_loop.json",
+        "digits_unet_loop.json",
+        "full_size_cpu.json",
+        "times.json",
+    ]
 
 
 def test_sentences_are_those_of_the_json(readme: ModuleType) -> None:
@@ -109,6 +115,26 @@ def test_times_of_the_commands_are_those_of_the_json(readme: ModuleType) -> None
     )
     assert f"the second {words[minutes['make compare, after make demo']]} more" in text
     assert seconds["make test, the tests"] < 360 and "under 6 minutes on two cores" in text
+
+
+def test_costs_of_loop_and_loader_are_those_of_the_json(readme: ModuleType) -> None:
+    """And within what was asked: 20,000 latents a second, 3 % of a digits step."""
+    text = " ".join((ROOT / "docs" / "training.md").read_text(encoding="utf-8").split())
+    reading = json.loads((readme.RESULTS / "cache_reading.json").read_text(encoding="utf-8"))
+    assert reading["moments"] == [8, 32, 32] and reading["dtype"] == "float16" and reading["median"] >= 20_000
+    assert (
+        f"{reading['median']:,} latents of 4x32x32 a second on {reading['environment']['cores']} cores"
+        in text
+    )
+    overheads, averages = [], []
+    for name in ("digits_unet", "digits_dcn"):
+        loop = json.loads((readme.RESULTS / f"{name}_loop.json").read_text(encoding="utf-8"))
+        assert loop["config"]["run"]["name"] == name and loop["overhead"] <= 0.03
+        overheads.append(f"{loop['overhead']:.1%}".replace("%", " %"))
+        averages.append(f"{loop['seconds']['average'] / loop['step']:.1%}".replace("%", " %"))
+    unet, dcn = overheads
+    assert f"takes {unet} of a step of `digits_unet` and {dcn} of one of `digits_dcn`" in text
+    assert f"the moving average {averages[0]} and {averages[1]}" in text
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -89,11 +91,11 @@ def test_stratified_times_meet_every_share_once_a_batch(tmp_path: Path) -> None:
 def test_fp16_takes_an_overflowing_step_again_at_half_the_scale(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "train.precision=fp16")
     with open_run(config) as run:
-        run.state.loss_scale = 2.0**40  # overflows until it is small enough
+        run.state.loss_scale = 2.0**27  # overflows until it is small enough
         before = {name: p.detach().clone() for name, p in run.denoiser.named_parameters()}
         assert training_step(run, StopSignals()) is None
         assert all(torch.equal(p, before[name]) for name, p in run.denoiser.named_parameters())
-        assert (run.state.step, run.state.overflows, run.state.loss_scale) == (0, 1, 2.0**39)
+        assert (run.state.step, run.state.overflows, run.state.loss_scale) == (0, 1, 2.0**26)
         while (loss := training_step(run, StopSignals())) is None:
             pass
         run.record(loss)
@@ -109,6 +111,35 @@ def test_fp16_learns_what_fp32_learns(tmp_path: Path) -> None:
     assert [train(config) for config in configs] == [0, 0]
     assert losses(configs[1]) == pytest.approx(losses(configs[0]), rel=0.02)
     assert lines(configs[1])[-1]["loss_scale"] == 2.0**16 and lines(configs[1])[-1]["overflows"] == 0
+
+
+def test_fp16_stops_where_no_scale_mends_the_gradient(tmp_path: Path) -> None:
+    """A NaN that only the backward pass makes: the loss is finite, and halving its scale would go on for ever."""
+    config = tiny_config(tmp_path, "train.precision=fp16", "train.skip_non_finite=1")
+    with open_run(config) as run:
+        for _ in range(2):
+            run.record(training_step(run, StopSignals()))
+        run.save()
+        before = {name: p.detach().clone() for name, p in run.denoiser.named_parameters()}
+        parameter = next(iter(run.denoiser.parameters()))
+        hook = parameter.register_hook(lambda gradient: gradient * math.nan)
+        for taken_again in (1, 2):
+            for _ in range(trainer.OVERFLOWS_IN_A_ROW):
+                assert training_step(run, StopSignals()) is None
+            assert run.state.loss_scale == 2.0**16 / 2**trainer.OVERFLOWS_IN_A_ROW
+            if taken_again == 1:  # train.skip_non_finite leaves the batch out, and the scale is what it was
+                loss = training_step(run, StopSignals())
+                assert math.isnan(loss)
+                run.record(loss)
+                assert (run.state.left_out, run.state.loss_scale) == (1, 2.0**16)
+        told = r"step 4: the loss is 0\.\d+ and the gradient's norm nan after 12 halvings of fp16's loss scale, down to 16; the"
+        with pytest.raises(trainer.NonFinite, match=told):
+            training_step(run, StopSignals())
+        assert all(torch.equal(p, before[name]) for name, p in run.denoiser.named_parameters())
+        hook.remove()
+    with open_run(config) as run:
+        assert (run.state.step, run.state.loss_scale) == (2, 2.0**16)
+        assert math.isfinite(training_step(run, StopSignals()))
 
 
 def test_the_loss_scale_grows_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +389,42 @@ def test_a_pretrained_network_may_be_swapped_in_part(pretrained: Path, tmp_path:
     assert "mid_block.resnets.0.conv1" in card and "down_blocks.0.resnets.0.conv1" not in card
     pictures = LatentDiffusion.from_pretrained(config.folder)(labels=[1, 2], steps=2, seed=4)
     assert [picture.size for picture in pictures] == [(8, 8), (8, 8)]
+
+
+def test_a_network_that_predicts_something_else_is_refused(pretrained: Path, tmp_path: Path) -> None:
+    """Such as Stable Diffusion 2.1, which predicts v."""
+    shutil.copytree(pretrained, tmp_path / "sd21")
+    DDPMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "sd21" / "scheduler")
+    settings = ("model.unet=null", f"model.pretrained={tmp_path / 'sd21'}", "train.steps=1")
+    with pytest.raises(UserError, match=r"sd21 predicts v .*v_prediction.*set diffusion.prediction=v, or"):
+        train(tiny_config(tmp_path, *settings))
+    assert train(tiny_config(tmp_path, *settings, "diffusion.prediction=v")) == 0
+    alone = (
+        "model.unet=null",
+        f"model.pretrained={tmp_path / 'sd21' / 'unet'}",
+        "train.steps=1",
+        "run.name=alone",
+    )
+    assert train(tiny_config(tmp_path, *alone)) == 0
+
+
+def test_two_processes_match_and_thaw_like_one(pretrained: Path, tmp_path: Path) -> None:
+    """The error of a matched block is relative to its process's share of the batch, so that it is not quite the same."""
+    settings = [
+        "model.unet=null",
+        f"model.pretrained={pretrained}",
+        "model.swap={sites: [resnet, self_attention], group_channels: 4}",
+        "train.match_steps=3",
+        "train.new_only_steps=5",
+        "train.gradient_accumulation=2",
+        "train.gradient_checkpointing=true",
+    ]
+    one, two = (write_config(tmp_path, name) for name in ("one", "two"))
+    on_two_processes(two, *settings)
+    assert train(load_config(one, settings)) == 0
+    ours, theirs = (lines(load_config(path, settings)) for path in (two, one))
+    assert [line.get("phase") for line in ours] == 3 * ["match"] + 2 * ["new"] + 3 * [None]
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=3e-3)
 
 
 def test_a_missing_pretrained_network_is_named(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 import sample
-from ldm_dcn import encode, metrics
+from ldm_dcn import encode, metrics, randomness
 from ldm_dcn.cache import LatentCache
 from ldm_dcn.config import Config
 from ldm_dcn.data import open_dataset
@@ -24,7 +24,7 @@ from ldm_dcn.export import load_model
 from ldm_dcn.run import open_run
 from ldm_dcn.sampling import generate
 from ldm_dcn.trainer import train
-from ldm_dcn.unet import build_unet
+from ldm_dcn.unet import build_unet, load_unet
 from tiny import ROOT, UNET, environment, tiny_config
 
 
@@ -210,10 +210,44 @@ def test_a_swapped_text_to_image_network_fine_tunes_exports_and_draws_elsewhere(
     subprocess.run(command, check=True, cwd=tmp_path, env=environment(), timeout=120)
     assert np.array_equal(np.load(out), expected[:, 0].numpy())
 
+    # and in diffusers' own pipeline, from the same noise
+    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    theirs = StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            in_channels=1, out_channels=1, latent_channels=1, block_out_channels=(4,), norm_num_groups=2
+        ),
+        text_encoder=CLIPTextModel.from_pretrained(pretrained / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(pretrained / "tokenizer"),
+        unet=load_unet(config.folder / "export", subfolder="unet"),
+        scheduler=DPMSolverMultistepScheduler.from_pretrained(config.folder / "export" / "scheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    theirs.set_progress_bar_config(disable=True)
+    latents = theirs(
+        prompts,
+        height=8,
+        width=8,
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        latents=randomness.normal((1, 8, 8), 0, "image", [0, 1, 2]),
+        output_type="latent",
+    ).images
+    levels = (expected.float() - (latents.clamp(-1, 1) + 1) * 127.5).abs()
+    assert float(levels.median()) < 1
+
     grid = tmp_path / "grid.png"
     options = ["--prompts", "day", "night", "--seeds", "0-2", "--steps", "2", "--grid", str(grid)]
     assert sample.main([str(config.folder), *options]) == 0
     assert Image.open(grid).size == (3 * 64, 2 * 64)
+    (tmp_path / "prompts.txt").write_text("day\nnight\n")
+    options[:3] = ["--prompts-file", str(tmp_path / "prompts.txt")]
+    options[-1] = str(tmp_path / "again.png")
+    assert sample.main([str(config.folder), *options]) == 0
+    assert (tmp_path / "again.png").read_bytes() == grid.read_bytes()
     with pytest.raises(UserError, match="takes prompts, not labels"):
         sample.main([str(config.folder), "--labels", "3"])
     capsys.readouterr()

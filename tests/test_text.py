@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -177,3 +178,54 @@ def test_captions_are_cached_with_the_latents(
     with pytest.raises(SystemExit):
         encode.main(command[:-2])
     assert "text" in capsys.readouterr().err
+
+
+def test_captions_of_ms_coco(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its images in one folder, its captions in one file, as they are downloaded."""
+    source, file = tmp_path / "train2014", tmp_path / "annotations" / "captions_train2014.json"
+    source.mkdir()
+    file.parent.mkdir()
+    texts = {391895: ["a cat", "the cat"], 522418: [], 184613: ["a dog"]}
+    names = {number: f"COCO_train2014_{number:012}.jpg" for number in texts}
+    for number, name in names.items():
+        Image.new("RGB", (8, 8), (number % 256,) * 3).save(source / name)
+    content = {
+        "info": {},
+        "images": [{"id": number, "file_name": name} for number, name in names.items()],
+        "annotations": [
+            {"image_id": number, "id": 1, "caption": text}
+            for number, several in texts.items()
+            for text in several
+        ],
+    }
+    file.write_text(json.dumps(content))
+    options = ["--autoencoder", "identity", "--image-size", "8", "--text-encoder", str(clip)]
+    assert encode.main([str(source), str(tmp_path / "cache"), *options, "--captions", str(file)]) == 0
+    latents = LatentCache.open(tmp_path / "cache")
+    order = [number for number, _ in sorted(names.items(), key=lambda pair: pair[1])]
+    assert latents.text is not None
+    assert latents.text.captions.tolist() == [max(1, len(texts[number])) for number in order]
+    encoder = load_text_encoder(clip)
+    which = order.index(391895)
+    found = latents.read_tokens(torch.tensor([which, which]), torch.tensor([0, 1]))
+    torch.testing.assert_close(found, encoder.encode(["a cat", "the cat"]), rtol=2e-3, atol=2e-3)
+    for broken, told in (
+        ("{}", "cannot be read as MS-COCO's captions"),
+        (
+            json.dumps({**content, "images": [{"id": n, "file_name": "other.jpg"} for n in texts]}),
+            "names none of",
+        ),
+    ):
+        file.write_text(broken)
+        with pytest.raises(SystemExit):
+            encode.main([str(source), str(tmp_path / "other"), *options, "--captions", str(file)])
+        assert told in capsys.readouterr().err
+
+
+def test_half_precision_files_alone_will_do(clip: Path, tmp_path: Path) -> None:
+    """What a download of a model's fp16 variant leaves."""
+    half = tmp_path / "half"
+    shutil.copytree(clip, half)
+    (weights,) = half.rglob("model.safetensors")
+    weights.rename(weights.with_name("model.fp16.safetensors"))
+    assert load_text_encoder(half).fingerprint()["sha256"] == load_text_encoder(clip).fingerprint()["sha256"]

@@ -233,6 +233,10 @@ def test_two_processes_see_the_same_samples_and_losses_as_one(finished: Config, 
     assert "on 2 x cpu" in run.stderr
     config = load_config(path)
     assert losses(config) == pytest.approx(losses(finished), rel=1e-5)
+    for column in ("step", "lr", "ema_decay", "samples"):
+        assert [line[column] for line in metrics.read(config.folder / "metrics.jsonl")] == [
+            line[column] for line in metrics.read(finished.folder / "metrics.jsonl")
+        ]
     ours, theirs = weights(config, "ema"), weights(finished, "ema")
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
@@ -408,6 +412,7 @@ def test_sample_writes_every_kind_of_file(
     monkeypatch.chdir(tmp_path)
     sample.main([run, "--steps", "1"])
     assert Image.open("grid.png").size == (8 * 64, 10 * 64)
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
     sample.main(
         [
             run,
@@ -430,7 +435,7 @@ def test_sample_writes_every_kind_of_file(
     assert images.shape == (7, 8, 8, 3) and images.dtype == np.uint8
     assert labels.tolist() == [4, 2, 4, 2, 4, 2, 4]
     assert (images[..., 0] == images[..., 2]).all()
-    files = sorted(Path("png").iterdir())
+    files = sorted(Path("png").glob("*.png"))
     assert [path.name for path in files[:2]] == ["000000_label4_seed100.png", "000001_label2_seed101.png"]
     assert np.array_equal(np.asarray(Image.open(files[1])), images[1, :, :, 0])
 
@@ -447,9 +452,13 @@ def test_sample_writes_every_kind_of_file(
         (["--steps", "0"], "0 sampling steps"),
     ],
 )
-def test_sample_refuses_what_it_cannot_do(finished: Config, arguments: list[str], expected: str) -> None:
+def test_sample_refuses_what_it_cannot_do(
+    finished: Config, arguments: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=expected):
         sample.main([str(finished.folder), *arguments])
+    assert not list(tmp_path.iterdir())  # before anything is drawn
 
 
 def test_print_config_and_a_typo(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from ldm_dcn import DCNUNet2DConditionModel, DCNUNet2DModel, apply_swap, build_unet, load_unet, plan_swap
 from ldm_dcn.errors import UserError
 from ldm_dcn.swap import swapped_sites
+from ldm_dcn.unet import load_pretrained_unet
 
 TINY = {
     "block_out_channels": (16, 32),
@@ -367,3 +368,20 @@ def test_the_swapped_classes_are_still_diffusers_own():
     assert issubclass(DCNUNet2DConditionModel, UNet2DConditionModel) and issubclass(
         DCNUNet2DModel, UNet2DModel
     )
+
+
+def test_half_precision_files_alone_will_do(tmp_path: Path) -> None:
+    """What a download of a pipeline's fp16 variant leaves; training wants its weights in fp32."""
+    unet = build_unet(TINY)
+    unet.half().save_pretrained(tmp_path / "unet", variant="fp16")
+    loaded = load_pretrained_unet(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    for p, own in zip(loaded.parameters(), unet.parameters(), strict=True):
+        assert torch.equal(p, own.float())
+
+
+def test_a_single_file_is_told_how_to_become_a_folder(tmp_path: Path) -> None:
+    file = tmp_path / "v1-5-pruned.safetensors"
+    file.touch()
+    with pytest.raises(UserError, match=r"is a single file; give a folder.*from_single_file\('v1-5-pruned"):
+        load_pretrained_unet(file)

@@ -1,0 +1,102 @@
+"""Images on disk as they are drawn: a PNG each, whole or not there, so that a kill loses nothing that was drawn before it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .denoiser import Denoiser
+from .errors import UserError
+from .files import replacing
+from .pictures import save_png
+
+NOTE = ".drawn.json"  # in the folder: what its images were drawn with
+
+
+class Drawn:
+    """The images `names` in `folder`, drawn with `made_with` (plain JSON values). Several processes may fill it together."""
+
+    def __init__(self, folder: Path, names: Sequence[str], made_with: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self._names = names
+        self._made_with = json.loads(json.dumps(made_with))
+        self._has_note = False
+
+    def begin(self) -> list[int]:
+        """The numbers of the images that are not there yet. Nothing is written before the first `save`.
+
+        Raises `UserError` where there are images of these names that were drawn with something else, or nobody knows with what.
+        """
+        missing, note = self.missing(), self.folder / NOTE
+        mend = "give another place, or delete that folder"
+        if note.exists():
+            before = self._read_note(note, mend)
+            other = [key for key in self._made_with if before.get(key) != self._made_with[key]]
+            if other:
+                named = "; ".join(f"{key}: {before.get(key)} -> {self._made_with[key]}" for key in other)
+                raise UserError(
+                    f"{self.folder} holds images that were drawn with other settings ({named}); {mend}"
+                )
+        elif len(missing) < len(self._names):
+            there = sorted({*range(len(self._names))} - {*missing})
+            raise UserError(
+                f"{self.folder} holds {self._names[there[0]]}, and no {NOTE} that says what drew it; {mend}"
+            )
+        return missing
+
+    def missing(self) -> list[int]:
+        """The numbers of the images that are not there. An empty file is what a power cut leaves of one."""
+        there = set()
+        if self.folder.is_dir():
+            there = {entry.name for entry in os.scandir(self.folder) if entry.stat().st_size}
+        return [number for number, name in enumerate(self._names) if name not in there]
+
+    def save(self, number: int, image: torch.Tensor) -> None:
+        """Image `number`, uint8 (c, H, W)."""
+        if not self._has_note:
+            with replacing(self.folder / NOTE) as file:
+                file.write(json.dumps(self._made_with, indent=1).encode() + b"\n")
+            self._has_note = True
+        save_png(image, self.folder / self._names[number])
+
+    def read(self, number: int) -> torch.Tensor:
+        """Image `number`, uint8 (c, H, W)."""
+        path = self.folder / self._names[number]
+        try:
+            with Image.open(path) as picture:
+                array = np.array(picture)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}); delete it and run the same command again, which draws it anew"
+            ) from None
+        return torch.from_numpy(array if array.ndim == 3 else array[:, :, None]).permute(2, 0, 1)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+
+    def _read_note(self, note: Path, mend: str) -> dict[str, Any]:
+        try:
+            content = json.loads(note.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError("no JSON object")
+        except ValueError as error:
+            raise UserError(f"{note} cannot be read ({error}); {mend} and it") from None
+        return content
+
+
+def weights_hash(denoiser: Denoiser) -> str:
+    """8 hex digits that tell one set of weights from another, against mistakes, not malice."""
+    value = 0
+    for name, tensor in sorted(denoiser.state_dict().items()):
+        value = zlib.crc32(name.encode(), value)
+        value = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), value)
+    return f"{value:08x}"

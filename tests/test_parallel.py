@@ -1,0 +1,90 @@
+"""Whole tensors out of shares: on one process only, in main memory, one at a time."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import weakref
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ldm_dcn.parallel import collected, replicate
+
+# Forked from a server without threads, as in test_checkpoint.py.
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["torch", "ldm_dcn.parallel"])
+
+SIZES = (7, 6, 5)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(SIZES)))
+
+
+def collect(rank: int, store: str, told: Connection) -> None:
+    """Tell what this process was given, and how many whole tensors were there at once."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    sharded = network()
+    for layer in sharded:
+        fully_shard(layer)
+    fully_shard(sharded)
+    alive: list[weakref.ref] = []
+    most = 0
+    full_tensor = DTensor.full_tensor
+
+    def watched(tensor: DTensor) -> torch.Tensor:
+        nonlocal most
+        result = full_tensor(tensor)
+        alive.append(weakref.ref(result))
+        most = max(most, sum(one() is not None for one in alive))
+        return result
+
+    DTensor.full_tensor = watched
+    found = collected(sharded.state_dict().items(), keep=rank == 0)
+    plain = torch.ones(3)
+    same = collected([("plain", plain)], keep=True)["plain"] is plain
+    told.send(({name: tensor.tolist() for name, tensor in found.items()}, most, len(alive), same))
+    dist.destroy_process_group()
+
+
+def test_ddp_keeps_gradients_once(tmp_path: Path) -> None:
+    """In its buckets; by default they lie beside them too, 4 bytes a parameter that `eval.plan` does not count."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = replicate(network(), torch.device("cpu"))
+        for _ in range(2):
+            model.zero_grad()
+            model(torch.ones(2, SIZES[0])).square().sum().backward()
+            places = {p.grad.untyped_storage().data_ptr() for p in model.parameters()}
+            assert len(places) < len(list(model.parameters()))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_only_the_process_that_keeps_them_has_the_whole_tensors(tmp_path: Path) -> None:
+    ends = [server.Pipe() for _ in range(2)]
+    processes = [
+        server.Process(target=collect, args=(rank, str(tmp_path / "store"), ends[rank][1]))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        answers = [end.recv() if end.poll(120) else None for end, _ in ends]
+    finally:
+        for process in processes:
+            process.kill()
+    expected = {name: tensor.tolist() for name, tensor in network().state_dict().items()}
+    assert answers[0] is not None and answers[1] is not None
+    assert answers[0][0] == expected and answers[1][0] == {}
+    assert answers[1][1:] == (1, len(expected), True)  # one at a time
+    assert answers[0][2:] == (len(expected), True)

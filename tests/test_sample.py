@@ -1,0 +1,217 @@
+"""sample.py as a long job: it writes as it goes, goes on where it was stopped, and shares the work."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+import sample
+from ldm_dcn import drawn, sampling
+from ldm_dcn.errors import UserError
+from ldm_dcn.trainer import train
+from tiny import ROOT, environment, start, tiny_config
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_a_fresh_accelerator() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = tiny_config(tmp_path_factory.mktemp("run"), "train.steps=2", "train.save_every=0")
+    assert train(config) == 0
+    return str(config.folder)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images every call of `generate` drew."""
+    counts: list[int] = []
+    generate = sampling.generate
+
+    def counting(model: object, conditions: object, seeds: list[int], **options: object) -> torch.Tensor:
+        counts.append(len(seeds))
+        return generate(model, conditions, seeds, **options)
+
+    monkeypatch.setattr(sampling, "generate", counting)
+    return counts
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {path.name: np.asarray(Image.open(path)).tobytes() for path in folder.glob("*.png")}
+
+
+def arrays(npz: Path) -> list[bytes]:
+    with np.load(npz, allow_pickle=False) as file:
+        return [file[name].tobytes() for name in ("arr_0", "arr_1")]
+
+
+def test_kill_9_then_the_same_command_draws_only_what_is_missing(
+    run: str, tmp_path: Path, counted: list[int]
+) -> None:
+    options = [run, "--n", "600", "--steps", "2", "--batch-size", "3"]
+    npz = tmp_path / "samples.npz"
+    killed = start("sample.py", *options, "--npz", str(npz))
+    began = time.monotonic()
+    while len(list(tmp_path.glob("samples.npz.*.drawn/*.png"))) < 20:
+        assert killed.poll() is None and time.monotonic() - began < 120, killed.communicate()
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    (folder,) = tmp_path.glob("samples.npz.*.drawn")
+    there = pictures(folder)
+    assert 20 <= len(there) < 600 and not npz.exists()
+    options[-1] = "64"
+    assert sample.main([*options, "--npz", str(npz)]) == 0
+    assert sum(counted) == 600 - len(there) and max(counted) <= 64  # nothing twice, and never all in memory
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
+    counted.clear()
+
+    assert sample.main([*options, "--npz", str(npz)]) == 0
+    assert not counted  # it is there
+    straight = tmp_path / "straight.npz"
+    assert sample.main([*options, "--npz", str(straight)]) == 0
+    assert arrays(npz) == arrays(straight)
+    other = tmp_path / "other.npz"
+    os.rename(straight, other)
+    counted.clear()
+    assert sample.main([*options, "--guidance", "2", "--npz", str(other)]) == 0
+    assert sum(counted) == 600 and arrays(other) != arrays(npz)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)]
+)
+def test_a_signal_ends_after_the_batch(
+    run: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    counted: list[int],
+    number: signal.Signals,
+    code: int,
+) -> None:
+    save, calls = drawn.Drawn.save, []
+
+    def save_and_signal(self: drawn.Drawn, index: int, image: torch.Tensor) -> None:
+        calls.append(index)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        save(self, index, image)
+
+    monkeypatch.setattr(drawn.Drawn, "save", save_and_signal)
+    command = [run, "--n", "9", "--steps", "1", "--batch-size", "2", "--png-dir", str(tmp_path / "png")]
+    assert sample.main(command) == code
+    assert len(pictures(tmp_path / "png")) == 4
+    assert "4 of 9 images are in" in capsys.readouterr().out
+    counted.clear()
+    assert sample.main(command) == 0
+    assert sum(counted) == 5 and len(pictures(tmp_path / "png")) == 9
+
+
+def test_images_of_other_settings_are_never_mixed(run: str, tmp_path: Path) -> None:
+    folder = tmp_path / "png"
+    command = [run, "--n", "4", "--steps", "1", "--png-dir", str(folder)]
+    assert sample.main(command) == 0
+    before = pictures(folder)
+    for setting, told in (
+        (["--guidance", "3"], r"guidance: 1.5 -> 3.0"),
+        (["--steps", "2"], r"steps: 1 -> 2"),
+        (["--sampler", "ddim"], r"sampler: dpm\+\+ -> ddim"),
+        (["--precision", "bf16"], "precision: fp32 -> bf16"),
+    ):
+        with pytest.raises(UserError, match=rf"drawn with other settings \({told}\); give another place"):
+            sample.main([*command, *setting])
+    assert pictures(folder) == before
+    assert sample.main([*command[:2], "6", *command[3:]]) == 0  # more of the same
+    assert before.items() < pictures(folder).items() and len(pictures(folder)) == 6
+    (folder / drawn.NOTE).unlink()
+    with pytest.raises(
+        UserError, match=r"holds 000000_label0_seed0.png, and no .drawn.json that says what drew"
+    ):
+        sample.main(command)
+
+
+def test_bf16_draws_nearly_the_same(run: str, tmp_path: Path) -> None:
+    images = {}
+    for precision in ("fp32", "bf16"):
+        folder = tmp_path / precision
+        assert (
+            sample.main([run, "--n", "8", "--steps", "3", "--precision", precision, "--png-dir", str(folder)])
+            == 0
+        )
+        images[precision] = np.stack(
+            [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+        ).astype(int)
+    difference = np.abs(images["fp32"] - images["bf16"])
+    assert 0 < difference.mean() < 2  # of 255
+
+
+def test_the_weights_are_known_again(run: str, tmp_path: Path) -> None:
+    from ldm_dcn.export import load_model
+
+    model = load_model(run)
+    before = drawn.weights_hash(model.denoiser)
+    assert drawn.weights_hash(load_model(run).denoiser) == before
+    with torch.no_grad():
+        next(model.denoiser.parameters()).view(-1)[0] += 1e-3
+    assert drawn.weights_hash(model.denoiser) != before
+
+
+def test_a_power_cut_and_damage_are_seen(run: str, tmp_path: Path, counted: list[int]) -> None:
+    folder = tmp_path / "png"
+    command = [run, "--n", "4", "--steps", "1", "--png-dir", str(folder), "--npz", str(tmp_path / "a.npz")]
+    assert sample.main(command) == 0
+    first, second = sorted(folder.glob("*.png"))[:2]
+    whole = first.read_bytes()
+    first.write_bytes(b"")
+    counted.clear()
+    assert sample.main(command) == 0
+    assert counted == [1] and first.read_bytes() == whole
+    second.write_bytes(second.read_bytes()[:40])
+    with pytest.raises(
+        UserError, match=rf"{re.escape(str(second))} cannot be read .*; delete it and run the same"
+    ):
+        sample.main(command)
+    second.unlink()
+    assert sample.main(command) == 0
+
+
+def test_two_processes_draw_the_files_of_one(run: str, tmp_path: Path) -> None:
+    def command(name: str) -> list[str]:
+        outputs = ["--png-dir", str(tmp_path / name), "--npz", str(tmp_path / f"{name}.npz")]
+        return [run, "--count", "11", "--steps", "2", "--batch-size", "2", *outputs]
+
+    assert sample.main(command("one")) == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "sample.py", *command("two")],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(pictures(tmp_path / "one")) == 11
+    assert pictures(tmp_path / "one") == pictures(tmp_path / "two")
+    assert arrays(tmp_path / "one.npz") == arrays(tmp_path / "two.npz")
