@@ -39,7 +39,15 @@ from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from .chart import Panel, draw
 from .environment import cpu_name, environment
 from .peers import PEERS, Case, Peer, Shape
-from .stopwatch import Contender, Stopwatch, Timing, cache_bytes, copy_bandwidth, describe
+from .stopwatch import (
+    Contender,
+    Stopwatch,
+    Timing,
+    cache_bytes,
+    copy_bandwidth,
+    describe,
+    keep_freed_memory,
+)
 
 PUBLISHED = (
     "64x56x56x128", "64x28x28x256", "64x14x14x512", "64x7x7x1024", "64x14x14x768",
@@ -597,6 +605,7 @@ def run(options: argparse.Namespace) -> int:
     left_over = 0
     if missing:
         device = "cuda:0" if options.device == "cuda" else "cpu"
+        content["freed_memory_kept"] = device == "cpu" and keep_freed_memory()
         bandwidth = copy_bandwidth(device)
         content["copy_bandwidth"] = bandwidth
         content["cache_bytes"] = cache_bytes(device)

@@ -8,9 +8,11 @@ host. What a call costs the host is timed apart.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,6 +30,24 @@ FEWEST_ROUNDS, FEWEST_SLOW_ROUNDS = 5, 2
 SLOW_TURN = 0.3  # seconds
 SLEEP_CYCLES = 200_000  # about 0.1 ms in which the host queues the work to be timed
 UNKNOWN_CACHE = 64 * MEBIBYTE
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep what is freed, as the allocators of training programs do; whether it agreed.
+
+    By its defaults it may give a result of some MB back to the system when it is freed, and the next call then waits for the
+    kernel to clear the same pages again: up to the call's own time, for one contender and not for another, by where their
+    results happened to lie.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # another C library
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    most_mmap_threshold = 32 * MEBIBYTE  # glibc takes no more (HEAP_MAX_SIZE / 2 on 64 bits)
+    return mallopt(mmap_threshold, most_mmap_threshold) == 1 and mallopt(trim_threshold, 2**31 - 1) == 1
 
 
 @dataclass(frozen=True)
