@@ -63,7 +63,8 @@ from eval.stopwatch import keep_freed_memory
 def faults_of(calls):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(calls):
-        torch.empty(6 * 2**20, dtype=torch.uint8).fill_(1)
+        results = [torch.empty(6 * 2**20, dtype=torch.uint8).fill_(1) for _ in range(3)]
+        del results
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 kept = keep_freed_memory()
@@ -76,7 +77,7 @@ print(int(kept), faults_of(20))
     kept, faults = map(int, result.stdout.split())
     if not kept:
         pytest.skip("another C library than glibc")
-    assert faults < 6 * 2**20 // 4096  # less than one call's pages in twenty calls
+    assert faults < 3 * 6 * 2**20 // 4096  # less than one call's pages in twenty calls; else as many in each
 
 
 @pytest.mark.parametrize("shape", ["2x7x9x64", "1x28x24x32"])
