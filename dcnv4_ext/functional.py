@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops as _ops
-from .geometry import MOST, Pair, pair
+from .geometry import MOST, Pair, flag, pair
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -24,7 +24,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def _number(name: str, value: Real) -> float:
-    if not isinstance(value, (Real, torch.SymFloat)):
+    if not isinstance(value, (Real, torch.SymFloat)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
     try:
         return float(value)
@@ -92,6 +92,6 @@ def dcnv4(
         pair("dilation", dilation, 1),
         groups,
         offset_scale if type(offset_scale) is float else _number("offset_scale", offset_scale),
-        bool(remove_center),
-        bool(softmax),
+        flag("remove_center", remove_center),
+        flag("softmax", softmax),
     )

@@ -27,6 +27,13 @@ def pair(name: str, value: Pair, least: int) -> tuple[int, int]:
     return both
 
 
+def flag(name: str, value: bool) -> bool:
+    """`value` where it is a bool: a string or a tensor in its place is a mistake, whatever its truth."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Kernel, stride, padding and dilation as (h, w) pairs, and what follows from them."""

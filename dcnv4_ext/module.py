@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import dcnv4
-from .geometry import Geometry, Pair, pair
+from .geometry import Geometry, Pair, flag, pair
 
 MaskInit = Literal["zero", "uniform", "center"]
 
@@ -73,7 +73,12 @@ class DCNv4(nn.Module):
         ):  # fmt: skip
             if not isinstance(size, int) or isinstance(size, bool):
                 raise TypeError(f"{name} must be an int, got {size!r}")
-        if not isinstance(offset_scale, Real):
+        for name, choice in (
+            ("center_feature_scale", center_feature_scale), ("remove_center", remove_center), ("output_bias", output_bias),
+            ("without_pointwise", without_pointwise), ("softmax", softmax),
+        ):  # fmt: skip
+            flag(name, choice)
+        if not isinstance(offset_scale, Real) or isinstance(offset_scale, bool):
             raise TypeError(f"offset_scale must be a number, got {offset_scale!r}")
         if not math.isfinite(offset_scale):
             raise ValueError(f"offset_scale must be finite, got {offset_scale}")
@@ -99,7 +104,7 @@ class DCNv4(nn.Module):
             )
         geometry = Geometry.of(
             pair("kernel_size", kernel_size, 1), pair("stride", stride, 1), pair("padding", padding, 0),
-            pair("dilation", dilation, 1), bool(remove_center),
+            pair("dilation", dilation, 1), remove_center,
         )  # fmt: skip
 
         self.channels, self.out_channels, self.groups = channels, out_channels, groups

@@ -120,6 +120,12 @@ def extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> i
     return (1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))) * itemsize
 
 
+def pixel_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements between neighbouring pixels of a tensor with uniform rows (see `rows`). The stride of a dimension of size 1 is
+    whatever the tensor's history left there, also in what torch calls contiguous."""
+    return next((strides[axis] for axis in (2, 1, 0) if shape[axis] > 1), shape[3])
+
+
 def check_memory(name: str, tensor: Tensor, size: int) -> None:
     """`tensor` has `size` bytes behind its first element. With a storage that was freed or cut (`resize_`) it has not."""
     held = tensor.untyped_storage().nbytes()

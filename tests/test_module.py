@@ -128,6 +128,12 @@ def test_groups_of_32_where_they_divide() -> None:
         (dict(channels=32, out_channels="8"), "out_channels must be an int"),
         (dict(channels=32, offset_scale="1"), "offset_scale must be a number"),
         (dict(channels=32, padding="same"), "padding must be an int or"),
+        (dict(channels=32, offset_scale=True), "offset_scale must be a number"),
+        (dict(channels=32, softmax="no"), "softmax must be True or False"),
+        (dict(channels=32, remove_center=1), "remove_center must be True or False"),
+        (dict(channels=32, output_bias=None), "output_bias must be True or False"),
+        (dict(channels=32, without_pointwise="False"), "without_pointwise must be True or False"),
+        (dict(channels=32, center_feature_scale=0), "center_feature_scale must be True or False"),
     ],
 )
 def test_bad_arguments(arguments: dict, text: str) -> None:

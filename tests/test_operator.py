@@ -403,6 +403,10 @@ BAD_TYPE = {
     "groups must be an int, got None": dict(groups=None),
     "offset_scale must be a number, got 'a'": dict(offset_scale="a"),
     "offset_scale must be a number, got None": dict(offset_scale=None),
+    "offset_scale must be a number, got True": dict(offset_scale=True),
+    "softmax must be True or False, got 'no'": dict(softmax="no"),
+    "softmax must be True or False, got tensor": dict(softmax=torch.ones(2)),
+    "remove_center must be True or False, got 1": dict(remove_center=1),
     "value is a tensor of layout torch.sparse_coo": dict(value=lambda: torch.zeros(1, 4, 4, 16).to_sparse()),
     "offset_mask is a tensor of layout torch.sparse_csr": dict(
         offset_mask=lambda: torch.zeros(4, 4).to_sparse_csr()
@@ -543,6 +547,25 @@ def test_any_view_gives_what_a_copy_gives() -> None:
         ):
             for got, want in zip(outcome(*arguments), outcome(*plain), strict=True):
                 assert torch.equal(got, want), name
+
+
+def test_the_stride_of_a_dimension_of_size_one_means_nothing() -> None:
+    """A map of one column, or of one pixel, is contiguous to torch whatever that stride is; as a step it would leave the memory."""
+    generator = torch.Generator().manual_seed(0)
+    for n, h, w in ((2, 5, 1), (1, 5, 1), (3, 1, 1), (1, 1, 1), (2, 1, 4)):
+        plain = [torch.randn(n, h, w, c, generator=generator) for c in (32, 27, 32)]
+        for step in (0, 10**6):
+            odd = [
+                t.as_strided(t.shape, [s if size > 1 else step for s, size in zip(t.stride(), t.shape, strict=True)])
+                for t in plain
+            ]  # fmt: skip
+            assert all(torch.equal(a, b) for a, b in zip(_solve(*odd, 1), _solve(*plain, 1), strict=True))
+    rows = torch.randn(2, 1, 5, 32, generator=generator)
+    turned = rows.transpose(1, 2)
+    assert turned.is_contiguous() and turned.stride(2) == 5 * 32
+    offset_mask = torch.randn(2, 5, 1, 27, generator=generator)
+    want = dcnv4_reference(turned, offset_mask, groups=1)
+    torch.testing.assert_close(dcnv4(turned, offset_mask, groups=1), want)
 
 
 def test_mixed_needs_and_inference_mode() -> None:
