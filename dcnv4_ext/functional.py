@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from numbers import Real
-
 import torch
 from torch import Tensor
 
 from . import ops as _ops
-from .geometry import MOST, Pair, flag, pair
+from .geometry import MOST, Pair, flag, number, pair
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -21,15 +19,6 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
         raise TypeError(f"{name} is {kind}; use a dense one")
-
-
-def _number(name: str, value: Real) -> float:
-    if not isinstance(value, (Real, torch.SymFloat)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name} must be finite, got an int beyond the range of float") from None
 
 
 def dcnv4(
@@ -91,7 +80,7 @@ def dcnv4(
         pair("padding", padding, 0),
         pair("dilation", dilation, 1),
         groups,
-        offset_scale if type(offset_scale) is float else _number("offset_scale", offset_scale),
+        offset_scale if type(offset_scale) is float else number("offset_scale", offset_scale),
         flag("remove_center", remove_center),
         flag("softmax", softmax),
     )

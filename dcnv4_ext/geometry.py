@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
+
+import torch
 
 Pair = int | tuple[int, int]
 # What the kernels count with: sizes and positions are 32-bit numbers in csrc/dcnv4.h.
@@ -32,6 +35,16 @@ def flag(name: str, value: bool) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
+
+
+def number(name: str, value: Real) -> float:
+    """`value` as a float, which may still be NaN or infinite."""
+    if not isinstance(value, (Real, torch.SymFloat)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got an int beyond the range of float") from None
 
 
 @dataclass(frozen=True)

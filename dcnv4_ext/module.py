@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .functional import dcnv4
-from .geometry import Geometry, Pair, flag, pair
+from .geometry import Geometry, Pair, flag, number, pair
 
 MaskInit = Literal["zero", "uniform", "center"]
 
@@ -78,8 +77,7 @@ class DCNv4(nn.Module):
             ("without_pointwise", without_pointwise), ("softmax", softmax),
         ):  # fmt: skip
             flag(name, choice)
-        if not isinstance(offset_scale, Real) or isinstance(offset_scale, bool):
-            raise TypeError(f"offset_scale must be a number, got {offset_scale!r}")
+        offset_scale = number("offset_scale", offset_scale)
         if not math.isfinite(offset_scale):
             raise ValueError(f"offset_scale must be finite, got {offset_scale}")
         if out_channels < 1:
@@ -112,7 +110,7 @@ class DCNv4(nn.Module):
         self.padding, self.dilation = geometry.padding, geometry.dilation
         self.remove_center, self.offset_scale, self.softmax = (
             geometry.remove_center,
-            float(offset_scale),
+            offset_scale,
             softmax,
         )
         self.taps, self.mask_init = geometry.taps, mask_init
@@ -172,8 +170,11 @@ class DCNv4(nn.Module):
         if flat:
             if shape is None:
                 raise ValueError(f"an (N, L, C) input, here {tuple(x.shape)}, needs shape=(H, W)")
-            if len(shape) != 2 or not all(
-                isinstance(size, (int, torch.SymInt)) and size > 0 for size in shape
+            if (
+                not isinstance(shape, (tuple, list))
+                or len(shape) != 2
+                or any(isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)) for size in shape)
+                or min(shape) < 1
             ):
                 raise ValueError(f"shape must be two positive ints (H, W), got {shape!r}")
             if shape[0] * shape[1] != x.shape[1]:

@@ -10,6 +10,7 @@ import ctypes
 import math
 import mmap
 import os
+import random
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch
 from emulation.build import NoCompiler, build
 from emulation.cases import Case, Tensors, mismatch, random_case, reference, tensors_of
 from emulation.library import Emulation, KernelError, Operator
+from hostile_arguments import hostile_problem
 
 PROBLEMS = int(os.environ.get("DCNV4_PROBLEMS", "80"))
 SANITIZE = os.environ.get("DCNV4_SANITIZE") == "1"
@@ -364,6 +366,25 @@ def test_impossible_problems_are_refused(emulation, wrong):
     assert library.dcnv4_cuda_forward(problem, None, None, None, None) == 1
     assert library.dcnv4_cuda_backward_workspace(problem, 1, 1) == -1
     assert library.dcnv4_cuda_backward(problem, None, None, None, 1, 1, None, None) == 1
+
+
+def test_hostile_problems_are_refused_before_memory_is_looked_at(emulation):
+    """Structs with any fields wrong, and no tensors behind them; under the sanitizer sums of sizes may not overflow either."""
+    library, passed = emulation.library, 0
+    for seed in range(4000):
+        problem, changed = hostile_problem(random.Random(seed))
+        status = library.dcnv4_cuda_forward(problem, None, None, None, None)
+        assert status == 1 or (status == 0 and problem.N == 0), changed
+        status = library.dcnv4_cuda_backward(problem, None, None, None, 16, 16, None, None)
+        assert status == 1 or (status == 0 and problem.N == 0), changed
+        for problem.deterministic in (0, 1):
+            size = library.dcnv4_cuda_backward_workspace(problem, 1, 1)
+            assert size >= -1, changed
+            passed += size >= 0
+    assert passed > 100  # what only lacks its tensors
+    assert library.dcnv4_cuda_forward(None, None, None, None, None) == 1
+    assert library.dcnv4_cuda_backward(None, None, None, None, None, None, None, None) == 1
+    assert library.dcnv4_cuda_backward_workspace(None, 1, 1) == -1
 
 
 def test_gradients_need_room_for_their_rows(emulation):

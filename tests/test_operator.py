@@ -511,6 +511,15 @@ def test_the_c_interface_refuses_what_python_would_have_caught() -> None:
     assert library.dcnv4_cpu_backward(nothing, None, None, None, buffers[0], None) == 0
 
 
+def test_no_argument_crashes_the_process() -> None:
+    """Random wrong arguments by every door, in a process of its own: refused by name, or right."""
+    command = [sys.executable, "-W", "ignore", "hostile_arguments.py", "3000"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-300:]}\n{done.stderr[-3000:]}"
+    outcomes = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines()[3000:])
+    assert all(int(outcomes[name]) > 50 for name in ("by_function: right", "by_function: refused")), outcomes
+
+
 # ---- Odd tensors, threads and processes.
 
 

@@ -388,6 +388,7 @@ int32_t run_type(const BackwardCall& call) {
 
 int64_t dcnv4_cuda_backward_workspace(const dcnv4_problem* problem, int32_t need_value, int32_t) {
   using namespace dcnv4;
+  if (!problem) return -int64_t(DCNV4_BAD_PROBLEM);
   const dcnv4_problem& p = *problem;
   const int32_t status = check_problem(p);
   if (status != DCNV4_OK) return -int64_t(status);
@@ -399,6 +400,7 @@ int64_t dcnv4_cuda_backward_workspace(const dcnv4_problem* problem, int32_t need
 int32_t dcnv4_cuda_backward(const dcnv4_problem* problem, const void* value, const void* offset_mask, const void* grad_output,
                             void* grad_value, void* grad_offset_mask, void* workspace, void* stream) {
   using namespace dcnv4;
+  if (!problem) return DCNV4_BAD_PROBLEM;
   const dcnv4_problem& p = *problem;
   const int32_t status = check_problem(p);
   if (status != DCNV4_OK || p.N == 0 || (!grad_value && !grad_offset_mask)) return status;

@@ -220,6 +220,7 @@ int32_t run_type(const Call& call) {
 int32_t dcnv4_cuda_forward(const dcnv4_problem* problem, const void* value, const void* offset_mask, void* output,
                            void* stream) {
   using namespace dcnv4;
+  if (!problem) return DCNV4_BAD_PROBLEM;
   const int32_t status = check_problem(*problem);
   if (status != DCNV4_OK || problem->N == 0) return status;
   if (!value || !offset_mask || !output) return DCNV4_BAD_PROBLEM;
