@@ -361,7 +361,10 @@ def _fold(name: str, tensor: Tensor, dim: int | None, size: int) -> Tensor:
 @torch.library.register_vmap("dcnv4_ext::forward", lib=_library)
 def _forward_vmap(info, dims, value, offset_mask, *settings):
     size = info.batch_size
-    value, offset_mask = _fold("value", value, dims[0], size), _fold("offset_mask", offset_mask, dims[1], size)
+    value, offset_mask = (
+        _fold("value", value, dims[0], size),
+        _fold("offset_mask", offset_mask, dims[1], size),
+    )
     output = forward(value, offset_mask, *settings)
     return output.unflatten(0, (size, -1)), 0
 
