@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import re
+import subprocess
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -44,6 +47,20 @@ class Operator:
         )
 
 
+_TYPES = {"f": "float", "d": "double", "NS_4bf16E": "bf16", "NS_3f16E": "f16"}
+_KERNEL = re.compile(
+    rf"(sample|differentiate|round_sums|merge_tiles|find_taps|gather_taps)I({'|'.join(_TYPES)})((?:L[ib]\d+E)*)E"
+)
+
+
+def kernel_name(symbol: str) -> tuple | None:
+    """A kernel's symbol, as g++ or nvcc mangle it, as its name and template arguments; None for anything else."""
+    match = _KERNEL.search(symbol)
+    if match is None or "." in symbol[match.end() :]:  # a part of one that the compiler has split off
+        return None
+    return match[1], _TYPES[match[2]], *map(int, re.findall(r"L[ib](\d+)E", match[3]))
+
+
 class KernelError(RuntimeError):
     """A status other than 0; `status` is its number."""
 
@@ -80,7 +97,8 @@ class Emulation:
     """The library, with the device functions' names and without their pointers."""
 
     def __init__(self, path: Path) -> None:
-        self.library = library = ctypes.CDLL(str(path))
+        self.path, self.library = path, ctypes.CDLL(str(path))
+        library = self.library
         pointer, problem, integer = ctypes.c_void_p, ctypes.POINTER(Problem), ctypes.c_int32
         library.dcnv4_cuda_error_string.restype = library.dcnv4_cuda_architectures.restype = ctypes.c_char_p
         library.dcnv4_cuda_forward.argtypes = [problem, pointer, pointer, pointer, pointer]
@@ -108,6 +126,27 @@ class Emulation:
             yield
         finally:
             self.library.emulation_multiprocessors(4)
+
+    @cached_property
+    def kernels(self) -> dict[int, tuple]:
+        """Every kernel compiled into the library: address -> name and template arguments, such as ("sample", "bf16", 8, 2, 9)."""
+        listed = subprocess.run(["nm", str(self.path)], capture_output=True, text=True, check=True).stdout
+        symbols = {
+            name: int(place, 16)
+            for place, kind, name in (line.split() for line in listed.splitlines() if line[:1].isalnum())
+            if kind in "tTwW"
+        }
+        own = ctypes.cast(self.library.emulation_launches, ctypes.c_void_p).value
+        base = own - symbols["emulation_launches"]
+        found = {base + place: kernel_name(symbol) for symbol, place in symbols.items()}
+        return {address: name for address, name in found.items() if name}
+
+    def launched(self) -> set[tuple]:
+        """The kernels launched since this was last asked."""
+        addresses = (ctypes.c_void_p * len(self.kernels))()
+        count = self.library.emulation_kernels(addresses, len(addresses))
+        # The emulation's own kernels (control.cpp) are none of the operator's.
+        return {self.kernels[a] for a in addresses[:count] if a in self.kernels}
 
     def launches(self) -> int:
         return self.library.emulation_launches()
