@@ -11,8 +11,8 @@
 
 namespace dcnv4 {
 
-// Threads of a block, at most. Left to itself ptxas settles, for sm_100 and above, on fewer registers than it needs, and spills; asked
-// for 8 blocks a multiprocessor (64 registers a thread) it does not. fp64 takes what it wants.
+// Threads of a block, at most. Left to itself ptxas settles, for sm_100 and above, on fewer registers than it needs, and
+// spills; asked for 8 blocks a multiprocessor (64 registers a thread) it does not. fp64 takes what it wants.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 #define DCNV4_BLOCK(T, threads) __launch_bounds__(threads, sizeof(T) == 8 ? 1 : 8)
 #else
