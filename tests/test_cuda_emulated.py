@@ -7,17 +7,20 @@ UndefinedBehaviorSanitizer; `python tests/emulation/sanitize.py` does that with 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import math
 import mmap
 import os
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from emulation.build import NoCompiler, build
 from emulation.cases import Case, Tensors, mismatch, random_case, reference, tensors_of
-from emulation.library import Emulation, KernelError, Operator
+from emulation.library import FORCE, Emulation, KernelError, Operator
 from hostile_arguments import hostile_problem
 from test_cuda_build import FAST, FAST_DEPTHS, WIDTHS
 
@@ -35,7 +38,10 @@ BACKWARD = {
     "one vector": {"force": ("one_vector", "direct")},
 }
 LARGE = 0  # multiprocessors of a device for which every problem is a large one
-FORWARD = {"auto": (), "scalar": ("scalar",), "general": ("general",), "one vector": ("one_vector",)}
+FORWARD = {
+    "auto": (), "scalar": ("scalar",), "general": ("general",), "one vector": ("one_vector",), "two vectors": ("two_vectors",),
+    "two vectors, general": ("two_vectors", "general"),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +194,33 @@ def test_misaligned_tensors(emulation):
     assert mismatch(emulation.forward(case.op, shifted, tensors.offset_mask), expected[0]) is None
     for variant in ("auto", "ordered"):
         assert_backward(emulation, case, tensors, expected, variant)
+
+
+def test_what_compute_sanitizer_watches_is_every_kernel(emulation):
+    """The problems of benchmarks/sanitized.py, which runs on a GPU: none of the kernels may be left out of it."""
+    path = Path(__file__).parents[1] / "benchmarks" / "sanitized.py"
+    spec = importlib.util.spec_from_file_location("sanitized", path)
+    sanitized = importlib.util.module_from_spec(spec)
+    sys.modules["sanitized"] = sanitized
+    spec.loader.exec_module(sanitized)
+    bits = {bit: name for name, bit in FORCE.items()}
+    emulation.launched()
+    with emulation.multiprocessors(132):
+        for problem in sanitized.problems():
+            geometry = problem.geometry
+            op = Operator(
+                problem.shape[3], geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, 1.0,
+                geometry.remove_center, problem.softmax,
+            )  # fmt: skip
+            value, offset_mask, grad_output = problem.tensors()
+            for number in problem.forced:
+                force = tuple(name for bit, name in bits.items() if number & bit)
+                emulation.forward(op, value, offset_mask, force=force)
+                emulation.backward(
+                    op, value, offset_mask, grad_output, force=force, deterministic=problem.deterministic
+                )
+    ran, compiled = emulation.launched(), set(emulation.kernels.values())
+    assert ran == compiled, sorted(compiled - ran)
 
 
 # ---- What may and may not reach a result.

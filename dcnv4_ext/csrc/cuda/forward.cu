@@ -209,7 +209,8 @@ int32_t run_type(const Call& call) {
     // it, and little work is better spread over more threads.
     const int64_t pairs = p.D / (2 * N);
     const int64_t threads = p.N * p.Ho * p.Wo * p.G * pairs;
-    const bool two = p.D % (2 * N) == 0 && pairs > 1 && threads >= 1024 * int64_t(multiprocessors(p.device));
+    const bool enough = threads >= 1024 * int64_t(multiprocessors(p.device)) || forced(p, kForceTwoVectors);
+    const bool two = p.D % (2 * N) == 0 && pairs > 1 && enough;
     return two && !forced(p, kForceOneVector) ? run_taps<T, N, 2>(call) : run_taps<T, N, 1>(call);
   }
 }
