@@ -399,12 +399,7 @@ def test_commands_of_the_gpu_stages_are_understood(gpu, monkeypatch, tmp_path) -
     monkeypatch.setattr(throughput, "table", lambda *_: "")
     for one in (*gpu.NETWORKS, *gpu.REHEARSED_NETWORKS):
         for device in ("cuda", "cpu"):
-            opened = []
-            monkeypatch.setattr(throughput, "open_subject", lambda path, *_: opened.append(path) or Subject())
-            monkeypatch.setattr(
-                throughput, "compare", lambda subjects, settings: opened.append(settings) or []
-            )
-            monkeypatch.setattr(throughput, "table", lambda *_: "")
+            opened.clear()
             _, _, module, *arguments = one.command(device, tmp_path / "part.json")
             assert module == "eval.throughput"
             throughput.main(arguments)
