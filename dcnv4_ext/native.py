@@ -42,7 +42,8 @@ class MissingLibrary(RuntimeError):
 
 def library_file(device: str) -> Path | None:
     """Where the library of `device` ("cpu" or "cuda") lies, or None."""
-    suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+    # CMake's MODULE libraries end so on macOS too.
+    suffix = ".dll" if sys.platform == "win32" else ".so"
     # An editable install keeps the Python files and the compiled files in two folders of the package's search path.
     folders = [Path(entry) for entry in sys.modules[__package__].__path__]
     candidates = [folder / "lib" / f"dcnv4_{device}{suffix}" for folder in folders]

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 
+from c2f import C2f
 from dcnv4_ext import DCNv4, DCNv4Conv, dcnv4_reference
 
 
@@ -176,32 +177,14 @@ def test_copies_and_pickles_compute_the_same() -> None:
 
 
 def test_conv_wrapper_in_a_c2f_block() -> None:
-    """The C2f block of YOLOv8 with DCNv4Conv as the second convolution of its bottlenecks: NCHW, bf16 and half sizes too."""
-
-    class C2f(torch.nn.Module):
-        def __init__(self, c1: int, c2: int, n: int) -> None:
-            super().__init__()
-            self.c = c2 // 2
-            self.cv1 = torch.nn.Conv2d(c1, 2 * self.c, 1)
-            self.cv2 = torch.nn.Conv2d((2 + n) * self.c, c2, 1)
-            self.m = torch.nn.ModuleList(
-                torch.nn.Sequential(torch.nn.Conv2d(self.c, self.c, 3, 1, 1), DCNv4Conv(self.c, self.c, 3))
-                for _ in range(n)
-            )
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = list(self.cv1(x).chunk(2, 1))
-            for block in self.m:
-                y.append(y[-1] + block(y[-1]))
-            return self.cv2(torch.cat(y, 1))
-
+    """NCHW, bf16 and odd sizes too; tests/test_onnx.py exports the block."""
     for dtype, layout in ((torch.float32, torch.contiguous_format), (torch.bfloat16, torch.channels_last)):
         block = C2f(24, 32, 2).to(dtype).to(memory_format=layout)
         y = block(torch.randn(2, 24, 7, 9, dtype=dtype).to(memory_format=layout))
         assert y.shape == (2, 32, 7, 9)
         y.float().square().mean().backward()
         assert all(p.grad.isfinite().all() for p in block.parameters())
-        assert all(b[1].dcn.offset_mask.weight.grad.abs().sum() > 0 for b in block.m)
+        assert all(b.cv2[0].dcn.offset_mask.weight.grad.abs().sum() > 0 for b in block.m)
 
 
 def test_wrong_number_of_channels_is_named() -> None:

@@ -520,6 +520,19 @@ def test_no_argument_crashes_the_process() -> None:
     assert all(int(outcomes[name]) > 50 for name in ("by_function: right", "by_function: refused")), outcomes
 
 
+@pytest.mark.parametrize(("platform", "suffix"), [("linux", ".so"), ("darwin", ".so"), ("win32", ".dll")])
+def test_the_library_is_looked_for_as_cmake_names_it(
+    platform: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A MODULE library ends in .so on macOS as on Linux; CMAKE_SHARED_MODULE_SUFFIX says so."""
+    (tmp_path / "lib").mkdir()
+    file = tmp_path / "lib" / f"dcnv4_cpu{suffix}"
+    file.touch()
+    monkeypatch.setattr(sys.modules["dcnv4_ext"], "__path__", [str(tmp_path)])
+    monkeypatch.setattr(sys, "platform", platform)
+    assert native.library_file("cpu") == file and native.library_file("cuda") is None
+
+
 # ---- Odd tensors, threads and processes.
 
 
