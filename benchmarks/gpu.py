@@ -262,30 +262,50 @@ def benchmark(session: Session, limit: float) -> Outcome:
     return outcome(code, limit, "" if code == 0 else last_line(LOGS / "benchmark.log", "."))
 
 
+CONVS, FULL, UNET = (f"configs/imagenet256_{name}.yaml" for name in ("dcn_convs", "dcn_full", "unet"))
+
+
 @dataclass(frozen=True)
 class Networks:
-    """One measurement of the three networks: settings of eval.throughput, and the seconds it needs at least."""
+    """One measurement of swapped networks beside the U-Net: settings of eval.throughput, and the seconds it needs at least."""
 
     batch: int
-    compile: bool
-    least: float
+    swapped: tuple[str, ...] = (CONVS, FULL)
+    compile: bool = False
+    least: float = 60
+
+    def __str__(self) -> str:
+        parts = [
+            f"batch {self.batch}",
+            *(["compiled"] if self.compile else []),
+            *(Path(p).stem for p in self.swapped),
+        ]
+        return ", ".join(parts)
 
     def command(self, device: str, file: Path) -> list[str]:
         command = [sys.executable, "-m", "eval.throughput", "--device", device, "--json", str(file)]
-        command += ["--batch-size", str(self.batch), *(["--compile"] if self.compile else [])]
+        command += ["--batch-size", str(self.batch)]
         if device == "cpu":  # a rehearsal
             return [*command, "configs/digits_dcn.yaml", "--baseline", "configs/digits_unet.yaml", "--rounds", "1", "--steps", "1"]  # fmt: skip
-        models = ["configs/imagenet256_dcn_convs.yaml", "configs/imagenet256_dcn_full.yaml"]
-        return [*command, *models, "--baseline", "configs/imagenet256_unet.yaml", "--precision", "bf16", "--rounds", "5", "--steps", "10"]  # fmt: skip
+        command += [
+            *self.swapped,
+            "--baseline",
+            UNET,
+            "--precision",
+            "bf16",
+            "--rounds",
+            "5",
+            "--steps",
+            "10",
+        ]
+        return [*command, "--compile", "--only", "training", "sampling"] if self.compile else command
 
 
+# Compiling takes minutes a network: two of them at a time, and nothing that another activity tells already.
 NETWORKS = (
-    Networks(32, False, 60),
-    Networks(32, True, 200),
-    Networks(64, False, 60),
-    Networks(64, True, 200),
-)
-REHEARSED_NETWORKS = (Networks(2, False, 5),)
+    Networks(32), Networks(64), Networks(32, (CONVS,), compile=True, least=300), Networks(32, (FULL,), compile=True, least=300)
+)  # fmt: skip
+REHEARSED_NETWORKS = (Networks(2, ("configs/digits_dcn.yaml",), least=5),)
 
 
 def networks(session: Session, limit: float) -> Outcome:
@@ -297,7 +317,7 @@ def networks(session: Session, limit: float) -> Outcome:
     known = {} if session.again else read_networks((file, STORED / file.name))
     failed, left = [], 0
     for one in NETWORKS if session.device == "cuda" else REHEARSED_NETWORKS:
-        name = f"batch {one.batch}{', compiled' if one.compile else ''}"
+        name = str(one)
         if name in known and not session.dry:
             continue
         if not session.dry and min(ends - time.monotonic(), session.remaining()) < one.least:

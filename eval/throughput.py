@@ -406,6 +406,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument(
         "--compile", action="store_true", help="with torch.compile of the networks, as train.compile has it"
     )
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(ACTIVITIES), default=list(ACTIVITIES), help="default: all of these"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="timed turns (default: %(default)s)")
     parser.add_argument("--sampler", default="dpm++", help="dpm++, ddim or euler (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: %(default)s)")
@@ -463,7 +466,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
             if options.json:
                 write_json([], settings, options.json, profiles)
             return
-        figures = compare(subjects, settings)
+        figures = compare(subjects, settings, wanted=options.only)
         print(table(figures, len(figures) - 1 if baseline else None, settings))
         if options.json:
             write_json(figures, settings, options.json)
