@@ -58,7 +58,8 @@ def dcnv4(
 
     Returns:
         (N, Ho, Wo, C) with Ho = (H + 2 pad_h - (dilation_h * (Kh - 1) + 1)) // stride_h + 1, Wo alike, in the dtype of the
-        inputs; sums are kept in fp32 (fp64 for fp64).
+        inputs; sums are kept in fp32 (fp64 for fp64). It can be differentiated once, in reverse mode; asking for more is an
+        error. `dcnv4_reference` has derivatives of every kind.
 
     Raises:
         TypeError: no dense tensor of one of the four dtypes, two dtypes outside autocast, a setting of another type.
