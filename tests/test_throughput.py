@@ -136,6 +136,14 @@ def test_the_command_prints_one_table_and_writes_json(configs, tmp_path, capsys)
     assert result["environment"]["cpu"] and result["settings"]["sampler_steps"] == 1
 
 
+def test_some_activities_alone(configs, tmp_path, capsys):
+    arguments = ["--only", "forward", "training", "--rounds", "1", "--batch-size", "2", "--device", "cpu"]
+    throughput.main([configs[0], *arguments, "--json", str(tmp_path / "speed.json")])
+    assert "sampling," not in capsys.readouterr().out
+    (figures,) = json.loads((tmp_path / "speed.json").read_text())["figures"]
+    assert figures["timings"].keys() == {"forward", "training"}
+
+
 def test_peak_memory_is_the_network_s_own(configs, monkeypatch):
     """Other networks lie on the same GPU: 1000 bytes of them here."""
     subject = throughput.open_subject(configs[0])

@@ -56,7 +56,8 @@ _KERNEL = re.compile(
 def kernel_name(symbol: str) -> tuple | None:
     """A kernel's symbol, as g++ or nvcc mangle it, as its name and template arguments; None for anything else."""
     match = _KERNEL.search(symbol)
-    if match is None or "." in symbol[match.end() :]:  # a part of one that the compiler has split off
+    # Nor are a lambda inside one (_ZZ) or a part that the compiler has split off (with a dot) kernels.
+    if match is None or symbol.startswith("_ZZ") or "." in symbol[match.end() :]:
         return None
     return match[1], _TYPES[match[2]], *map(int, re.findall(r"L[ib](\d+)E", match[3]))
 
