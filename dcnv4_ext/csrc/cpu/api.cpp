@@ -10,7 +10,7 @@
 #endif
 
 namespace dcnv4 {
-extern const CpuKernels kAvx512Kernels, kAvx2Kernels, kPortableKernels;
+extern const CpuKernels kAvx512Bf16Kernels, kAvx512Kernels, kAvx2Kernels, kPortableKernels;
 
 namespace {
 
@@ -24,21 +24,32 @@ bool bit(int leaf, int word, int position) {
 bool saves(unsigned long long mask) { return bit(1, 2, 27) && (_xgetbv(0) & mask) == mask; }
 bool has_avx2() { return saves(0x6) && bit(1, 2, 12) && bit(1, 2, 29) && bit(7, 1, 5); }
 bool has_avx512() { return has_avx2() && saves(0xe6) && bit(7, 1, 16) && bit(7, 1, 17) && bit(7, 1, 30) && bit(7, 1, 31); }
+bool has_avx512_bf16() {
+  int words[4];
+  __cpuidex(words, 7, 1);
+  return has_avx512() && (words[0] >> 5 & 1);
+}
 #elif defined(DCNV4_X86)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+#if defined(DCNV4_AVX512_BF16)
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
 #endif
 
 struct Choice {
-  const CpuKernels* available[3];
+  const CpuKernels* available[4];
   int count = 0;
   std::string names;
   std::atomic<const CpuKernels*> selected;
   Choice() {
 #if defined(DCNV4_X86)
+#if defined(DCNV4_AVX512_BF16)
+    if (has_avx512_bf16()) available[count++] = &kAvx512Bf16Kernels;
+#endif
     if (has_avx512()) available[count++] = &kAvx512Kernels;
     if (has_avx2()) available[count++] = &kAvx2Kernels;
 #endif

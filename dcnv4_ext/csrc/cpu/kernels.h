@@ -235,35 +235,54 @@ DCNV4_INLINE void gather(const ScalarOf<V>* map, int64_t width, int64_t row_size
   for (int v = 0; v < kVectors; ++v) sum[v] = even[v] + odd[v];
 }
 
-// Some channels of consecutive pixels, fetched into the caches a pixel at a time.
-template <class V, class T>
+// Some channels of consecutive pixels, to be fetched into the caches.
 struct Stream {
-  const T* at;
-  int64_t step;    // elements from pixel to pixel
-  int64_t pixels;  // left
-  int64_t elements;
+  const char* at = nullptr;
+  int64_t step = 0;         // bytes from pixel to pixel
+  int64_t pixels = 0;       // left
+  int64_t whole_lines = 0;  // 64 bytes apart from a pixel's first byte on
+  int64_t last = 0;         // the byte whose line is fetched after these
 
+  Stream() = default;
+  template <class T>
+  Stream(const T* first, int64_t stride, int64_t pixels, int64_t elements)
+      : at(reinterpret_cast<const char*>(first)), step(stride * int64_t(sizeof(T))), pixels(pixels) {
+    const int64_t bytes = elements * int64_t(sizeof(T)), begin = int64_t(reinterpret_cast<uintptr_t>(first) % 64);
+    // Where every pixel begins at the same byte of a line, as many lines as it touches; else one more than it may fill.
+    const int64_t lines = step % 64 == 0 ? (begin + bytes + 63) / 64 : (bytes + 62) / 64 + 1;
+    whole_lines = lines - 1;
+    last = bytes - 1;
+  }
+
+  template <class V>
   DCNV4_INLINE void fetch() {
-    if (pixels <= 0) return;
-    const char *first = reinterpret_cast<const char*>(at), *last = reinterpret_cast<const char*>(at + elements) - 1;
-    for (const char* line = first; line < last; line += 64) V::prefetch(line);
-    V::prefetch(last);
-    at += step;
-    --pixels;
+    for (int64_t line = 0; line < whole_lines; ++line) V::prefetch(at + 64 * line);
+    V::prefetch(at + last);
+    at += --pixels > 0 ? step : 0;  // stays on the last pixel: a branch would be foreseen wrongly
   }
 };
 
-// What the next group of a task reads and, through the caches, writes, fetched while this one is computed: the channels of a
-// group lie so far apart in memory that the processor foresees none of them.
-template <class V, class T>
+// What the next group of a task reads and, through the caches, writes, fetched a pixel at a time while this one is computed:
+// the channels of a group lie so far apart in memory that the processor foresees none of them.
+template <class V>
 struct Ahead {
-  Stream<V, T> value, offsets, gradient, written;
+  Stream streams[4];
+  int count = 0;
 
+  Ahead() = default;
+  explicit Ahead(std::initializer_list<Stream> all) {
+    for (const Stream& stream : all)
+      if (stream.pixels > 0) streams[count++] = stream;
+  }
+  // Without a loop, whose branches would be foreseen wrongly. Values and offsets are always there, if anything is.
   DCNV4_INLINE void fetch() {
-    value.fetch();
-    offsets.fetch();
-    gradient.fetch();
-    written.fetch();
+    if (count == 0) return;
+    streams[0].template fetch<V>();
+    streams[1].template fetch<V>();
+    if (count <= 2) return;
+    streams[2].template fetch<V>();
+    if (count <= 3) return;
+    streams[3].template fetch<V>();
   }
 };
 
@@ -271,7 +290,7 @@ struct Ahead {
 template <class V, class T, int kVectors, int kTaps>
 void forward_rows(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* value, const T* offset_mask, T* output,
                   const ScalarOf<V>* map, Window window, int32_t blank, int64_t first_row, int64_t last_row,
-                  ScalarOf<V>* tap_scratch, Ahead<V, T> ahead, bool past_caches) {
+                  ScalarOf<V>* tap_scratch, Ahead<V> ahead, bool past_caches) {
   using S = ScalarOf<V>;
   constexpr int kBatch = 4;  // pixels located before any is gathered: the stores of the weights have settled by then
   const int64_t K = kTaps > 0 ? kTaps : plan.K, padded = plan.padded_taps;
@@ -322,83 +341,213 @@ void forward_rows(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T
   }
 }
 
-// The same where all taps fill one vector: their weights stay in registers, and a permutation spreads each over a vector
-// without the load ports, which the map keeps busy (Zen 4, D = 32: 23.5 ns a pixel instead of 27.4 from memory, 20.0 for the
-// multiply-adds alone).
-template <class V, int kVectors, int kTaps>
-DCNV4_INLINE void gather_registers(const ScalarOf<V>* map, int64_t width, int64_t row_size, const int32_t* cell,
-                                   const Corners<V>& w, V* sum) {
-  V even[kVectors], odd[kVectors];
-  for (int v = 0; v < kVectors; ++v) even[v] = odd[v] = V::zero();
-  DCNV4_UNROLL
-  for (int k = 0; k < kTaps; ++k) {
-    const ScalarOf<V>* top = map + int64_t(cell[k]) * width;
-    const ScalarOf<V>* bottom = top + row_size;
-    const V w00 = V::spread(w.w00, k), w01 = V::spread(w.w01, k), w10 = V::spread(w.w10, k), w11 = V::spread(w.w11, k);
-    for (int v = 0; v < kVectors; ++v) even[v] = V::fma(w00, V::load(top + v * V::width), even[v]);
-    for (int v = 0; v < kVectors; ++v) odd[v] = V::fma(w01, V::load(top + width + v * V::width), odd[v]);
-    for (int v = 0; v < kVectors; ++v) even[v] = V::fma(w10, V::load(bottom + v * V::width), even[v]);
-    for (int v = 0; v < kVectors; ++v) odd[v] = V::fma(w11, V::load(bottom + width + v * V::width), odd[v]);
+// What the taps of V::width pixels look up, pixel by pixel without gaps, so that kTaps whole vectors locate them all.
+template <class V, int kTaps>
+struct Lookups {
+  static constexpr int kPixels = V::width, kAll = kPixels * kTaps;
+  // One vector of the last pixel's taps is read past the end.
+  alignas(64) ScalarOf<V> w00[kAll + V::width], w01[kAll + V::width], w10[kAll + V::width], w11[kAll + V::width];
+  alignas(64) uint32_t element[kAll + V::width];  // where the upper left corner begins in the packed map
+};
+
+// What backward needs of them besides.
+template <class V, int kTaps>
+struct LookupStates {
+  static constexpr int kAll = V::width * kTaps;
+  alignas(64) ScalarOf<V> lx[kAll], ly[kAll], weight[kAll + V::width];
+  typename V::Mask used[kTaps];
+};
+
+// Constants of a lane, the same for every batch: [0, kAll) of its tap, then its pixel in the batch, then 0, 1, 2, ...
+template <class V, int kTaps>
+struct LaneTables {
+  using S = ScalarOf<V>;
+  static constexpr int kAll = Lookups<V, kTaps>::kAll;
+  alignas(64) S grid_x[kAll], grid_y[kAll], count[V::width];
+  alignas(64) int32_t pixel[kAll];
+
+  explicit LaneTables(const Plan<S>& plan) {
+    for (int i = 0; i < kAll; ++i) {
+      grid_x[i] = plan.grid_x[i % kTaps];
+      grid_y[i] = plan.grid_y[i % kTaps];
+      pixel[i] = i / kTaps;
+    }
+    for (int i = 0; i < V::width; ++i) count[i] = S(i);
   }
-  for (int v = 0; v < kVectors; ++v) sum[v] = even[v] + odd[v];
+};
+
+// What locating needs of the problem and the window.
+template <class V>
+struct LookupFrame {
+  using S = ScalarOf<V>;
+  const Frame<V> frame;
+  const V cell_size, row_size, origin, columns, per_column, step_x, step_y;
+  const int32_t blank;
+
+  LookupFrame(const dcnv4_problem& p, const Plan<S>& plan, Window window, int32_t blank)
+      : frame(plan, window, blank),
+        cell_size(V::set1(S(plan.packed_width))),
+        row_size(V::set1(S(plan.pitch * plan.packed_width))),
+        origin(V::set1(S((1 - window.first * plan.pitch) * plan.packed_width))),
+        columns(V::set1(S(p.Wo))),
+        per_column(V::set1(S(1) / S(p.Wo))),
+        step_x(V::set1(S(p.stride_w))),
+        step_y(V::set1(S(p.stride_h))),
+        blank(int32_t(blank * plan.packed_width)) {}
+};
+
+// The lookups of the pixels (row, column) and `count` - 1 behind it, whose offset rows begin at `offsets`, `step` apart.
+// `softmax`: normalise the weights. Returns whether a tap needs a row outside the window; then `outside` has a bit a tap.
+template <class V, class T, int kTaps>
+DCNV4_NOINLINE bool locate_lookups(const dcnv4_problem& p, const LookupFrame<V>& on, const LaneTables<V, kTaps>& lanes,
+                                   const T* offsets, int64_t step, int count, int64_t row, int64_t column,
+                                   Lookups<V, kTaps>& to, typename V::Mask* outside, LookupStates<V, kTaps>* states) {
+  using S = ScalarOf<V>;
+  constexpr int kPixels = V::width;
+  // The taps' offsets and weights side by side. A store writes whole vectors, and the next one overwrites what is too much.
+  alignas(64) T pairs[kPixels * 2 * kTaps + 2 * V::width];
+  alignas(64) S own_weights[kPixels * kTaps + V::width];
+  S* const weights = states ? states->weight : own_weights;
+  const bool softmax = p.softmax;
+  for (int i = 0; i < count; ++i, offsets += step) {
+    V::prefetch(offsets + kPixels * step);
+    memcpy(pairs + i * 2 * kTaps, offsets, 2 * kTaps * sizeof(T));
+    if (softmax) {
+      softmax_row(offsets + 2 * kTaps, kTaps, weights + i * kTaps);
+    } else {
+      V::load_some(offsets + 2 * kTaps, kTaps).store(weights + i * kTaps);
+    }
+  }
+  const Frame<V> frame = on.frame;
+  // Columns count on over the end of a row; `wrapped` is how many rows down that is. Half a column keeps it off the edge.
+  const V ahead = V::set1(S(column)) + V::load(lanes.count);
+  const V wrapped = V::floor((ahead + V::set1(S(0.5))) * on.per_column);
+  const V pixel_x = V::fma(ahead - wrapped * on.columns, on.step_x, V::set1(S(base_x(p, 0))));
+  const V pixel_y = V::fma(wrapped, on.step_y, V::set1(S(base_y(p, row))));
+  const int vectors = (count * kTaps + V::width - 1) / V::width;
+  bool leaves = false;
+  for (int v = 0, i = 0; v < vectors; ++v, i += V::width) {
+    V dx, dy;
+    V::all_pairs(pairs + 2 * i, dx, dy);
+    const V x = V::fma(V::load(lanes.grid_x + i) + dx, frame.scale, V::permute(pixel_x, lanes.pixel + i));
+    const V y = V::fma(V::load(lanes.grid_y + i) + dy, frame.scale, V::permute(pixel_y, lanes.pixel + i));
+    typename V::Mask used = V::greater(V::first_lanes(V::width), x, frame.minus_one);
+    used = V::greater(used, y, frame.minus_one);
+    used = V::greater(used, frame.width, x);
+    used = V::greater(used, frame.height, y);
+    const V x0 = V::floor(x), y0 = V::floor(y);
+    if (!frame.whole) {
+      outside[v] = V::either(V::greater(used, frame.first, y0), V::greater(used, y0, frame.last));
+      leaves |= V::any(outside[v]);
+    }
+    V::store_whole(to.element + i, used, V::fma(y0, on.row_size, V::fma(x0, on.cell_size, on.origin)), on.blank);
+    const V lx = V::select(used, x - x0), ly = V::select(used, y - y0);
+    if (states) {
+      lx.store(states->lx + i);
+      ly.store(states->ly + i);
+      states->used[v] = used;
+    }
+    const Corners<V> w = corner_weights(lx, ly, V::select(used, V::load(weights + i)), frame.one);
+    w.w00.store(to.w00 + i);
+    w.w01.store(to.w01 + i);
+    w.w10.store(to.w10 + i);
+    w.w11.store(to.w11 + i);
+  }
+  return leaves;
 }
 
-// Output rows where all taps of a pixel fill one vector. The next pixel is located before one is gathered. `past_caches`: the
-// output is aligned to whole cache lines and goes straight to memory.
-template <class V, class T, int kVectors, int kTaps>
-void forward_rows_registers(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* value, const T* offset_mask,
-                            T* output, const ScalarOf<V>* map, Window window, int32_t blank, int64_t first_row,
-                            int64_t last_row, ScalarOf<V>* tap_scratch, Ahead<V, T> ahead, bool past_caches) {
-  using S = ScalarOf<V>;
-  const int64_t width = plan.packed_width, row_size = plan.pitch * width, D = p.D, Wo = p.Wo;
-  const int64_t offset_step = p.offset_mask_stride, output_step = p.output_stride, stride_w = p.stride_w;
-  const Frame<V> frame(plan, window, blank);
-  const V grid_x = V::load(plan.grid_x), grid_y = V::load(plan.grid_y);
-  alignas(64) int32_t cells[2][V::width];
-  bool leaves[2] = {false, false};
-  S* softened = p.softmax ? tap_scratch : nullptr;
-  for (int64_t ho = first_row; ho < last_row; ++ho) {
-    const S y_base = S(base_y(p, ho));
-    const V y_start = V::set1(y_base);
-    const T* row = offset_mask + ho * Wo * offset_step;
-    T* target = output + ho * Wo * output_step;
-    int64_t x = base_x(p, 0);
-    const auto locate_pixel = [&](int b) DCNV4_LAMBDA_INLINE {
-      if (softened) softmax_row(row + 2 * kTaps, kTaps, softened);
-      leaves[b] = false;
-      return locate_vector<V, T>(frame, grid_x, grid_y, kTaps, 0, row, softened, V::set1(S(x)), y_start, cells[b], leaves[b])
-          .corners;
+// Four weighted loads a tap for `kVectors` vectors of channels, `width` elements from one cell to the next. A permutation
+// spreads each weight over a vector without the load ports, which the map keeps busy. Sums of one or two vectors are kept a
+// corner: a chain of additions must not be longer than the multiply-adds take that run beside it.
+template <class V, int kVectors, int kTaps>
+DCNV4_INLINE void gather_lookup(const ScalarOf<V>* map, int64_t width, int64_t row_size, const Lookups<V, kTaps>& from,
+                                int pixel, V* sum) {
+  constexpr int kChains = kVectors <= 2 ? 4 : 2;
+  const int at = pixel * kTaps;
+  V chain[kChains][kVectors];
+  for (int q = 0; q < kChains; ++q)
+    for (int v = 0; v < kVectors; ++v) chain[q][v] = V::zero();
+  const V w00 = V::load(from.w00 + at), w01 = V::load(from.w01 + at), w10 = V::load(from.w10 + at),
+          w11 = V::load(from.w11 + at);
+  uint64_t two = 0;  // elements of two taps: half as many loads, and none that extends a sign
+  DCNV4_UNROLL
+  for (int k = 0; k < kTaps; ++k, two >>= 32) {
+    if (k % 2 == 0) memcpy(&two, from.element + at + k, sizeof two);
+    const ScalarOf<V>* top = map + uint32_t(two);
+    const ScalarOf<V>* bottom = top + row_size;
+    const auto add = [&](V* sums, V weight, const ScalarOf<V>* corner) DCNV4_LAMBDA_INLINE {
+      for (int v = 0; v < kVectors; ++v) sums[v] = V::fma(weight, V::load(corner + v * V::width), sums[v]);
     };
-    Corners<V> next = locate_pixel(0);
-    for (int64_t wo = 0; wo < Wo; ++wo, target += output_step) {
-      const int b = int(wo & 1);
-      const Corners<V> weights = next;
-      const T* const this_row = row;
-      const S this_x = S(x);
-      if (wo + 1 < Wo) {
-        row += offset_step;
-        x += stride_w;
-        // In fp32 the lines that `ahead` has asked for keep all line buffers busy, and this costs more than it gains.
-        if (sizeof(T) == 2) V::prefetch(row + 2 * offset_step);
-        next = locate_pixel(b ^ 1);
-      }
+    add(chain[0], V::spread(w00, k), top);
+    add(chain[1], V::spread(w01, k), top + width);
+    add(chain[2 % kChains], V::spread(w10, k), bottom);
+    add(chain[3 % kChains], V::spread(w11, k), bottom + width);
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    sum[v] = chain[0][v] + chain[1][v];
+    if (kChains == 4) sum[v] = sum[v] + (chain[2][v] + chain[3][v]);
+  }
+}
+
+// The outputs of `count` pixels, `step` apart. Apart from what locates them: both need their constants in registers.
+template <class V, class T, int kVectors, int kTaps>
+DCNV4_NOINLINE void gather_lookups(const ScalarOf<V>* map, int64_t row_size, const Lookups<V, kTaps>& from, int count,
+                                   T* target, int64_t step, Ahead<V>& ahead, bool past_caches) {
+  for (int i = 0; i < count; ++i, target += step) {
+    ahead.fetch();
+    V sum[kVectors];
+    gather_lookup<V, kVectors, kTaps>(map, kVectors * V::width, row_size, from, i, sum);
+    V::template store_all<kVectors>(target, sum, past_caches);
+  }
+}
+
+// Output rows where positions and elements of the map are whole numbers that the compute type holds. `past_caches`: the output
+// is aligned to whole cache lines and goes straight to memory.
+template <class V, class T, int kVectors, int kTaps>
+void forward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* value, const T* offset_mask, T* output,
+                         const ScalarOf<V>* map, Window window, int32_t blank, int64_t first_row, int64_t last_row,
+                         ScalarOf<V>* tap_scratch, Ahead<V> ahead, bool past_caches) {
+  using S = ScalarOf<V>;
+  constexpr int64_t kChunk = kVectors * V::width;
+  const LaneTables<V, kTaps>& lanes = *static_cast<const LaneTables<V, kTaps>*>(plan.lanes);
+  const int64_t width = plan.packed_width, row_size = plan.pitch * width, D = p.D;
+  const int64_t offset_step = p.offset_mask_stride, output_step = p.output_stride, pixels = (last_row - first_row) * p.Wo;
+  const LookupFrame<V> frame(p, plan, window, blank);
+  const T* offsets = offset_mask + first_row * p.Wo * offset_step;
+  T* target = output + first_row * p.Wo * output_step;
+  Lookups<V, kTaps> lookups;
+  typename V::Mask outside[kTaps];
+  for (int64_t first = 0; first < pixels;
+       first += V::width, offsets += V::width * offset_step, target += V::width * output_step) {
+    const int count = int(std::min<int64_t>(V::width, pixels - first));
+    const int64_t row = first_row + first / p.Wo, column = first % p.Wo;
+    const bool leaves =
+        locate_lookups<V, T, kTaps>(p, frame, lanes, offsets, offset_step, count, row, column, lookups, outside, nullptr);
+    if (DCNV4_LIKELY(!leaves && D == kChunk)) {
+      gather_lookups<V, T, kVectors, kTaps>(map, row_size, lookups, count, target, output_step, ahead, past_caches);
+      continue;
+    }
+    for (int i = 0; i < count; ++i) {
+      T* out = target + i * output_step;
       ahead.fetch();
-      if (!DCNV4_LIKELY(!leaves[b])) {
-        if (softened) softmax_row(this_row + 2 * kTaps, kTaps, softened);
-        forward_direct<V, T>(p, plan, value, this_row, softened, this_x, y_base, target);
+      bool direct = false;
+      for (int k = i * kTaps; leaves && k < (i + 1) * kTaps; ++k) direct |= V::lane(outside[k / V::width], k % V::width);
+      if (direct) {
+        S* softened = p.softmax ? tap_scratch : nullptr;
+        if (softened) softmax_row(offsets + i * offset_step + 2 * kTaps, kTaps, softened);
+        forward_direct<V, T>(p, plan, value, offsets + i * offset_step, softened, S(base_x(p, (column + i) % p.Wo)),
+                             S(base_y(p, row + (column + i) / p.Wo)), out);
         continue;
       }
-      for (int64_t c = 0; c < width; c += kVectors * V::width) {
+      for (int64_t c = 0; c < width; c += kChunk) {
         V sum[kVectors];
-        gather_registers<V, kVectors, kTaps>(map + c, width, row_size, cells[b], weights, sum);
-        if (past_caches) {
-          for (int v = 0; v < kVectors; ++v) sum[v].stream(target + c + v * V::width);
-        } else if (DCNV4_LIKELY(c + kVectors * V::width <= D)) {
-          for (int v = 0; v < kVectors; ++v) sum[v].store(target + c + v * V::width);
+        gather_lookup<V, kVectors, kTaps>(map + c, width, row_size, lookups, i, sum);
+        if (c + kChunk <= D) {
+          V::template store_all<kVectors>(out + c, sum, past_caches);
         } else {
           for (int v = 0; v < kVectors; ++v) {
             const int64_t left = D - c - v * V::width;
-            if (left > 0) sum[v].store_some(target + c + v * V::width, int(std::min<int64_t>(left, V::width)));
+            if (left > 0) sum[v].store_some(out + c + v * V::width, int(std::min<int64_t>(left, V::width)));
           }
         }
       }
@@ -446,12 +595,15 @@ struct TapGrid {
 
 template <class V, class T>
 using ForwardRows = void (*)(const dcnv4_problem&, const Plan<ScalarOf<V>>&, const T*, const T*, T*, const ScalarOf<V>*, Window,
-                             int32_t, int64_t, int64_t, ScalarOf<V>*, Ahead<V, T>, bool);
+                             int32_t, int64_t, int64_t, ScalarOf<V>*, Ahead<V>, bool);
+
+// Taps of the kernel that is worth tables of its own: 3x3.
+constexpr int kLookupTaps = 9;
 
 template <class V, class T, int kVectors>
-ForwardRows<V, T> forward_rows_for_taps(int64_t K) {
+ForwardRows<V, T> forward_rows_for_taps(int64_t K, bool exact) {
   if constexpr (V::spreads && V::width >= 9) {
-    if (K == 9) return forward_rows_registers<V, T, kVectors, 9>;
+    if (K == kLookupTaps && exact) return forward_rows_lookup<V, T, kVectors, kLookupTaps>;
   } else if constexpr (kUnrollTaps) {
     if (K == 9) return forward_rows<V, T, kVectors, 9>;
   }
@@ -459,17 +611,29 @@ ForwardRows<V, T> forward_rows_for_taps(int64_t K) {
 }
 
 template <class V, class T>
-ForwardRows<V, T> choose_forward_rows(int64_t D, int64_t K) {
+ForwardRows<V, T> choose_forward_rows(int64_t D, int64_t K, bool exact) {
   switch (vectors_at_once((D + V::width - 1) / V::width)) {
     case 1:
-      return forward_rows_for_taps<V, T, 1>(K);
+      return forward_rows_for_taps<V, T, 1>(K, exact);
     case 2:
-      return forward_rows_for_taps<V, T, 2>(K);
+      return forward_rows_for_taps<V, T, 2>(K, exact);
     case 3:
-      return forward_rows_for_taps<V, T, 3>(K);
+      return forward_rows_for_taps<V, T, 3>(K, exact);
     default:
-      return forward_rows_for_taps<V, T, 4>(K);
+      return forward_rows_for_taps<V, T, 4>(K, exact);
   }
+}
+
+// Whether elements of a packed map of `rows` rows, and positions on the way over the output, are whole numbers that fp32 holds.
+template <class S>
+bool is_exact(const dcnv4_problem& p, const Plan<S>& plan, int64_t rows) {
+  constexpr int64_t kMost = int64_t(1) << 24, kMostColumns = int64_t(1) << 18;
+  const auto reach = [](int64_t pixels, int64_t stride, int64_t pad, int64_t extent) {
+    return (pixels + 1) * stride + pad + extent;
+  };
+  return p.Wo < kMostColumns && map_elements(plan, rows) < kMost &&
+         reach(p.Wo, p.stride_w, p.pad_w, p.dilation_w * int64_t(p.kernel_w)) < kMost &&
+         reach(p.Ho, p.stride_h, p.pad_h, p.dilation_h * int64_t(p.kernel_h)) < kMost;
 }
 
 // Value rows that the taps of output rows [first, last) reach with offsets of up to `halo` rows.
@@ -507,9 +671,8 @@ class Tasks {
 };
 
 // Nobody has asked for the data of a thread's first task: at least for the beginning of its rows.
-template <class V, class T>
-void fetch_beginning(Ahead<V, T> own) {
-  own.value.pixels = 0;
+template <class V>
+void fetch_beginning(Ahead<V> own) {
   for (int pixel = 0; pixel < 16; ++pixel) own.fetch();
 }
 
@@ -531,9 +694,10 @@ int32_t forward(const dcnv4_problem& p, const void* value_, const void* offset_m
   static thread_local Scratch grid_scratch;
   S* grid = static_cast<S*>(grid_scratch.get(TapGrid<V>::elements(p) * sizeof(S)));
   if (!grid) return DCNV4_OUT_OF_MEMORY;
-  const Plan<S> plan = TapGrid<V>::plan(p, grid);
+  Plan<S> plan = TapGrid<V>::plan(p, grid);
   const int64_t row_size = plan.pitch * plan.packed_width;
-  const auto rows_kernel = choose_forward_rows<V, T>(p.D, plan.K);
+  std::optional<LaneTables<V, kLookupTaps>> lanes;
+  if (V::spreads && plan.K == kLookupTaps) plan.lanes = &lanes.emplace(plan);
 
   // Output rows a task: all where the map they need stays within half of the L2 cache, else as many as leave most of the window
   // no halo; fewer where threads would have nothing to do.
@@ -557,6 +721,7 @@ int32_t forward(const dcnv4_problem& p, const void* value_, const void* offset_m
     most_rows = std::max(most_rows, window.last - window.first);
   }
   const int64_t map_size = map_elements(plan, most_rows);
+  const auto rows_kernel = choose_forward_rows<V, T>(p.D, plan.K, is_exact(p, plan, most_rows));
   const int64_t tap_size = 4 * 6 * plan.padded_taps;
   std::atomic<int32_t> status{DCNV4_OK};
   const int64_t count = p.N * tiles * p.G;
@@ -576,15 +741,14 @@ int32_t forward(const dcnv4_problem& p, const void* value_, const void* offset_m
     return offset_mask + part.n * p.Ho * p.Wo * p.offset_mask_stride + part.g * 3 * plan.K;
   };
   const auto output_of = [&](const Part& part) { return output + part.n * p.Ho * p.Wo * p.output_stride + part.g * p.D; };
-  const auto data_of = [&](int64_t task) -> Ahead<V, T> {
-    if (task < 0) return {};
+  const auto data_of = [&](int64_t task) -> Ahead<V> {
+    if (task < 0) return Ahead<V>();
     const Part part = part_of(task);
     const int64_t from = std::max<int64_t>(0, part.window.first), to = std::min(p.H, part.window.last);
     const int64_t skipped = part.first * p.Wo, pixels = std::max<int64_t>(0, part.last - part.first) * p.Wo;
-    return {{image_of(part) + from * p.W * p.value_stride, p.value_stride, (to - from) * p.W, p.D},
-            {offsets_of(part) + skipped * p.offset_mask_stride, p.offset_mask_stride, pixels, 3 * plan.K},
-            {},
-            {output_of(part) + skipped * p.output_stride, p.output_stride, past_caches ? 0 : pixels, p.D}};
+    return Ahead<V>{Stream(image_of(part) + from * p.W * p.value_stride, p.value_stride, (to - from) * p.W, p.D),
+                    Stream(offsets_of(part) + skipped * p.offset_mask_stride, p.offset_mask_stride, pixels, 3 * plan.K),
+                    Stream(output_of(part) + skipped * p.output_stride, p.output_stride, past_caches ? 0 : pixels, p.D)};
   };
   Tasks tasks(count, parallel ? p.threads : 1);
 #pragma omp parallel num_threads(p.threads) if (parallel)
@@ -644,6 +808,17 @@ DCNV4_INLINE void scatter(const ScalarOf<V>* map, ScalarOf<V>* grad_map, int64_t
   }
 }
 
+// A pixel's channels, of which the first `channels` are there, in kVectors vectors.
+template <class V, int kVectors, class T>
+DCNV4_INLINE void load_channels(const T* from, int64_t channels, V* to) {
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t left = channels - v * V::width;
+    to[v] = DCNV4_LIKELY(left >= V::width) ? V::load(from + v * V::width)
+            : left > 0                     ? V::load_some(from + v * V::width, int(left))
+                                           : V::zero();
+  }
+}
+
 // Gradients of the offsets and weights of one pixel from the dot products.
 template <class V, class T>
 DCNV4_INLINE void finish_taps(const Plan<ScalarOf<V>>& plan, int64_t K, const ScalarOf<V>* sums, const TapState<V>& state,
@@ -675,7 +850,7 @@ DCNV4_INLINE void finish_taps(const Plan<ScalarOf<V>>& plan, int64_t K, const Sc
 template <class V, class T, int kVectors, int kTaps>
 void backward_rows(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* offset_mask, const T* grad_output,
                    T* grad_offset_mask, const ScalarOf<V>* map, ScalarOf<V>* grad_map, Window window, int32_t blank,
-                   int64_t first_row, int64_t last_row, ScalarOf<V>* tap_scratch, Ahead<V, T> ahead) {
+                   int64_t first_row, int64_t last_row, ScalarOf<V>* tap_scratch, Ahead<V> ahead) {
   using S = ScalarOf<V>;
   const int64_t K = kTaps > 0 ? kTaps : plan.K, padded = plan.padded_taps;
   const int64_t width = plan.packed_width, row_size = plan.pitch * width;
@@ -695,12 +870,7 @@ void backward_rows(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const 
       const T* gradient = grad_output + pixel * p.output_stride;
       for (int64_t c = 0; c < width; c += kVectors * V::width) {
         V grad[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
-          const int64_t left = p.D - c - v * V::width;
-          grad[v] = DCNV4_LIKELY(left >= V::width) ? V::load(gradient + c + v * V::width)
-                    : left > 0                     ? V::load_some(gradient + c + v * V::width, int(left))
-                                                   : V::zero();
-        }
+        load_channels<V, kVectors>(gradient + c, p.D - c, grad);
         scatter<V, kVectors, kTaps>(map + c, grad_map + c, width, row_size, K, taps, grad, sums, c > 0);
       }
       if (grad_offset_mask)
@@ -710,28 +880,159 @@ void backward_rows(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const 
   }
 }
 
+// Dot products of grad_output with the corners of the taps of `count` pixels, four a tap, over kVectors vectors of channels of
+// which `channels` are there; `add`: to what `sums` holds. Cells are `width` elements apart.
+template <class V, class T, int kVectors, int kTaps, bool kSingle>
+DCNV4_NOINLINE void dot_lookups(const ScalarOf<V>* map, int64_t width, int64_t row_size, const Lookups<V, kTaps>& from,
+                                int count, const T* gradient, int64_t step, int64_t channels, ScalarOf<V>* sums, bool add,
+                                Ahead<V>& ahead) {
+  using S = ScalarOf<V>;
+  if (kSingle) width = kVectors * V::width;
+  for (int i = 0; i < count; ++i, gradient += step, sums += 4 * kTaps) {
+    if (kSingle || !add) ahead.fetch();
+    V::prefetch(gradient + 4 * step);
+    V grad[kVectors];
+    load_channels<V, kVectors>(gradient, channels, grad);
+    uint64_t two = 0;
+    DCNV4_UNROLL
+    for (int k = 0; k < kTaps; ++k, two >>= 32) {
+      if (k % 2 == 0) memcpy(&two, from.element + i * kTaps + k, sizeof two);
+      const S* top = map + uint32_t(two);
+      const S* const corner[4] = {top, top + width, top + row_size, top + row_size + width};
+      V dot[4];
+      for (int q = 0; q < 4; ++q) {
+        dot[q] = grad[0] * V::load(corner[q]);
+        for (int v = 1; v < kVectors; ++v) dot[q] = V::fma(grad[v], V::load(corner[q] + v * V::width), dot[q]);
+      }
+      V::sum4(dot[0], dot[1], dot[2], dot[3], sums + 4 * k, !kSingle && add);
+    }
+  }
+}
+
+// grad_output times the weights of the corners, added to the cells of `map`.
+template <class V, class T, int kVectors, int kTaps, bool kSingle>
+DCNV4_NOINLINE void scatter_lookups(ScalarOf<V>* map, int64_t width, int64_t row_size, const Lookups<V, kTaps>& from, int count,
+                                    const T* gradient, int64_t step, int64_t channels) {
+  using S = ScalarOf<V>;
+  if (kSingle) width = kVectors * V::width;
+  for (int i = 0; i < count; ++i, gradient += step) {
+    const int at = i * kTaps;
+    const V w00 = V::load(from.w00 + at), w01 = V::load(from.w01 + at), w10 = V::load(from.w10 + at),
+            w11 = V::load(from.w11 + at);
+    V grad[kVectors];
+    load_channels<V, kVectors>(gradient, channels, grad);
+    uint64_t two = 0;
+    DCNV4_UNROLL
+    for (int k = 0; k < kTaps; ++k, two >>= 32) {
+      if (k % 2 == 0) memcpy(&two, from.element + at + k, sizeof two);
+      S* top = map + uint32_t(two);
+      S* bottom = top + row_size;
+      const auto add = [&](S* corner, V weight) DCNV4_LAMBDA_INLINE {
+        for (int v = 0; v < kVectors; ++v) V::fma(weight, grad[v], V::load(corner + v * V::width)).store(corner + v * V::width);
+      };
+      add(top, V::spread(w00, k));
+      add(top + width, V::spread(w01, k));
+      add(bottom, V::spread(w10, k));
+      add(bottom + width, V::spread(w11, k));
+    }
+  }
+}
+
+// Gradients of the offsets and weights of `count` pixels from the dot products, to rows `step` apart.
+template <class V, class T, int kTaps>
+DCNV4_NOINLINE void finish_lookups(V scale, const ScalarOf<V>* sums, const LookupStates<V, kTaps>& states, bool softmax,
+                                   int count, T* target, int64_t step) {
+  using S = ScalarOf<V>;
+  alignas(64) T pairs[2 * V::width * kTaps], weights[V::width * kTaps];
+  alignas(64) S softmax_gradients[V::width * kTaps];
+  const int vectors = (count * kTaps + V::width - 1) / V::width;
+  for (int v = 0, i = 0; v < vectors; ++v, i += V::width) {
+    Corners<V> s;
+    V::quads(sums + 4 * i, s.w00, s.w01, s.w10, s.w11);
+    const TapGradient<V> gradient =
+        tap_gradient(s, V::load(states.lx + i), V::load(states.ly + i), V::load(states.weight + i), scale);
+    const typename V::Mask used = states.used[v];
+    V::store_pairs(pairs + 2 * i, V::width, V::select(used, gradient.x), V::select(used, gradient.y));
+    const V weight = V::select(used, gradient.weight);
+    if (softmax) {
+      weight.store(softmax_gradients + i);
+    } else {
+      weight.store(weights + i);
+    }
+  }
+  for (int i = 0; i < count; ++i, target += step) {
+    const int at = i * kTaps;
+    if (softmax) {
+      S mean = 0;
+      for (int k = 0; k < kTaps; ++k) mean += states.weight[at + k] * softmax_gradients[at + k];
+      for (int k = 0; k < kTaps; ++k)
+        weights[at + k] = from_compute<T>(states.weight[at + k] * (softmax_gradients[at + k] - mean));
+    }
+    memcpy(target, pairs + 2 * at, 2 * kTaps * sizeof(T));
+    memcpy(target + 2 * kTaps, weights + at, kTaps * sizeof(T));
+  }
+}
+
+// The same as backward_rows where positions and elements of the map are whole numbers that the compute type holds: dot
+// products, scattering and the rest in passes of their own over some pixels, which keep what each needs in registers.
+template <class V, class T, int kVectors, int kTaps>
+void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* offset_mask, const T* grad_output,
+                          T* grad_offset_mask, const ScalarOf<V>* map, ScalarOf<V>* grad_map, Window window, int32_t blank,
+                          int64_t first_row, int64_t last_row, ScalarOf<V>*, Ahead<V> ahead) {
+  using S = ScalarOf<V>;
+  constexpr int64_t kChunk = kVectors * V::width;
+  const LaneTables<V, kTaps>& lanes = *static_cast<const LaneTables<V, kTaps>*>(plan.lanes);
+  const int64_t width = plan.packed_width, row_size = plan.pitch * width, pixels = (last_row - first_row) * p.Wo;
+  const LookupFrame<V> frame(p, plan, window, blank);
+  Lookups<V, kTaps> lookups;
+  LookupStates<V, kTaps> states;
+  alignas(64) S sums[4 * V::width * kTaps];
+  memset(sums, 0, sizeof sums);  // lanes of a last batch that nothing is computed for
+  for (int64_t first = 0; first < pixels; first += V::width) {
+    const int count = int(std::min<int64_t>(V::width, pixels - first));
+    const int64_t pixel = first_row * p.Wo + first;
+    const T* gradient = grad_output + pixel * p.output_stride;
+    locate_lookups<V, T, kTaps>(p, frame, lanes, offset_mask + pixel * p.offset_mask_stride, p.offset_mask_stride, count,
+                                first_row + first / p.Wo, first % p.Wo, lookups, nullptr, &states);
+    for (int64_t c = 0; c < width; c += kChunk) {
+      const auto dot = width == kChunk ? dot_lookups<V, T, kVectors, kTaps, true> : dot_lookups<V, T, kVectors, kTaps, false>;
+      const auto scatter =
+          width == kChunk ? scatter_lookups<V, T, kVectors, kTaps, true> : scatter_lookups<V, T, kVectors, kTaps, false>;
+      if (grad_offset_mask)
+        dot(map + c, width, row_size, lookups, count, gradient + c, p.output_stride, p.D - c, sums, c > 0, ahead);
+      if (grad_map) scatter(grad_map + c, width, row_size, lookups, count, gradient + c, p.output_stride, p.D - c);
+    }
+    if (grad_offset_mask)
+      finish_lookups<V, T, kTaps>(frame.frame.scale, sums, states, p.softmax, count,
+                                  grad_offset_mask + pixel * p.grad_offset_mask_stride, p.grad_offset_mask_stride);
+  }
+}
+
 template <class V, class T>
 using BackwardRows = void (*)(const dcnv4_problem&, const Plan<ScalarOf<V>>&, const T*, const T*, T*, const ScalarOf<V>*,
-                              ScalarOf<V>*, Window, int32_t, int64_t, int64_t, ScalarOf<V>*, Ahead<V, T>);
+                              ScalarOf<V>*, Window, int32_t, int64_t, int64_t, ScalarOf<V>*, Ahead<V>);
 
 template <class V, class T, int kVectors>
-BackwardRows<V, T> backward_rows_for_taps(int64_t K) {
-  if constexpr (kUnrollTaps)
+BackwardRows<V, T> backward_rows_for_taps(int64_t K, bool exact) {
+  if constexpr (V::spreads) {
+    if (K == kLookupTaps && exact) return backward_rows_lookup<V, T, kVectors, kLookupTaps>;
+  } else if constexpr (kUnrollTaps) {
     if (K == 9) return backward_rows<V, T, kVectors, 9>;
+  }
   return backward_rows<V, T, kVectors, 0>;
 }
 
 template <class V, class T>
-BackwardRows<V, T> choose_backward_rows(int64_t D, int64_t K) {
+BackwardRows<V, T> choose_backward_rows(int64_t D, int64_t K, bool exact) {
   switch (vectors_at_once((D + V::width - 1) / V::width)) {
     case 1:
-      return backward_rows_for_taps<V, T, 1>(K);
+      return backward_rows_for_taps<V, T, 1>(K, exact);
     case 2:
-      return backward_rows_for_taps<V, T, 2>(K);
+      return backward_rows_for_taps<V, T, 2>(K, exact);
     case 3:
-      return backward_rows_for_taps<V, T, 3>(K);
+      return backward_rows_for_taps<V, T, 3>(K, exact);
     default:
-      return backward_rows_for_taps<V, T, 4>(K);
+      return backward_rows_for_taps<V, T, 4>(K, exact);
   }
 }
 
@@ -773,8 +1074,10 @@ int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_
   static thread_local Scratch grid_scratch, slab_scratch;
   S* grid = static_cast<S*>(grid_scratch.get(TapGrid<V>::elements(p) * sizeof(S)));
   if (!grid) return DCNV4_OUT_OF_MEMORY;
-  const Plan<S> plan = TapGrid<V>::plan(p, grid);
-  const auto rows_kernel = choose_backward_rows<V, T>(p.D, plan.K);
+  Plan<S> plan = TapGrid<V>::plan(p, grid);
+  std::optional<LaneTables<V, kLookupTaps>> lanes;
+  if (V::spreads && plan.K == kLookupTaps) plan.lanes = &lanes.emplace(plan);
+  const auto rows_kernel = choose_backward_rows<V, T>(p.D, plan.K, is_exact(p, plan, p.H + 2));
   const Window whole = {-1, p.H + 1};
   const int32_t blank = int32_t((p.H + 2) * plan.pitch);
   const int64_t map_size = map_elements(plan, p.H + 2);
@@ -815,17 +1118,16 @@ int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_
     return grad_offset_mask ? grad_offset_mask + part.n * p.Ho * p.Wo * p.grad_offset_mask_stride + part.g * 3 * plan.K
                             : nullptr;
   };
-  const auto data_of = [&](int64_t task) -> Ahead<V, T> {
-    if (task < 0) return {};
+  const auto data_of = [&](int64_t task) -> Ahead<V> {
+    if (task < 0) return Ahead<V>();
     const Part part = part_of(task);
     const int64_t skipped = part.first * p.Wo, pixels = (part.last - part.first) * p.Wo;
-    Stream<V, T> written = {};
+    Stream written;
     if (grad_offset_mask)
       written = {target_of(part) + skipped * p.grad_offset_mask_stride, p.grad_offset_mask_stride, pixels, 3 * plan.K};
-    return {{image_of(part), p.value_stride, p.H * p.W, p.D},
-            {offsets_of(part) + skipped * p.offset_mask_stride, p.offset_mask_stride, pixels, 3 * plan.K},
-            {gradient_of(part) + skipped * p.output_stride, p.output_stride, pixels, p.D},
-            written};
+    return Ahead<V>{Stream(image_of(part), p.value_stride, p.H * p.W, p.D),
+                    Stream(offsets_of(part) + skipped * p.offset_mask_stride, p.offset_mask_stride, pixels, 3 * plan.K),
+                    Stream(gradient_of(part) + skipped * p.output_stride, p.output_stride, pixels, p.D), written};
   };
   Tasks tasks(count, parallel ? p.threads : 1);
 #pragma omp parallel num_threads(p.threads) if (parallel)

@@ -4,7 +4,9 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
+#include <optional>
 
 #include "../sampling.h"
 
@@ -91,7 +93,8 @@ struct Plan {
   int64_t rows;             // of the value map: H
   int64_t center_y;         // of the kernel, in rows
   S width, height, scale;
-  const S *grid_x, *grid_y;  // padded_taps each
+  const S *grid_x, *grid_y;     // padded_taps each
+  const void* lanes = nullptr;  // LaneTables, where the kernel wants them
 };
 
 }  // namespace
