@@ -69,7 +69,7 @@ report: $(VENV)/installed
 test: $(VENV)/testable
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 --dist loadfile
 
-# Needs torch with CUDA, numpy, pytest and nvcc in $(PYTHON)'s environment, nothing else; the same command again resumes.
+# Needs torch with CUDA, numpy, pytest, pillow, cmake and nvcc in $(PYTHON)'s environment, nothing else; the same command again resumes.
 gpu:
 	$(PYTHON) benchmarks/gpu.py
 

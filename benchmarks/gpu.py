@@ -1,13 +1,18 @@
-"""The GPU part in one command: build, correctness, compute-sanitizer, benchmark, results.
+"""The GPU part in one command: build, correctness, compute-sanitizer, benchmark of the operator, speed of whole networks.
 
     python benchmarks/gpu.py                    # on a machine with a GPU, its PyTorch and nvcc; `make gpu` is the same
     python benchmarks/gpu.py --dry-run          # print the commands
     python benchmarks/gpu.py --device cpu       # rehearse without a GPU: what needs one is reported as left out
 
 It ends within --minutes. Each stage has a limit of its own, its failure is reported and stops no other stage; the same
-command again skips what has passed with these sources on this device, and goes on with the benchmark where it stopped.
-Results and logs go to the folder $OUT where that is set, else to benchmarks/results; earlier results are looked for in both,
-so copy what came back in $OUT to benchmarks/results before the next run.
+command again skips what has passed with these sources on this device, and goes on with the benchmarks where they stopped.
+Results and one file of logs go to the folder $OUT where that is set, else to benchmarks/results; earlier results are looked for
+in both, so copy what came back in $OUT to benchmarks/results before the next run.
+
+The networks (Stable Diffusion's U-Net and both swapped ones, training and sampling) need diffusers, pydantic and what these need
+besides; where they are not importable that stage is left out and says so. It takes a run of its own:
+
+    python benchmarks/gpu.py --stages build networks
 
 The official operator is timed too where its sources lie in .peers/DCNv4 (its folder DCNv4_op, with setup.py in it; ignored by
 git). An executable build.sh beside setup.py is run instead of the usual build, for patches that a new compiler needs.
@@ -34,6 +39,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "benchmarks" / "results"
 BUILD, REHEARSED = ROOT / "build" / "gpu", ROOT / "build" / "rehearsal"
+LOGS, LOG_BYTES = ROOT / "build" / "logs", 200_000  # the end of each goes into the one file
+INDUCTOR = ROOT / "build" / "inductor"  # what torch.compile has made is found again by the next run
 OFFICIAL, OFFICIAL_BUILD = ROOT / ".peers" / "DCNv4", ROOT / "build" / "official"
 CLOSING = 15  # seconds kept for the report
 PASSED, FAILED, LEFT_OUT, UNFINISHED = "passed", "failed", "left out", "unfinished"
@@ -66,13 +73,16 @@ class Session:
     def environment(self, **extra: str) -> dict[str, str]:
         folders = [str(ROOT), *([str(OFFICIAL_BUILD)] if OFFICIAL_BUILD.exists() else [])]
         path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
-        return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **extra}
+        found = {"CUDACXX": find_program("nvcc"), "TORCHINDUCTOR_CACHE_DIR": str(INDUCTOR)}
+        ours = {name: value for name, value in found.items() if value and name not in os.environ}
+        return {**os.environ, **ours, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **extra}
 
     def start(self, command: list[str], log: str, **extra: str) -> subprocess.Popen:
         print(f"$ {shlex.join(command)}", flush=True)
         mode = "a" if log in self.logs else "w"  # logs of stages that are skipped stay
         self.logs.add(log)
-        with open(self.out / log, mode, encoding="utf-8") as file:
+        LOGS.mkdir(parents=True, exist_ok=True)
+        with open(LOGS / log, mode, encoding="utf-8") as file:
             file.write(f"$ {shlex.join(command)}\n")
             file.flush()
             return subprocess.Popen(
@@ -127,19 +137,29 @@ def outcome(code: int | None, limit: float, note: str = "") -> Outcome:
 
 def build(session: Session, limit: float) -> Outcome:
     """Both libraries, the CUDA one for this GPU's architecture alone; installed where the package looks."""
-    if shutil.which("nvcc") is None and not session.dry:
-        return Outcome(FAILED, "no nvcc on PATH")
+    cmake, ninja = find_program("cmake"), find_program("ninja")
+    if not session.dry and (find_program("nvcc") is None or cmake is None):
+        return Outcome(
+            FAILED,
+            f"no {'cmake' if find_program('nvcc') else 'nvcc'} on PATH, beside {sys.executable} or in CUDA's folder",
+        )
     architecture = gpu_facts()[1] or "90"
     configure = [
-        "cmake", "-S", ".", "-B", str(BUILD.relative_to(ROOT)), "-DCMAKE_BUILD_TYPE=Release",
+        cmake or "cmake", "-S", ".", "-B", str(BUILD.relative_to(ROOT)), "-DCMAKE_BUILD_TYPE=Release",
         f"-DCMAKE_CUDA_ARCHITECTURES={architecture}-real",
     ]  # fmt: skip
-    if shutil.which("ninja"):
-        configure += ["-G", "Ninja"]
-    compile_ = ["cmake", "--build", str(BUILD.relative_to(ROOT)), "--parallel", str(os.cpu_count() or 1)]
+    if ninja:
+        configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    compile_ = [
+        cmake or "cmake",
+        "--build",
+        str(BUILD.relative_to(ROOT)),
+        "--parallel",
+        str(os.cpu_count() or 1),
+    ]
     commands = [configure, compile_]
     if session.device == "cuda" or session.dry:  # a rehearsal leaves the libraries of this machine alone
-        commands.append(["cmake", "--install", str(BUILD.relative_to(ROOT)), "--prefix", "."])
+        commands.append([cmake or "cmake", "--install", str(BUILD.relative_to(ROOT)), "--prefix", "."])
         commands.append([sys.executable, "-m", "dcnv4_ext"])
     code = session.run_all(commands, limit, "build.log")
     return outcome(code, limit, f"sm_{architecture}" if code == 0 else "see build.log")
@@ -149,17 +169,16 @@ def correctness(session: Session, limit: float) -> Outcome:
     """tests/test_cuda_device.py, with more random problems than the ordinary test run has."""
     command = [sys.executable, "-m", "pytest", "tests/test_cuda_device.py", "-rs", "--maxfail=20", "-p", "no:cacheprovider"]  # fmt: skip
     code = session.run(command, limit, "correctness.log", DCNV4_PROBLEMS=str(session.problems))
-    text = last_line(session.out / "correctness.log", r"passed|failed|skipped|error")
+    text = last_line(LOGS / "correctness.log", r"passed|failed|skipped|error")
     if code == 0 and " skipped" in text and " passed" not in text:
-        return Outcome(LEFT_OUT, text)
+        # With a GPU at hand nothing is skipped for a good reason.
+        return Outcome(LEFT_OUT if session.device == "cpu" else FAILED, text)
     return outcome(code, limit, text)
 
 
 def sanitizer(session: Session, limit: float, tool: str, summary: str) -> Outcome:
     """compute-sanitizer over every kernel; passed when its summary counts no error."""
-    program = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path="/usr/local/cuda/bin"
-    )
+    program = find_program("compute-sanitizer")
     if session.device != "cuda":
         return Outcome(LEFT_OUT, "needs a GPU")
     if program is None and not session.dry:
@@ -171,7 +190,7 @@ def sanitizer(session: Session, limit: float, tool: str, summary: str) -> Outcom
     code = session.run(command, limit, "sanitizer.log", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     if session.dry:
         return Outcome(PASSED)
-    text = last_line(session.out / "sanitizer.log", "SUMMARY|not supported|Error:")
+    text = last_line(LOGS / "sanitizer.log", "SUMMARY|not supported|Error:")
     if "not supported" in text:
         return Outcome(LEFT_OUT, f"compute-sanitizer does not run on this machine: {text}")
     if code == 0 and not re.search(summary, text):
@@ -239,8 +258,103 @@ def benchmark(session: Session, limit: float) -> Outcome:
     code = session.run(command, limit, "benchmark.log")
     results.with_name(results.name + ".part").unlink(missing_ok=True)  # of a write that was stopped
     if code == 3:
-        return Outcome(UNFINISHED, last_line(session.out / "benchmark.log", "were left"))
-    return outcome(code, limit, "" if code == 0 else last_line(session.out / "benchmark.log", "."))
+        return Outcome(UNFINISHED, last_line(LOGS / "benchmark.log", "were left"))
+    return outcome(code, limit, "" if code == 0 else last_line(LOGS / "benchmark.log", "."))
+
+
+CONVS, FULL, UNET = (f"configs/imagenet256_{name}.yaml" for name in ("dcn_convs", "dcn_full", "unet"))
+
+
+@dataclass(frozen=True)
+class Networks:
+    """One measurement of swapped networks beside the U-Net: settings of eval.throughput, and the seconds it needs at least."""
+
+    batch: int
+    swapped: tuple[str, ...] = (CONVS, FULL)
+    compile: bool = False
+    least: float = 60
+
+    def __str__(self) -> str:
+        parts = [
+            f"batch {self.batch}",
+            *(["compiled"] if self.compile else []),
+            *(Path(p).stem for p in self.swapped),
+        ]
+        return ", ".join(parts)
+
+    def command(self, device: str, file: Path) -> list[str]:
+        command = [sys.executable, "-m", "eval.throughput", "--device", device, "--json", str(file)]
+        command += ["--batch-size", str(self.batch)]
+        if device == "cpu":  # a rehearsal
+            return [*command, "configs/digits_dcn.yaml", "--baseline", "configs/digits_unet.yaml", "--rounds", "1", "--steps", "1"]  # fmt: skip
+        command += [
+            *self.swapped,
+            "--baseline",
+            UNET,
+            "--precision",
+            "bf16",
+            "--rounds",
+            "5",
+            "--steps",
+            "10",
+        ]
+        return [*command, "--compile", "--only", "training", "sampling"] if self.compile else command
+
+
+# Compiling takes minutes a network: two of them at a time, and nothing that another activity tells already.
+NETWORKS = (
+    Networks(32), Networks(64), Networks(32, (CONVS,), compile=True, least=300), Networks(32, (FULL,), compile=True, least=300)
+)  # fmt: skip
+REHEARSED_NETWORKS = (Networks(2, ("configs/digits_dcn.yaml",), least=5),)
+
+
+def networks(session: Session, limit: float) -> Outcome:
+    """Training step, forward, sampling and memory of the presets, bf16, compiled and not; what is measured already is kept."""
+    file = session.out / results_name(session.device, kind="networks")
+    ends = time.monotonic() + limit
+    if not session.dry and (missing := why_not("eval.throughput", "diffusers")):
+        return Outcome(LEFT_OUT, f"needs packages that are not there: {missing}")
+    known = {} if session.again else read_networks((file, STORED / file.name))
+    failed, left = [], 0
+    for one in NETWORKS if session.device == "cuda" else REHEARSED_NETWORKS:
+        name = str(one)
+        if name in known and not session.dry:
+            continue
+        if not session.dry and min(ends - time.monotonic(), session.remaining()) < one.least:
+            left += 1
+            continue
+        part = LOGS / "networks.json"
+        part.unlink(missing_ok=True)
+        code = session.run(one.command(session.device, part), ends - time.monotonic(), "networks.log")
+        if session.dry:
+            continue
+        if code == 0:
+            known[name] = json.loads(part.read_text(encoding="utf-8"))
+            content = {"sources": sources_hash(), "measurements": known}
+            file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        elif code is None:
+            left += 1
+        else:
+            failed.append(f"{name}: {last_line(LOGS / 'networks.log', '.')}")
+    if failed:
+        return Outcome(FAILED, "; ".join(failed))
+    if left:
+        return Outcome(
+            UNFINISHED, f"{left} measurements were left; the same command again, or --stages build networks"
+        )
+    return Outcome(PASSED, ", ".join(known))
+
+
+def read_networks(files: Iterable[Path]) -> dict[str, dict]:
+    """Measurements of earlier runs with the same sources."""
+    for file in files:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content["sources"] == sources_hash():
+                return dict(content["measurements"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
 
 
 @dataclass(frozen=True)
@@ -260,10 +374,33 @@ STAGES = (
     Stage("racecheck", 100, racecheck),
     Stage("official", 120, official, repeats=True),
     Stage("benchmark", 520, benchmark, repeats=True),
+    Stage("networks", 520, networks, repeats=True),
 )
 
 
 # ---- what the stages share
+
+
+@functools.cache
+def find_program(name: str) -> str | None:
+    """A program: on PATH, beside this Python, or in CUDA's folder."""
+    cuda = [Path(os.environ[key]) for key in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(key)]
+    folders = [Path(sys.executable).parent]
+    for root in (*cuda, Path("/usr/local/cuda")):
+        folders += [root / "bin", root / "compute-sanitizer"]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
+
+
+def why_not(*modules: str) -> str:
+    """The last line of what importing them says; nothing where it works."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {', '.join(modules)}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["?"])[-1]
 
 
 def last_line(log: Path, pattern: str) -> str:
@@ -292,11 +429,11 @@ def gpu_facts() -> tuple[str, str]:
     return name, major + minor
 
 
-def results_name(device: str, suffix: str = ".json") -> str:
+def results_name(device: str, suffix: str = ".json", kind: str = "operators") -> str:
     slug = (
         re.sub(r"[^a-z0-9]+", "_", ("cpu" if device == "cpu" else gpu_facts()[0]).lower()).strip("_") or "gpu"
     )
-    return f"operators_{slug}{suffix}"
+    return f"{kind}_{slug}{suffix}"
 
 
 def sources_hash() -> str:
@@ -306,6 +443,7 @@ def sources_hash() -> str:
         *sorted((ROOT / "dcnv4_ext").rglob("*.py")),
         *sorted((ROOT / "dcnv4_ext" / "csrc").rglob("*.*")),
         *(ROOT / "tests" / name for name in ("problems.py", "test_operator.py", "test_cuda_device.py")),
+        ROOT / "tests" / "emulation" / "library.py",
         ROOT / "benchmarks" / "sanitized.py",
     ]
     digest = hashlib.sha256()
@@ -330,6 +468,11 @@ def read_state(folders: Iterable[Path], known: dict[str, str]) -> dict[str, Outc
 def write_state(session: Session, known: dict[str, str]) -> None:
     content = {"known": known, "stages": {name: vars(entry) for name, entry in session.outcomes.items()}}
     (session.out / "gpu.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    # One file: whoever runs this may get only a few back.
+    with open(session.out / "gpu.log", "w", encoding="utf-8") as file:
+        for log in sorted(session.logs):
+            text = (LOGS / log).read_text(encoding="utf-8", errors="replace")
+            file.write(f"===== {log}\n{text[-LOG_BYTES:]}\n")
 
 
 def report(session: Session) -> None:
@@ -398,7 +541,7 @@ def main(arguments: list[str] | None = None) -> int:
         finish(process, 0.1)
     if session.dry:
         return 0
-    show_tail(out / "benchmark.log")
+    show_tail(LOGS / "benchmark.log")
     report(session)
     return 0 if all(entry.status in (PASSED, LEFT_OUT) for entry in session.outcomes.values()) else 1
 

@@ -9,23 +9,53 @@ is an allocation of its own, so that an access one element past its end is seen.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
 from dcnv4_ext import native
 from dcnv4_ext.geometry import Geometry
 
-# Bits of dcnv4_problem.reserved (csrc/cuda/launch.h): scalar, general, direct, tiled, one vector a thread.
-FORCED = (0, 1, 2, 4, 8, 16)
+# Bits of dcnv4_problem.reserved (csrc/cuda/launch.h), alone and together: 1 scalar, 2 general, 4 direct, 8 tiled, 16 one vector a
+# thread, 32 two. A deterministic backward has two kernels, with vectors and without.
+FORCED, FORCED_DETERMINISTIC = (0, 1, 2, 4, 8, 16, 32, 34), (0, 1)
 # (N, H, W, G, D): widths that vectors divide and that they do not, maps smaller and larger than a tile
-SHAPES = ((2, 7, 5, 2, 32), (1, 9, 11, 1, 40), (1, 5, 6, 3, 12), (3, 4, 4, 2, 64), (1, 18, 17, 2, 16))
+SHAPES = ((2, 7, 5, 2, 32), (1, 9, 11, 1, 40), (1, 5, 6, 3, 12), (1, 18, 17, 2, 16))
 # (kernel, stride, padding, dilation, remove_center)
 GEOMETRIES = (
     ((3, 3), (1, 1), (1, 1), (1, 1), False),
     ((3, 3), (2, 1), (0, 2), (1, 2), True),
     ((5, 2), (1, 1), (2, 1), (1, 1), False),
 )
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Problem(NamedTuple):
+    shape: tuple[int, int, int, int, int]
+    geometry: Geometry
+    dtype: torch.dtype
+    softmax: bool
+    deterministic: bool
+    forced: tuple[int, ...]
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """value, offset_mask, grad_output, on the CPU."""
+        n, h, w, g, d = self.shape
+        ho, wo = self.geometry.output_size(h, w)
+        generator = torch.Generator().manual_seed(h * w + d)
+        value = torch.randn(n, h, w, g * d, generator=generator)
+        offset_mask = torch.randn(n, ho, wo, 3 * g * self.geometry.taps + 1, generator=generator)
+        offset_mask *= 3
+        offset_mask.view(-1)[::101] = float("nan")
+        grad_output = torch.randn(n, ho, wo, g * d, generator=generator)
+        return tuple(tensor.to(self.dtype) for tensor in (value, offset_mask, grad_output))
+
+
+def problems() -> Iterator[Problem]:
+    for index, (shape, settings, dtype) in enumerate(itertools.product(SHAPES, GEOMETRIES, DTYPES)):
+        for deterministic, forced in ((False, FORCED), (True, FORCED_DETERMINISTIC)):
+            yield Problem(shape, Geometry.of(*settings), dtype, index % 3 == 0, deterministic, forced)
 
 
 ordinary = native.forward, native.backward
@@ -45,41 +75,26 @@ def force(bits: int) -> None:
     native.forward, native.backward = map(changed, ordinary)
 
 
-def run(
-    shape: tuple[int, ...], settings: tuple, dtype: torch.dtype, softmax: bool, deterministic: bool
-) -> int:
-    """Forward and backward of one problem under every forced variant; the number of problems."""
-    n, h, w, g, d = shape
-    geometry = Geometry.of(*settings)
-    ho, wo = geometry.output_size(h, w)
-    generator = torch.Generator().manual_seed(h * w + d)
-    value = torch.randn(n, h, w, g * d, generator=generator).to(dtype)
-    offset_mask = torch.randn(n, ho, wo, 3 * g * geometry.taps + 1, generator=generator)
-    offset_mask *= 3
-    offset_mask.view(-1)[::101] = float("nan")
-    offset_mask = offset_mask.to(dtype)
-    grad_output = torch.randn(n, ho, wo, g * d, generator=generator).to(dtype)
-    value, offset_mask, grad_output = (t.cuda() for t in (value, offset_mask, grad_output))
-    arguments = (*settings[:4], g, 1.0, settings[4], softmax)
-    torch.use_deterministic_algorithms(deterministic)
-    for bits in (0,) if deterministic else FORCED:
+def run(problem: Problem) -> int:
+    """Forward and backward under every forced variant; how many there were."""
+    value, offset_mask, grad_output = (tensor.cuda() for tensor in problem.tensors())
+    geometry = problem.geometry
+    arguments = (
+        geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, problem.shape[3], 1.0,
+        geometry.remove_center, problem.softmax,
+    )  # fmt: skip
+    torch.use_deterministic_algorithms(problem.deterministic)
+    for bits in problem.forced:
         force(bits)
         torch.ops.dcnv4_ext.forward(value, offset_mask, *arguments)
         torch.ops.dcnv4_ext.backward(value, offset_mask, grad_output, *arguments, [True, True])
     torch.cuda.synchronize()
-    return 1 if deterministic else len(FORCED)
+    return len(problem.forced)
 
 
 def main() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
-    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    count = 0
-    for index, (shape, settings, deterministic) in enumerate(
-        itertools.product(SHAPES, GEOMETRIES, (False, True))
-    ):
-        # Types and the softmax take turns rather than multiply.
-        for dtype in dtypes[:2] if index % 2 else dtypes[2:]:
-            count += run(shape, settings, dtype, softmax=index % 3 == 0, deterministic=deterministic)
+    count = sum(map(run, problems()))
     print(f"{count} problems forward and backward on {torch.cuda.get_device_name()}")
 
 

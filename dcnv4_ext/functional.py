@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from numbers import Real
-
 import torch
 from torch import Tensor
 
 from . import ops as _ops
-from .geometry import MOST, Pair, pair
+from .geometry import MOST, Pair, flag, number, pair
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -21,15 +19,6 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
         raise TypeError(f"{name} is {kind}; use a dense one")
-
-
-def _number(name: str, value: Real) -> float:
-    if not isinstance(value, (Real, torch.SymFloat)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name} must be finite, got an int beyond the range of float") from None
 
 
 def dcnv4(
@@ -69,7 +58,8 @@ def dcnv4(
 
     Returns:
         (N, Ho, Wo, C) with Ho = (H + 2 pad_h - (dilation_h * (Kh - 1) + 1)) // stride_h + 1, Wo alike, in the dtype of the
-        inputs; sums are kept in fp32 (fp64 for fp64).
+        inputs; sums are kept in fp32 (fp64 for fp64). It can be differentiated once, in reverse mode; asking for more is an
+        error. `dcnv4_reference` has derivatives of every kind.
 
     Raises:
         TypeError: no dense tensor of one of the four dtypes, two dtypes outside autocast, a setting of another type.
@@ -91,7 +81,7 @@ def dcnv4(
         pair("padding", padding, 0),
         pair("dilation", dilation, 1),
         groups,
-        offset_scale if type(offset_scale) is float else _number("offset_scale", offset_scale),
-        bool(remove_center),
-        bool(softmax),
+        offset_scale if type(offset_scale) is float else number("offset_scale", offset_scale),
+        flag("remove_center", remove_center),
+        flag("softmax", softmax),
     )

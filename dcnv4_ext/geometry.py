@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
+
+import torch
 
 Pair = int | tuple[int, int]
 # What the kernels count with: sizes and positions are 32-bit numbers in csrc/dcnv4.h.
@@ -25,6 +28,23 @@ def pair(name: str, value: Pair, least: int) -> tuple[int, int]:
     if max(both) > MOST:
         raise ValueError(f"{name} must be at most {MOST}, got {value!r}")
     return both
+
+
+def flag(name: str, value: bool) -> bool:
+    """`value` where it is a bool: a string or a tensor in its place is a mistake, whatever its truth."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def number(name: str, value: Real) -> float:
+    """`value` as a float, which may still be NaN or infinite."""
+    if not isinstance(value, (Real, torch.SymFloat)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got an int beyond the range of float") from None
 
 
 @dataclass(frozen=True)

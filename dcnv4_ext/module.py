@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .functional import dcnv4
-from .geometry import Geometry, Pair, pair
+from .geometry import Geometry, Pair, flag, number, pair
 
 MaskInit = Literal["zero", "uniform", "center"]
 
@@ -73,8 +72,12 @@ class DCNv4(nn.Module):
         ):  # fmt: skip
             if not isinstance(size, int) or isinstance(size, bool):
                 raise TypeError(f"{name} must be an int, got {size!r}")
-        if not isinstance(offset_scale, Real):
-            raise TypeError(f"offset_scale must be a number, got {offset_scale!r}")
+        for name, choice in (
+            ("center_feature_scale", center_feature_scale), ("remove_center", remove_center), ("output_bias", output_bias),
+            ("without_pointwise", without_pointwise), ("softmax", softmax),
+        ):  # fmt: skip
+            flag(name, choice)
+        offset_scale = number("offset_scale", offset_scale)
         if not math.isfinite(offset_scale):
             raise ValueError(f"offset_scale must be finite, got {offset_scale}")
         if out_channels < 1:
@@ -99,7 +102,7 @@ class DCNv4(nn.Module):
             )
         geometry = Geometry.of(
             pair("kernel_size", kernel_size, 1), pair("stride", stride, 1), pair("padding", padding, 0),
-            pair("dilation", dilation, 1), bool(remove_center),
+            pair("dilation", dilation, 1), remove_center,
         )  # fmt: skip
 
         self.channels, self.out_channels, self.groups = channels, out_channels, groups
@@ -107,7 +110,7 @@ class DCNv4(nn.Module):
         self.padding, self.dilation = geometry.padding, geometry.dilation
         self.remove_center, self.offset_scale, self.softmax = (
             geometry.remove_center,
-            float(offset_scale),
+            offset_scale,
             softmax,
         )
         self.taps, self.mask_init = geometry.taps, mask_init
@@ -167,8 +170,11 @@ class DCNv4(nn.Module):
         if flat:
             if shape is None:
                 raise ValueError(f"an (N, L, C) input, here {tuple(x.shape)}, needs shape=(H, W)")
-            if len(shape) != 2 or not all(
-                isinstance(size, (int, torch.SymInt)) and size > 0 for size in shape
+            if (
+                not isinstance(shape, (tuple, list))
+                or len(shape) != 2
+                or any(isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)) for size in shape)
+                or min(shape) < 1
             ):
                 raise ValueError(f"shape must be two positive ints (H, W), got {shape!r}")
             if shape[0] * shape[1] != x.shape[1]:

@@ -42,7 +42,8 @@ class MissingLibrary(RuntimeError):
 
 def library_file(device: str) -> Path | None:
     """Where the library of `device` ("cpu" or "cuda") lies, or None."""
-    suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+    # CMake's MODULE libraries end so on macOS too.
+    suffix = ".dll" if sys.platform == "win32" else ".so"
     # An editable install keeps the Python files and the compiled files in two folders of the package's search path.
     folders = [Path(entry) for entry in sys.modules[__package__].__path__]
     candidates = [folder / "lib" / f"dcnv4_{device}{suffix}" for folder in folders]
@@ -118,6 +119,12 @@ def extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> i
     if 0 in shape:
         return 0
     return (1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))) * itemsize
+
+
+def pixel_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements between neighbouring pixels of a tensor with uniform rows (see `rows`). The stride of a dimension of size 1 is
+    whatever the tensor's history left there, also in what torch calls contiguous."""
+    return next((strides[axis] for axis in (2, 1, 0) if shape[axis] > 1), shape[3])
 
 
 def check_memory(name: str, tensor: Tensor, size: int) -> None:

@@ -9,12 +9,14 @@ loads in Python processes that import dcnv4_ext, and not in a C++ program withou
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from . import native
 from .geometry import MOST, Geometry
@@ -111,6 +113,9 @@ class _Description(NamedTuple):
     def bytes(self) -> int:
         return native.extent(self.shape, self.strides, self.dtype.itemsize)
 
+    def pixel_stride(self) -> int:
+        return native.pixel_stride(self.shape, self.strides)
+
 
 class _Call(NamedTuple):
     """A checked call: what the kernel is told, the shape of the output, and the bytes that each input must have behind it."""
@@ -136,10 +141,10 @@ def _call(
         grad_output = _Description(*grad_output)
         check_grad_output(grad_output, shape, value)
         sizes.append(grad_output.bytes())
-        output_stride = grad_output.strides[2]
+        output_stride = grad_output.pixel_stride()
     problem = native.problem(
         geometry, groups, scale, softmax, value.dtype, value.shape, offset_mask.shape, shape,
-        value_stride=value.strides[2], offset_mask_stride=offset_mask.strides[2], output_stride=output_stride,
+        value_stride=value.pixel_stride(), offset_mask_stride=offset_mask.pixel_stride(), output_stride=output_stride,
         deterministic=deterministic, threads=threads, device=value.device.index or 0,
     )  # fmt: skip
     return _Call(problem, shape, tuple(sizes))
@@ -248,34 +253,79 @@ def _below_autograd(value, offset_mask, settings):
         return forward(value, offset_mask, *settings)
 
 
-def _gradients(ctx, grad_output):
-    value, offset_mask = ctx.saved_tensors
-    needed = ctx.needs_input_grad[:2]
-    run = _backward_kernel if _ordinary(value, offset_mask, grad_output) else _backward
-    grad_value, grad_offset_mask = run(value, offset_mask, grad_output, *ctx.settings, needed)
-    return grad_value if needed[0] else None, grad_offset_mask if needed[1] else None, None
-
-
-_gradients_once = torch.autograd.function.once_differentiable(_gradients)
+@contextmanager
+def _other_levels_differentiate():
+    """Nested transforms of torch.func dispatch to the next one from within autograd.Function.forward, where autograd has switched
+    gradients off, for that next level too: its derivative would silently be zero."""
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        yield
 
 
 # The plain class below autograd.Function: Function.apply would start the dispatch of torch.func's transforms anew, which has
 # happened already when a kernel under the Autograd key runs.
-class _Differentiable(torch.autograd.function._SingleLevelFunction):
+_Function = torch.autograd.function._SingleLevelFunction
+
+
+class _NoTangents(_Function):
+    """Asks autograd whether a tensor carries a tangent: nobody else can tell under every transform."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        return tensors[0].view_as(tensors[0])
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(
+            "dcnv4 has no forward-mode derivative (torch.func.jvp, jacfwd, hessian); use reverse mode: torch.func.vjp, jacrev"
+        )
+
+
+def _refuse_tangents(*tensors: Tensor) -> None:
+    """Kernels below autograd would drop them, and the derivative would be zero."""
+    with enable_single_level_autograd_function():
+        _NoTangents.apply(*tensors)
+
+
+class _Differentiable(_Function):
     @staticmethod
     def forward(ctx, value, offset_mask, settings):
         ctx.settings = settings
         ctx.save_for_backward(value, offset_mask)
-        return _below_autograd(value, offset_mask, settings)
+        if not torch._C._are_functorch_transforms_active():
+            return _below_autograd(value, offset_mask, settings)
+        with _other_levels_differentiate():
+            return _below_autograd(value, offset_mask, settings)
 
     @staticmethod
     def backward(ctx, grad_output):
+        value, offset_mask = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
         # Only with create_graph=True does autograd run backward with gradients enabled.
-        return _gradients_once(ctx, grad_output) if torch.is_grad_enabled() else _gradients(ctx, grad_output)
+        plain = not torch.is_grad_enabled() and forward_ad._current_level < 0
+        run = _backward_kernel if plain and _ordinary(value, offset_mask, grad_output) else _backward
+        grad_value, grad_offset_mask = run(value, offset_mask, grad_output, *ctx.settings, needed)
+        return grad_value if needed[0] else None, grad_offset_mask if needed[1] else None, None
+
+
+class _DifferentiableOnce(_Function):
+    """The gradients, whose own gradients are an error where somebody asks for them."""
+
+    @staticmethod
+    def forward(ctx, value, offset_mask, grad_output, settings):
+        with _other_levels_differentiate(), torch._C._AutoDispatchBelowAutograd():
+            return _backward(value, offset_mask, grad_output, *settings)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError(
+            "dcnv4 can be differentiated once: there are no gradients of its gradients (dcnv4_reference has them)"
+        )
 
 
 # A kernel under the Autograd key costs half of what torch.library.register_autograd does in a call with gradients.
 def _autograd_kernel(value, offset_mask, *settings):
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(value, offset_mask)
     if torch.is_grad_enabled() and (value.requires_grad or offset_mask.requires_grad):
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
@@ -284,11 +334,26 @@ def _autograd_kernel(value, offset_mask, *settings):
     return _below_autograd(value, offset_mask, settings)
 
 
+def _backward_autograd_kernel(value, offset_mask, grad_output, *settings):
+    tensors = value, offset_mask, grad_output
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(*tensors)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        with enable_single_level_autograd_function():
+            return _DifferentiableOnce.apply(*tensors, settings)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _backward(*tensors, *settings)
+
+
 _library.impl("forward", _autograd_kernel, "Autograd")
+_library.impl("backward", _backward_autograd_kernel, "Autograd")
 
 
-def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+def _fold(name: str, tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """The mapped dimension of `tensor` folded into its batch."""
+    if tensor.dim() != 4 + (dim is not None):
+        shape = [length for axis, length in enumerate(tensor.shape) if axis != dim]
+        raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(shape)}")
     tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     return tensor.flatten(0, 1)
 
@@ -296,14 +361,19 @@ def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 @torch.library.register_vmap("dcnv4_ext::forward", lib=_library)
 def _forward_vmap(info, dims, value, offset_mask, *settings):
     size = info.batch_size
-    output = forward(_fold(value, dims[0], size), _fold(offset_mask, dims[1], size), *settings)
+    value, offset_mask = (
+        _fold("value", value, dims[0], size),
+        _fold("offset_mask", offset_mask, dims[1], size),
+    )
+    output = forward(value, offset_mask, *settings)
     return output.unflatten(0, (size, -1)), 0
 
 
 @torch.library.register_vmap("dcnv4_ext::backward", lib=_library)
 def _backward_vmap(info, dims, value, offset_mask, grad_output, *settings):
     size = info.batch_size
-    folded = [_fold(t, dim, size) for t, dim in zip((value, offset_mask, grad_output), dims, strict=False)]
+    tensors = {"value": value, "offset_mask": offset_mask, "grad_output": grad_output}
+    folded = [_fold(*named, dim, size) for named, dim in zip(tensors.items(), dims, strict=False)]
     gradients = _backward(*folded, *settings)
     # A gradient nobody needs is an empty tensor and has no batch to unfold.
     needed = settings[-1]

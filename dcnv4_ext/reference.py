@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .geometry import Geometry, Pair
+from .geometry import Geometry, Pair, pair
 
 
 def dcnv4_reference(
@@ -29,7 +29,10 @@ def dcnv4_reference(
 
     Memory grows with N * Ho * Wo * K * C; use it for tests and small maps.
     """
-    geometry = Geometry.of(kernel_size, stride, padding, dilation, remove_center)
+    geometry = Geometry.of(
+        pair("kernel_size", kernel_size, 1), pair("stride", stride, 1), pair("padding", padding, 0),
+        pair("dilation", dilation, 1), remove_center,
+    )  # fmt: skip
     n, h, w, c = value.shape
     g, d, k = groups, c // groups, geometry.taps
     ho, wo = geometry.output_size(h, w)

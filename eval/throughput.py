@@ -58,6 +58,7 @@ class Settings:
     sampler: str
     sampler_steps: int
     guidance: float
+    compile: bool = False
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(
@@ -135,6 +136,10 @@ def compare(
         for subject in subjects
     ]
     counted = [_count(subject, settings) for subject in subjects]
+    if settings.compile:
+        for subject in subjects:
+            subject.model.denoiser.unet.compile()  # as train.compile does
+    peaks = [_peak(subject, settings) for subject in subjects]
     timings = [{name: Timing() for name in own} for own in activities]
     names = list(dict.fromkeys(name for own in activities for name in own))
     with tqdm(
@@ -155,8 +160,8 @@ def compare(
                 for activity, timing in turns if turn % 2 == 0 else turns[::-1]:  # nobody always comes first
                     timing.seconds.append(_time(activity, settings.device))
                 bar.update()
-    return [Figures(subject.name, **count, timings=timing)
-            for subject, count, timing in zip(subjects, counted, timings, strict=True)]  # fmt: skip
+    return [Figures(subject.name, **count, peak_bytes=peak, timings=timing)
+            for subject, count, peak, timing in zip(subjects, counted, peaks, timings, strict=True)]  # fmt: skip
 
 
 def table(figures: Sequence[Figures], baseline: int | None, settings: Settings) -> str:
@@ -188,7 +193,8 @@ def table(figures: Sequence[Figures], baseline: int | None, settings: Settings) 
     lines = ["  ".join([row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))])
              for row in cells]  # fmt: skip
     lines.insert(1, "-" * len(lines[0]))
-    lines += ["", f"batch {settings.batch_size}, {settings.precision}, {settings.rounds} rounds in turns, median and half the "
+    how = f"{settings.precision}, compiled" if settings.compile else settings.precision
+    lines += ["", f"batch {settings.batch_size}, {how}, {settings.rounds} rounds in turns, median and half the "
               f"interquartile range; {settings.sampler} {settings.sampler_steps} steps at guidance {settings.guidance:g}",
               _machine(settings)]  # fmt: skip
     return "\n".join(lines)
@@ -290,8 +296,8 @@ def _inputs(model: Model, settings: Settings) -> tuple[Tensor, Tensor, Tensor, T
     return x, noise, times, labels
 
 
-def _count(subject: Subject, settings: Settings) -> dict[str, int | None]:
-    """Everything that is counted, not timed."""
+def _count(subject: Subject, settings: Settings) -> dict[str, int]:
+    """Everything that is counted, not timed; of the network as it is written, before it is compiled."""
     model, denoiser = subject.model, subject.model.denoiser
     x, _, times, labels = _inputs(model, settings)
     parameters = list(denoiser.parameters())
@@ -308,24 +314,32 @@ def _count(subject: Subject, settings: Settings) -> dict[str, int | None]:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), settings.autocast():
         prediction = denoiser(x, times, labels)
     del prediction
-    peak = None
-    if settings.device.startswith("cuda"):
-        step = _training(subject, settings)
-        step()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-        del step
-        denoiser.zero_grad(set_to_none=True)
     return {
         "parameters": sum(p.numel() for p in parameters),
         "macs": count_macs(denoiser, x[:1], times[:1], labels[:1]),
         "state_bytes": sum(5 * 4 * p.numel() for p in parameters),
         "activation_bytes": sum(kept.values()),
-        "peak_bytes": peak,
     }
+
+
+def _peak(subject: Subject, settings: Settings) -> int | None:
+    """The most memory that a training step takes, this network's weights included and the other networks left out; None on the
+    CPU, whose allocator does not tell."""
+    if not settings.device.startswith("cuda"):
+        return None
+    denoiser = subject.model.denoiser
+    own = sum(tensor.nbytes for tensor in (*denoiser.parameters(), *denoiser.buffers()))
+    others = torch.cuda.memory_allocated() - own
+    step = _training(subject, settings)
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - others
+    del step
+    denoiser.zero_grad(set_to_none=True)
+    return peak
 
 
 def count_macs(denoiser: torch.nn.Module, *inputs: Tensor) -> int:
@@ -389,6 +403,12 @@ def main(arguments: Iterable[str] | None = None) -> None:
         "--batch-size", type=int, help=f"default: the first model's, at most {LARGEST_DEFAULT_BATCH}"
     )
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: the first model's")
+    parser.add_argument(
+        "--compile", action="store_true", help="with torch.compile of the networks, as train.compile has it"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(ACTIVITIES), default=list(ACTIVITIES), help="default: all of these"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="timed turns (default: %(default)s)")
     parser.add_argument("--sampler", default="dpm++", help="dpm++, ddim or euler (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: %(default)s)")
@@ -412,6 +432,10 @@ def main(arguments: Iterable[str] | None = None) -> None:
         missing = [path for path in paths if path.endswith((".yaml", ".yml")) and not os.path.exists(path)]
         if missing:
             raise UserError(f"{missing[0]} does not exist; give a config, a run or an export")
+        if options.compile and (options.train or options.profile):
+            raise UserError(
+                "--compile goes with neither --train (there: --set train.compile=true) nor --profile"
+            )
         if options.train and options.profile:
             raise UserError("--train and --profile measure different things; give one of them")
         if options.rounds < 1 or (options.batch_size is not None and options.batch_size < 1):
@@ -430,6 +454,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
             sampler=options.sampler,
             sampler_steps=options.steps,
             guidance=options.guidance,
+            compile=options.compile,
         )
         if options.profile:
             profiles = profile_modules(subjects, settings)
@@ -441,7 +466,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
             if options.json:
                 write_json([], settings, options.json, profiles)
             return
-        figures = compare(subjects, settings)
+        figures = compare(subjects, settings, wanted=options.only)
         print(table(figures, len(figures) - 1 if baseline else None, settings))
         if options.json:
             write_json(figures, settings, options.json)

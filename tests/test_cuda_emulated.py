@@ -7,16 +7,22 @@ UndefinedBehaviorSanitizer; `python tests/emulation/sanitize.py` does that with 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import math
 import mmap
 import os
+import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from emulation.build import NoCompiler, build
 from emulation.cases import Case, Tensors, mismatch, random_case, reference, tensors_of
-from emulation.library import Emulation, KernelError, Operator
+from emulation.library import FORCE, Emulation, KernelError, Operator
+from hostile_arguments import hostile_problem
+from test_cuda_build import FAST, FAST_DEPTHS, WIDTHS
 
 PROBLEMS = int(os.environ.get("DCNV4_PROBLEMS", "80"))
 SANITIZE = os.environ.get("DCNV4_SANITIZE") == "1"
@@ -31,7 +37,11 @@ BACKWARD = {
     "general": {"force": ("general", "direct")},
     "one vector": {"force": ("one_vector", "direct")},
 }
-FORWARD = {"auto": (), "scalar": ("scalar",), "general": ("general",), "one vector": ("one_vector",)}
+LARGE = 0  # multiprocessors of a device for which every problem is a large one
+FORWARD = {
+    "auto": (), "scalar": ("scalar",), "general": ("general",), "one vector": ("one_vector",), "two vectors": ("two_vectors",),
+    "two vectors, general": ("two_vectors", "general"),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +88,9 @@ def assert_all(emulation: Emulation, case: Case, tensors: Tensors | None = None)
 
 @pytest.mark.parametrize("seed", range(PROBLEMS))
 def test_random_problem(emulation, seed):
-    # A device of 132 multiprocessors gets smaller blocks, one of 1 larger ones; threads run in another order each time.
-    with emulation.multiprocessors((1, 4, 132)[seed % 3]), emulation.order(seed):
+    # A device of 132 multiprocessors gets smaller blocks; for one of none every problem is a large one, with larger blocks and two
+    # vectors a thread. Threads run in another order each time.
+    with emulation.multiprocessors((LARGE, 4, 132)[seed % 3]), emulation.order(seed):
         assert_all(emulation, *random_case(seed))
 
 
@@ -102,6 +113,55 @@ def test_shapes_where_the_official_operator_fails(emulation, batch, size, groups
     assert mismatch(emulation.forward(case.op, tensors.value, tensors.offset_mask), expected[0]) is None
     for variant in ("auto", "direct", "ordered"):
         assert_backward(emulation, case, tensors, expected, variant)
+
+
+NAMES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "double"}
+
+
+@pytest.mark.parametrize("dtype", NAMES)
+@pytest.mark.parametrize("remove_center", [False, True])
+@pytest.mark.parametrize("depth", FAST_DEPTHS)
+def test_fast_sizes_run_the_fast_kernels(emulation, depth, remove_center, dtype):
+    """For K 8 and 9 and the widths of the published networks: those that test_cuda_build.py reads the machine code of, and rightly."""
+    op = Operator(2, padding=(1, 0), stride=(1, 2), remove_center=remove_center)
+    case = case_of(op, 1, (4, 7), depth, dtype=dtype, padding_channels=2)
+    tensors = tensors_of(case)
+    expected = reference(op, tensors)
+    for multiprocessors in (LARGE, 132):
+        with emulation.multiprocessors(multiprocessors):
+            emulation.launched()
+            output = emulation.forward(op, tensors.value, tensors.offset_mask)
+            assert mismatch(output, expected[0]) is None
+            for variant in ("auto", "ordered", "direct") if depth < 160 else ("auto", "ordered"):
+                assert_backward(emulation, case, tensors, expected, variant)
+        ran = emulation.launched()
+        assert {name for name, *_ in ran} >= {"sample", "differentiate", "find_taps", "gather_taps"}
+        if dtype == torch.float64:
+            continue  # for checking, not for speed
+        assert "merge_tiles" in {name for name, *_ in ran}
+        fast = set().union(*FAST.values())
+        assert ran <= fast, sorted(ran - fast)
+        # Two vectors a thread where there is work enough and the width allows.
+        width = WIDTHS[NAMES[dtype]]
+        two = depth % (2 * width) == 0 and depth > 2 * width
+        (forward,) = (kernel for kernel in ran if kernel[0] == "sample")
+        assert forward[3] == (2 if two and multiprocessors == LARGE else 1)
+        assert {kernel[3] for kernel in ran if kernel[0] == "differentiate" and kernel[5] == 0} == {
+            2 if two else 1
+        }
+
+
+def test_every_kernel_runs(emulation):
+    """Each instance that the compiler made of a kernel, compared with the reference: none is left to the GPU alone."""
+    emulation.launched()
+    with emulation.multiprocessors(LARGE):
+        for dtype in NAMES:
+            for kernel, remove_center in (((3, 3), False), ((3, 3), True), ((2, 3), False)):
+                for depth in (5, WIDTHS.get(NAMES[dtype], 2), 64):
+                    op = Operator(1, kernel_size=kernel, remove_center=remove_center, softmax=depth == 64)
+                    assert_all(emulation, case_of(op, 1, (3, 4), depth, dtype=dtype, padding_channels=3))
+    ran, compiled = emulation.launched(), set(emulation.kernels.values())
+    assert len(compiled) > 70 and ran == compiled, sorted(compiled - ran)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -134,6 +194,33 @@ def test_misaligned_tensors(emulation):
     assert mismatch(emulation.forward(case.op, shifted, tensors.offset_mask), expected[0]) is None
     for variant in ("auto", "ordered"):
         assert_backward(emulation, case, tensors, expected, variant)
+
+
+def test_what_compute_sanitizer_watches_is_every_kernel(emulation):
+    """The problems of benchmarks/sanitized.py, which runs on a GPU: none of the kernels may be left out of it."""
+    path = Path(__file__).parents[1] / "benchmarks" / "sanitized.py"
+    spec = importlib.util.spec_from_file_location("sanitized", path)
+    sanitized = importlib.util.module_from_spec(spec)
+    sys.modules["sanitized"] = sanitized
+    spec.loader.exec_module(sanitized)
+    bits = {bit: name for name, bit in FORCE.items()}
+    emulation.launched()
+    with emulation.multiprocessors(132):
+        for problem in sanitized.problems():
+            geometry = problem.geometry
+            op = Operator(
+                problem.shape[3], geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, 1.0,
+                geometry.remove_center, problem.softmax,
+            )  # fmt: skip
+            value, offset_mask, grad_output = problem.tensors()
+            for number in problem.forced:
+                force = tuple(name for bit, name in bits.items() if number & bit)
+                emulation.forward(op, value, offset_mask, force=force)
+                emulation.backward(
+                    op, value, offset_mask, grad_output, force=force, deterministic=problem.deterministic
+                )
+    ran, compiled = emulation.launched(), set(emulation.kernels.values())
+    assert ran == compiled, sorted(compiled - ran)
 
 
 # ---- What may and may not reach a result.
@@ -364,6 +451,25 @@ def test_impossible_problems_are_refused(emulation, wrong):
     assert library.dcnv4_cuda_forward(problem, None, None, None, None) == 1
     assert library.dcnv4_cuda_backward_workspace(problem, 1, 1) == -1
     assert library.dcnv4_cuda_backward(problem, None, None, None, 1, 1, None, None) == 1
+
+
+def test_hostile_problems_are_refused_before_memory_is_looked_at(emulation):
+    """Structs with any fields wrong, and no tensors behind them; under the sanitizer sums of sizes may not overflow either."""
+    library, passed = emulation.library, 0
+    for seed in range(4000):
+        problem, changed = hostile_problem(random.Random(seed))
+        status = library.dcnv4_cuda_forward(problem, None, None, None, None)
+        assert status == 1 or (status == 0 and problem.N == 0), changed
+        status = library.dcnv4_cuda_backward(problem, None, None, None, 16, 16, None, None)
+        assert status == 1 or (status == 0 and problem.N == 0), changed
+        for problem.deterministic in (0, 1):
+            size = library.dcnv4_cuda_backward_workspace(problem, 1, 1)
+            assert size >= -1, changed
+            passed += size >= 0
+    assert passed > 100  # what only lacks its tensors
+    assert library.dcnv4_cuda_forward(None, None, None, None, None) == 1
+    assert library.dcnv4_cuda_backward(None, None, None, None, None, None, None, None) == 1
+    assert library.dcnv4_cuda_backward_workspace(None, 1, 1) == -1
 
 
 def test_gradients_need_room_for_their_rows(emulation):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcnv4_ext import DCNv4, DCNv4Conv, dcnv4
+from dcnv4_ext import DCNv4, DCNv4Conv, dcnv4, dcnv4_reference
 
 SETTINGS = ([3, 3], [1, 1], [1, 1], [1, 1], 2, 1.0, False, False)
 
@@ -28,7 +28,8 @@ def test_opcheck_forward(grad: bool) -> None:
 
 
 @pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)])
-def test_opcheck_backward(needed: tuple[bool, bool]) -> None:
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck_backward(needed: tuple[bool, bool], grad: bool) -> None:
     grad_output = torch.randn(2, 6, 5, 32)
     result = torch.library.opcheck(
         torch.ops.dcnv4_ext.backward, (*inputs(), grad_output, *SETTINGS, list(needed))
@@ -218,6 +219,34 @@ def test_per_sample_gradients() -> None:
         torch.testing.assert_close(gradient, leaf.grad)
 
 
+@pytest.mark.parametrize("which", ["value", "offset_mask"])
+@pytest.mark.parametrize("missing", [(0, None), (None, None)], ids=["scalars", "rows"])
+def test_vmap_names_what_has_the_wrong_rank(which: str, missing: tuple) -> None:
+    tensors = dict(zip(("value", "offset_mask"), inputs(), strict=True))
+    batch = {name: torch.stack([t, t]) for name, t in tensors.items()}
+    batch[which] = batch[which][:, 0, 0, 0, 0] if missing[0] == 0 else batch[which][:, 0]
+    with pytest.raises(ValueError, match=f"{which} must have 4 dimensions"):
+        torch.func.vmap(lambda v, a: dcnv4(v, a, groups=2))(batch["value"], batch["offset_mask"])
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_forward_mode_says_that_there_is_none(which: int) -> None:
+    """Not a derivative of zero, which a kernel below autograd would give."""
+    tensors = [t.double() for t in inputs()]
+
+    def call(t: torch.Tensor) -> torch.Tensor:
+        return dcnv4(*tensors[:which], t, *tensors[which + 1 :], groups=2)
+
+    for transform in (torch.func.jacfwd(call), torch.func.hessian(lambda t: call(t).sum())):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            transform(tensors[which])
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        output, pull_back = torch.func.vjp(call, tensors[which])
+        torch.func.jvp(pull_back, (torch.ones_like(output),), (torch.ones_like(output),))
+    with torch.autograd.forward_ad.dual_level():  # others' tangents do not matter
+        assert torch.equal(call(tensors[which]), dcnv4(*tensors, groups=2))
+
+
 def test_only_ordinary_calls_skip_the_dispatcher() -> None:
     """What tracing, modes, transforms and lazy views must see still goes through torch's dispatcher."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -246,10 +275,47 @@ def test_meta_device() -> None:
     assert module(torch.empty(2, 9, 7, 64, device="meta")).shape == (2, 5, 4, 96)
 
 
-def test_no_double_backward_says_so() -> None:
-    value, offset_mask = inputs(grad=True)
-    (grad,) = torch.autograd.grad(
-        dcnv4(value, offset_mask, groups=2).square().sum(), value, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+NESTED = {
+    "value of an inner gradient's function": lambda f, x: torch.func.grad(
+        lambda v: torch.func.grad_and_value(lambda u: f(u).square().sum())(v)[1]
+    )(x),
+    "inner gradient by another argument": lambda f, x: torch.func.grad(
+        lambda v: torch.func.grad(lambda w: (f(v) * w).sum())(torch.ones_like(f(x))).square().sum()
+    )(x),
+    "vmap of a gradient of a gradient": lambda f, x: torch.func.vmap(
+        torch.func.grad(
+            lambda v: torch.func.grad(lambda w: (f(v) * w).sum())(torch.full_like(f(x), 2.0)).square().sum()
+        )
+    )(torch.stack([x, 2 * x])),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+@pytest.mark.parametrize("which", [0, 1])
+def test_nested_transforms_differentiate_at_every_level(name: str, which: int) -> None:
+    tensors = [t.double() for t in inputs(1, 3, 4)]
+
+    def with_operator(operator):
+        return lambda t: operator(*tensors[:which], t, *tensors[which + 1 :], groups=2)
+
+    got, want = (NESTED[name](with_operator(op), tensors[which]) for op in (dcnv4, dcnv4_reference))
+    assert want.abs().max() > 0
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_no_double_backward_says_so(which: int) -> None:
+    """By autograd and by torch.func; a gradient of zero, which is what dropping it would give, says nothing."""
+    tensors = list(inputs(grad=True))
+    loss = dcnv4(*tensors, groups=2).square().sum()
+    (grad,) = torch.autograd.grad(loss, tensors[which], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
         grad.sum().backward()
+
+    def inner(t: torch.Tensor) -> torch.Tensor:
+        call = dcnv4(*tensors[:which], t, *tensors[which + 1 :], groups=2)
+        return call.square().sum()
+
+    tensors = [t.detach() for t in tensors]
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.func.grad(lambda t: torch.func.grad(inner)(t).sum())(tensors[which])

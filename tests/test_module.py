@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 
+from c2f import C2f
 from dcnv4_ext import DCNv4, DCNv4Conv, dcnv4_reference
 
 
@@ -128,6 +129,13 @@ def test_groups_of_32_where_they_divide() -> None:
         (dict(channels=32, out_channels="8"), "out_channels must be an int"),
         (dict(channels=32, offset_scale="1"), "offset_scale must be a number"),
         (dict(channels=32, padding="same"), "padding must be an int or"),
+        (dict(channels=32, offset_scale=10**400), "offset_scale must be finite"),
+        (dict(channels=32, offset_scale=True), "offset_scale must be a number"),
+        (dict(channels=32, softmax="no"), "softmax must be True or False"),
+        (dict(channels=32, remove_center=1), "remove_center must be True or False"),
+        (dict(channels=32, output_bias=None), "output_bias must be True or False"),
+        (dict(channels=32, without_pointwise="False"), "without_pointwise must be True or False"),
+        (dict(channels=32, center_feature_scale=0), "center_feature_scale must be True or False"),
     ],
 )
 def test_bad_arguments(arguments: dict, text: str) -> None:
@@ -142,6 +150,8 @@ def test_bad_arguments(arguments: dict, text: str) -> None:
         (lambda: DCNv4(16)(torch.zeros(1, 4, 4, 16, dtype=torch.int64)), "x is torch.int64"),
         (lambda: DCNv4(16)(torch.zeros(4, 16)), "expected .N, H, W, C. or .N, L, C."),
         (lambda: DCNv4(16)(torch.zeros(1, 16, 16), shape=(16,)), "shape must be two positive ints"),
+        (lambda: DCNv4(16)(torch.zeros(1, 16, 16), shape=16), "shape must be two positive ints"),
+        (lambda: DCNv4(16)(torch.zeros(1, 1, 16), shape=(True, True)), "shape must be two positive ints"),
         (lambda: DCNv4(16)(torch.zeros(1, 16, 16), shape=(-4, -4)), "shape must be two positive ints"),
         (lambda: DCNv4(16)(torch.zeros(1, 16, 16), shape=(4.0, 4.0)), "shape must be two positive ints"),
         (lambda: DCNv4(16, kernel_size=5, padding=0)(torch.zeros(1, 3, 3, 16)), "smaller than the kernel"),
@@ -167,32 +177,14 @@ def test_copies_and_pickles_compute_the_same() -> None:
 
 
 def test_conv_wrapper_in_a_c2f_block() -> None:
-    """The C2f block of YOLOv8 with DCNv4Conv as the second convolution of its bottlenecks: NCHW, bf16 and half sizes too."""
-
-    class C2f(torch.nn.Module):
-        def __init__(self, c1: int, c2: int, n: int) -> None:
-            super().__init__()
-            self.c = c2 // 2
-            self.cv1 = torch.nn.Conv2d(c1, 2 * self.c, 1)
-            self.cv2 = torch.nn.Conv2d((2 + n) * self.c, c2, 1)
-            self.m = torch.nn.ModuleList(
-                torch.nn.Sequential(torch.nn.Conv2d(self.c, self.c, 3, 1, 1), DCNv4Conv(self.c, self.c, 3))
-                for _ in range(n)
-            )
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = list(self.cv1(x).chunk(2, 1))
-            for block in self.m:
-                y.append(y[-1] + block(y[-1]))
-            return self.cv2(torch.cat(y, 1))
-
+    """NCHW, bf16 and odd sizes too; tests/test_onnx.py exports the block."""
     for dtype, layout in ((torch.float32, torch.contiguous_format), (torch.bfloat16, torch.channels_last)):
         block = C2f(24, 32, 2).to(dtype).to(memory_format=layout)
         y = block(torch.randn(2, 24, 7, 9, dtype=dtype).to(memory_format=layout))
         assert y.shape == (2, 32, 7, 9)
         y.float().square().mean().backward()
         assert all(p.grad.isfinite().all() for p in block.parameters())
-        assert all(b[1].dcn.offset_mask.weight.grad.abs().sum() > 0 for b in block.m)
+        assert all(b.cv2[0].dcn.offset_mask.weight.grad.abs().sum() > 0 for b in block.m)
 
 
 def test_wrong_number_of_channels_is_named() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from c2f import C2f
 from dcnv4_ext import DCNv4
 from dcnv4_ext.onnx import translation_table
 
@@ -49,3 +50,32 @@ def test_a_module_runs_the_same_in_onnxruntime(options: dict, tmp_path: Path) ->
         x = torch.randn(shape)
         (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(got), module(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_trained_c2f_block_runs_the_same_in_onnxruntime(tmp_path: Path) -> None:
+    """A YOLO-style block with DCNv4Conv in it: some steps of training lower the loss, and what was learned is what is exported."""
+    torch.manual_seed(0)
+    block, x = C2f(16, 16, 1), torch.randn(4, 16, 8, 10)
+    target = x.roll((1, 2), (2, 3))
+    optimiser = torch.optim.AdamW(block.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(12):
+        optimiser.zero_grad()
+        loss = (block(x) - target).square().mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(bottleneck.cv2[0].dcn.offset_mask.weight.abs().max() > 0.01 for bottleneck in block.m)
+    block.eval()
+    n, h, w = (torch.export.Dim(name, min=2, max=64) for name in ("n", "h", "w"))
+    file = tmp_path / "c2f.onnx"
+    torch.onnx.export(
+        block, (x,), file, dynamo=True, opset_version=20, verbose=False,
+        dynamic_shapes={"x": {0: n, 2: h, 3: w}}, custom_translation_table=translation_table(),
+    )  # fmt: skip
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for shape in ((4, 16, 8, 10), (2, 16, 13, 7)):
+        x = torch.randn(shape)
+        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), block(x).detach(), rtol=1e-3, atol=1e-3)

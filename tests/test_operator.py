@@ -403,6 +403,10 @@ BAD_TYPE = {
     "groups must be an int, got None": dict(groups=None),
     "offset_scale must be a number, got 'a'": dict(offset_scale="a"),
     "offset_scale must be a number, got None": dict(offset_scale=None),
+    "offset_scale must be a number, got True": dict(offset_scale=True),
+    "softmax must be True or False, got 'no'": dict(softmax="no"),
+    "softmax must be True or False, got tensor": dict(softmax=torch.ones(2)),
+    "remove_center must be True or False, got 1": dict(remove_center=1),
     "value is a tensor of layout torch.sparse_coo": dict(value=lambda: torch.zeros(1, 4, 4, 16).to_sparse()),
     "offset_mask is a tensor of layout torch.sparse_csr": dict(
         offset_mask=lambda: torch.zeros(4, 4).to_sparse_csr()
@@ -507,6 +511,28 @@ def test_the_c_interface_refuses_what_python_would_have_caught() -> None:
     assert library.dcnv4_cpu_backward(nothing, None, None, None, buffers[0], None) == 0
 
 
+def test_no_argument_crashes_the_process() -> None:
+    """Random wrong arguments by every door, in a process of its own: refused by name, or right."""
+    command = [sys.executable, "-W", "ignore", "hostile_arguments.py", "3000"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-300:]}\n{done.stderr[-3000:]}"
+    outcomes = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines()[3000:])
+    assert all(int(outcomes[name]) > 50 for name in ("by_function: right", "by_function: refused")), outcomes
+
+
+@pytest.mark.parametrize(("platform", "suffix"), [("linux", ".so"), ("darwin", ".so"), ("win32", ".dll")])
+def test_the_library_is_looked_for_as_cmake_names_it(
+    platform: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A MODULE library ends in .so on macOS as on Linux; CMAKE_SHARED_MODULE_SUFFIX says so."""
+    (tmp_path / "lib").mkdir()
+    file = tmp_path / "lib" / f"dcnv4_cpu{suffix}"
+    file.touch()
+    monkeypatch.setattr(sys.modules["dcnv4_ext"], "__path__", [str(tmp_path)])
+    monkeypatch.setattr(sys, "platform", platform)
+    assert native.library_file("cpu") == file and native.library_file("cuda") is None
+
+
 # ---- Odd tensors, threads and processes.
 
 
@@ -543,6 +569,25 @@ def test_any_view_gives_what_a_copy_gives() -> None:
         ):
             for got, want in zip(outcome(*arguments), outcome(*plain), strict=True):
                 assert torch.equal(got, want), name
+
+
+def test_the_stride_of_a_dimension_of_size_one_means_nothing() -> None:
+    """A map of one column, or of one pixel, is contiguous to torch whatever that stride is; as a step it would leave the memory."""
+    generator = torch.Generator().manual_seed(0)
+    for n, h, w in ((2, 5, 1), (1, 5, 1), (3, 1, 1), (1, 1, 1), (2, 1, 4)):
+        plain = [torch.randn(n, h, w, c, generator=generator) for c in (32, 27, 32)]
+        for step in (0, 10**6):
+            odd = [
+                t.as_strided(t.shape, [s if size > 1 else step for s, size in zip(t.stride(), t.shape, strict=True)])
+                for t in plain
+            ]  # fmt: skip
+            assert all(torch.equal(a, b) for a, b in zip(_solve(*odd, 1), _solve(*plain, 1), strict=True))
+    rows = torch.randn(2, 1, 5, 32, generator=generator)
+    turned = rows.transpose(1, 2)
+    assert turned.is_contiguous() and turned.stride(2) == 5 * 32
+    offset_mask = torch.randn(2, 5, 1, 27, generator=generator)
+    want = dcnv4_reference(turned, offset_mask, groups=1)
+    torch.testing.assert_close(dcnv4(turned, offset_mask, groups=1), want)
 
 
 def test_mixed_needs_and_inference_mode() -> None:

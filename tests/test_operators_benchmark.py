@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -351,7 +351,11 @@ def test_rehearsal_of_the_gpu_command(tmp_path: Path) -> None:
     environment = {**os.environ, "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
     gpu = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu"]
     dry = subprocess.run([*gpu, "--dry-run"], env=environment, capture_output=True, text=True, timeout=60)
-    assert dry.returncode == 0 and dry.stdout.index("cmake") < dry.stdout.index("eval.operators"), dry.stderr
+    assert dry.returncode == 0, dry.stderr
+    places = [
+        dry.stdout.index(text) for text in ("cmake", "test_cuda_device", "eval.operators", "eval.throughput")
+    ]
+    assert places == sorted(places)
     stages = ["memcheck", "racecheck", "official"]
     real = subprocess.run(
         [*gpu, "--stages", *stages], env=environment, capture_output=True, text=True, timeout=60
@@ -361,3 +365,106 @@ def test_rehearsal_of_the_gpu_command(tmp_path: Path) -> None:
         stages, "left out"
     ), real.stdout
     assert real.returncode == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"gpu.json", "gpu.log"}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """benchmarks/gpu.py as a module, with folders of its own and a GPU that is not there."""
+    spec = importlib.util.spec_from_file_location("gpu_command", ROOT / "benchmarks" / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_command", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(module, "STORED", tmp_path / "stored")
+    monkeypatch.setattr(module, "gpu_facts", lambda: ("NVIDIA Imagined 1", "90"))
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    return module
+
+
+def test_networks_are_measured_once_each_and_go_on(gpu, monkeypatch, tmp_path, capsys) -> None:
+    """The stage of whole networks: each of its measurements is kept, a failure stops no other, what is done is not done again."""
+    commands: list[list[str]] = []
+
+    def run(self, command: list[str], limit: float, log: str, **extra: str) -> int | None:
+        commands.append(command)
+        if len(commands) == 2:
+            return None  # stopped at its limit
+        Path(command[command.index("--json") + 1]).write_text(json.dumps({"number": len(commands)}))
+        return 0
+
+    monkeypatch.setattr(gpu.Session, "run", run)
+    monkeypatch.setattr(gpu, "why_not", lambda *modules: "")
+    (tmp_path / "logs").mkdir()
+    assert gpu.main(["--stages", "networks"]) == 1
+    assert "networks: unfinished 1 measurements were left" in capsys.readouterr().out
+    file = tmp_path / "out" / "networks_nvidia_imagined_1.json"
+    kept = json.loads(file.read_text())["measurements"]
+    names = [str(one) for one in gpu.NETWORKS]
+    assert {name: entry["number"] for name, entry in kept.items()} == {names[0]: 1, names[2]: 3, names[3]: 4}
+    assert gpu.main(["--stages", "networks"]) == 0
+    assert len(commands) == 5 and commands[4] == commands[1]
+    assert json.loads(file.read_text())["measurements"].keys() == set(names)
+    # Another build of the operator is measured anew, and a missing package is said.
+    monkeypatch.setattr(gpu, "sources_hash", lambda: "another")
+    assert gpu.main(["--stages", "networks"]) == 0 and len(commands) == 9
+    monkeypatch.setattr(gpu, "why_not", lambda *modules: "ModuleNotFoundError: No module named 'diffusers'")
+    assert gpu.main(["--stages", "networks"]) == 0
+    assert "left out needs packages that are not there: ModuleNotFoundError" in capsys.readouterr().out
+
+
+def test_commands_of_the_gpu_stages_are_understood(gpu, monkeypatch, tmp_path) -> None:
+    """Every option exists and every config is there: nobody should learn otherwise on a GPU that is paid for."""
+    from eval import throughput
+
+    opened: list = []
+    monkeypatch.setattr(throughput, "open_subject", lambda path, *_: opened.append(path) or Subject())
+    monkeypatch.setattr(
+        throughput, "compare", lambda subjects, settings, wanted: opened.append(settings) or []
+    )
+    monkeypatch.setattr(throughput, "table", lambda *_: "")
+    for one in (*gpu.NETWORKS, *gpu.REHEARSED_NETWORKS):
+        for device in ("cuda", "cpu"):
+            opened.clear()
+            _, _, module, *arguments = one.command(device, tmp_path / "part.json")
+            assert module == "eval.throughput"
+            throughput.main(arguments)
+            *paths, settings = opened
+            count = 1 + len(one.swapped) if device == "cuda" else 2
+            assert len(paths) == count and all((ROOT / path).exists() for path in paths)
+            assert (settings.batch_size, settings.device) == (one.batch, device)
+            assert settings.compile == (one.compile and device == "cuda")
+            assert device == "cpu" or settings.precision == "bf16"
+
+
+class Subject:
+    class model:
+        config: dict = {}  # noqa: RUF012
+
+
+def test_skipped_tests_do_not_pass_for_correctness_on_a_gpu(gpu, monkeypatch, tmp_path) -> None:
+    """Without the CUDA library every test of the device is skipped, with exit code 0."""
+    monkeypatch.setattr(gpu.Session, "run", lambda *_, **__: 0)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "correctness.log").write_text("==== 90 skipped in 3.1s ====\n")
+    assert gpu.main(["--stages", "correctness"]) == 1
+    assert (
+        json.loads((tmp_path / "out" / "gpu.json").read_text())["stages"]["correctness"]["status"] == "failed"
+    )
+
+
+def test_tools_are_found_beside_python_and_in_cudas_folder(gpu, monkeypatch, tmp_path) -> None:
+    for folder, name in (
+        ("python/bin", "cmake"),
+        ("cuda/bin", "nvcc"),
+        ("cuda/compute-sanitizer", "compute-sanitizer"),
+    ):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / name).write_text("#!/bin/sh\n")
+        (tmp_path / folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python" / "bin" / "python3"))
+    for name in ("cmake", "nvcc", "compute-sanitizer"):
+        assert Path(gpu.find_program(name)).is_relative_to(tmp_path)
+    assert gpu.find_program("no-such-program") is None

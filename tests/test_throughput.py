@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,11 +136,52 @@ def test_the_command_prints_one_table_and_writes_json(configs, tmp_path, capsys)
     assert result["environment"]["cpu"] and result["settings"]["sampler_steps"] == 1
 
 
+def test_some_activities_alone(configs, tmp_path, capsys):
+    arguments = ["--only", "forward", "training", "--rounds", "1", "--batch-size", "2", "--device", "cpu"]
+    throughput.main([configs[0], *arguments, "--json", str(tmp_path / "speed.json")])
+    assert "sampling," not in capsys.readouterr().out
+    (figures,) = json.loads((tmp_path / "speed.json").read_text())["figures"]
+    assert figures["timings"].keys() == {"forward", "training"}
+
+
+def test_peak_memory_is_the_network_s_own(configs, monkeypatch):
+    """Other networks lie on the same GPU: 1000 bytes of them here."""
+    subject = throughput.open_subject(configs[0])
+    own = sum(p.nbytes for p in (*subject.model.denoiser.parameters(), *subject.model.denoiser.buffers()))
+    held = [1000 + own]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held[-1])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: max(held))
+    monkeypatch.setattr(throughput, "_training", lambda *_: lambda: held.append(1000 + own + 500))
+    assert throughput._peak(subject, replace(settings(), device="cuda")) == own + 500
+
+
+def test_compiled_networks_are_the_same_networks(configs, monkeypatch):
+    """--compile compiles what train.compile does, after everything has been counted on the network as it is written."""
+    subjects = [throughput.open_subject(path) for path in configs]
+    plain = throughput.compare(subjects, settings(rounds=1), progress=False, wanted=["forward"])
+    compiled = []
+    for subject in subjects:
+        unet = subject.model.denoiser.unet
+        monkeypatch.setattr(unet, "compile", lambda name=subject.name: compiled.append(name))
+    figures = throughput.compare(
+        subjects, replace(settings(rounds=1), compile=True), progress=False, wanted=["forward"]
+    )
+    assert compiled == [subject.name for subject in subjects]
+    for a, b in zip(plain, figures, strict=True):
+        assert (a.macs, a.activation_bytes, a.parameters) == (b.macs, b.activation_bytes, b.parameters)
+    assert "fp32, compiled, 1 rounds" in throughput.table(
+        figures, 1, replace(settings(rounds=1), compile=True)
+    )
+
+
 def test_mistakes_leave_with_code_2(configs, capsys):
     for arguments, named in (
         (["nowhere.yaml"], "nowhere.yaml"),
         ([configs[0], "--set", "train.lrr=1"], "train.lr"),
         ([configs[0], "--train", "--profile"], "--profile"),
+        ([configs[0], "--train", "--compile"], "--compile"),
         ([configs[0], "--rounds", "0"], "--rounds"),
         ([configs[0], "--rounds", "many"], "--rounds"),
     ):

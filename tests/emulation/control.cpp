@@ -9,6 +9,14 @@ __attribute__((visibility("default"))) void emulation_multiprocessors(int32_t co
 }
 __attribute__((visibility("default"))) int32_t emulation_device() { return host_cuda::settings.device; }
 __attribute__((visibility("default"))) int64_t emulation_launches() { return host_cuda::settings.launches; }
+// Addresses of the kernels launched since the last call, at most `room` of them; returns how many there are.
+__attribute__((visibility("default"))) int32_t emulation_kernels(void** addresses, int32_t room) {
+  int32_t count = 0;
+  for (void* kernel : host_cuda::settings.kernels)
+    if (count++ < room) addresses[count - 1] = kernel;
+  host_cuda::settings.kernels.clear();
+  return count;
+}
 }
 
 // ---- Kernels that are wrong on purpose: the emulation must notice.

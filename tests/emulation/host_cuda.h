@@ -17,6 +17,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <set>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -78,6 +79,7 @@ struct Settings {
   int devices = 2;          // there are
   int multiprocessors = 4;  // of each
   int64_t launches = 0;     // since the program began
+  std::set<void*> kernels;  // launched since this was last cleared
   std::string message;      // of the last failure
 };
 inline Settings settings;
@@ -403,5 +405,6 @@ inline const char* cudaGetErrorString(cudaError_t) { return host_cuda::settings.
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  host_cuda::settings.kernels.insert(reinterpret_cast<void*>(kernel));
   return host_cuda::run_grid(*config, [&] { kernel(arguments...); });
 }

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import re
+import subprocess
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,7 +17,7 @@ from dcnv4_ext.native import ABI_VERSION, Problem
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Bits of Problem.reserved, `Force` of csrc/cuda/launch.h.
-FORCE = {"scalar": 1, "general": 2, "direct": 4, "tiled": 8, "one_vector": 16}
+FORCE = {"scalar": 1, "general": 2, "direct": 4, "tiled": 8, "one_vector": 16, "two_vectors": 32}
 _GUARD = 64  # elements before and behind every buffer a kernel writes
 
 
@@ -42,6 +45,21 @@ class Operator:
                 (h, w), self.kernel_size, self.stride, self.padding, self.dilation, strict=True
             )
         )
+
+
+_TYPES = {"f": "float", "d": "double", "NS_4bf16E": "bf16", "NS_3f16E": "f16"}
+_KERNEL = re.compile(
+    rf"(sample|differentiate|round_sums|merge_tiles|find_taps|gather_taps)I({'|'.join(_TYPES)})((?:L[ib]\d+E)*)E"
+)
+
+
+def kernel_name(symbol: str) -> tuple | None:
+    """A kernel's symbol, as g++ or nvcc mangle it, as its name and template arguments; None for anything else."""
+    match = _KERNEL.search(symbol)
+    # Nor are a lambda inside one (_ZZ) or a part that the compiler has split off (with a dot) kernels.
+    if match is None or symbol.startswith("_ZZ") or "." in symbol[match.end() :]:
+        return None
+    return match[1], _TYPES[match[2]], *map(int, re.findall(r"L[ib](\d+)E", match[3]))
 
 
 class KernelError(RuntimeError):
@@ -80,7 +98,8 @@ class Emulation:
     """The library, with the device functions' names and without their pointers."""
 
     def __init__(self, path: Path) -> None:
-        self.library = library = ctypes.CDLL(str(path))
+        self.path, self.library = path, ctypes.CDLL(str(path))
+        library = self.library
         pointer, problem, integer = ctypes.c_void_p, ctypes.POINTER(Problem), ctypes.c_int32
         library.dcnv4_cuda_error_string.restype = library.dcnv4_cuda_architectures.restype = ctypes.c_char_p
         library.dcnv4_cuda_forward.argtypes = [problem, pointer, pointer, pointer, pointer]
@@ -108,6 +127,27 @@ class Emulation:
             yield
         finally:
             self.library.emulation_multiprocessors(4)
+
+    @cached_property
+    def kernels(self) -> dict[int, tuple]:
+        """Every kernel compiled into the library: address -> name and template arguments, such as ("sample", "bf16", 8, 2, 9)."""
+        listed = subprocess.run(["nm", str(self.path)], capture_output=True, text=True, check=True).stdout
+        symbols = {
+            name: int(place, 16)
+            for place, kind, name in (line.split() for line in listed.splitlines() if line[:1].isalnum())
+            if kind in "tTwW"
+        }
+        own = ctypes.cast(self.library.emulation_launches, ctypes.c_void_p).value
+        base = own - symbols["emulation_launches"]
+        found = {base + place: kernel_name(symbol) for symbol, place in symbols.items()}
+        return {address: name for address, name in found.items() if name}
+
+    def launched(self) -> set[tuple]:
+        """The kernels launched since this was last asked."""
+        addresses = (ctypes.c_void_p * len(self.kernels))()
+        count = self.library.emulation_kernels(addresses, len(addresses))
+        # The emulation's own kernels (control.cpp) are none of the operator's.
+        return {self.kernels[a] for a in addresses[:count] if a in self.kernels}
 
     def launches(self) -> int:
         return self.library.emulation_launches()

@@ -161,7 +161,7 @@ DCNV4_DEVICE void write_padding(const dcnv4_problem& p, const Tiling& tiling, co
 // TAPS, N, VECTORS as in forward.cu; with TAPS known an item's channels fit its threads in one pass. With SCATTER the gradient
 // of value is added to `sums`, rows of sums_stride elements or sums_bytes bytes. `grad_offset_mask` may be null.
 template <class T, int N, int VECTORS, int TAPS, bool SCATTER>
-__global__ void __launch_bounds__(kThreads)
+__global__ void DCNV4_BLOCK(T, kThreads)
     differentiate(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Tiling tiling, uint32_t value_bytes,
                   const T* __restrict__ value, const T* __restrict__ offset_mask, const T* __restrict__ grad_output,
                   T* __restrict__ grad_offset_mask, uint32_t sums_bytes, int64_t sums_stride,
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Rounds `vectors` runs of N sums to the storage type, one a thread; a row of C channels has by_row.divisor of them.
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void DCNV4_BLOCK(T, kThreads)
     round_sums(int64_t vectors, Divisor by_row, const float* __restrict__ sums, int64_t sums_stride, T* __restrict__ grad_value,
                int64_t grad_value_stride) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -388,6 +388,7 @@ int32_t run_type(const BackwardCall& call) {
 
 int64_t dcnv4_cuda_backward_workspace(const dcnv4_problem* problem, int32_t need_value, int32_t) {
   using namespace dcnv4;
+  if (!problem) return -int64_t(DCNV4_BAD_PROBLEM);
   const dcnv4_problem& p = *problem;
   const int32_t status = check_problem(p);
   if (status != DCNV4_OK) return -int64_t(status);
@@ -399,6 +400,7 @@ int64_t dcnv4_cuda_backward_workspace(const dcnv4_problem* problem, int32_t need
 int32_t dcnv4_cuda_backward(const dcnv4_problem* problem, const void* value, const void* offset_mask, const void* grad_output,
                             void* grad_value, void* grad_offset_mask, void* workspace, void* stream) {
   using namespace dcnv4;
+  if (!problem) return DCNV4_BAD_PROBLEM;
   const dcnv4_problem& p = *problem;
   const int32_t status = check_problem(p);
   if (status != DCNV4_OK || p.N == 0 || (!grad_value && !grad_offset_mask)) return status;

@@ -209,7 +209,8 @@ int32_t run_type(const Call& call) {
     // it, and little work is better spread over more threads.
     const int64_t pairs = p.D / (2 * N);
     const int64_t threads = p.N * p.Ho * p.Wo * p.G * pairs;
-    const bool two = p.D % (2 * N) == 0 && pairs > 1 && threads >= 1024 * int64_t(multiprocessors(p.device));
+    const bool enough = threads >= 1024 * int64_t(multiprocessors(p.device)) || forced(p, kForceTwoVectors);
+    const bool two = p.D % (2 * N) == 0 && pairs > 1 && enough;
     return two && !forced(p, kForceOneVector) ? run_taps<T, N, 2>(call) : run_taps<T, N, 1>(call);
   }
 }
@@ -220,6 +221,7 @@ int32_t run_type(const Call& call) {
 int32_t dcnv4_cuda_forward(const dcnv4_problem* problem, const void* value, const void* offset_mask, void* output,
                            void* stream) {
   using namespace dcnv4;
+  if (!problem) return DCNV4_BAD_PROBLEM;
   const int32_t status = check_problem(*problem);
   if (status != DCNV4_OK || problem->N == 0) return status;
   if (!value || !offset_mask || !output) return DCNV4_BAD_PROBLEM;

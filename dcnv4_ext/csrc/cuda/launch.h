@@ -64,6 +64,7 @@ enum Force : int32_t {
   kForceDirect = 4,      // backward: every corner's gradient straight to global memory
   kForceTiled = 8,       // backward: merged in shared memory first, where it can be
   kForceOneVector = 16,  // one vector a thread
+  kForceTwoVectors = 32  // forward: two of them, where the width allows, also where there is little work
 };
 inline bool forced(const dcnv4_problem& p, Force bit) { return (p.reserved & bit) != 0; }
 

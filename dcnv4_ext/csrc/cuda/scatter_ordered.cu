@@ -195,7 +195,7 @@ DCNV4_DEVICE Shared<Real, N> carve_shared(const Plan& plan) {
 // One block a tile of cells, slice of channels, group and image. N: channels a thread. gradient_bytes: of one pixel of
 // grad_output.
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void DCNV4_BLOCK(T, kThreads)
     gather_taps(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Plan plan, const T* __restrict__ offset_mask,
                 const T* __restrict__ grad_output, uint32_t gradient_bytes, const uint32_t* __restrict__ packed,
                 const Box* __restrict__ boxes, T* __restrict__ grad_value) {

@@ -11,6 +11,14 @@
 
 namespace dcnv4 {
 
+// Threads of a block, at most. Left to itself ptxas settles, for sm_100 and above, on fewer registers than it needs, and
+// spills; asked for 8 blocks a multiprocessor (64 registers a thread) it does not. fp64 takes what it wants.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define DCNV4_BLOCK(T, threads) __launch_bounds__(threads, sizeof(T) == 8 ? 1 : 8)
+#else
+#define DCNV4_BLOCK(T, threads) __launch_bounds__(threads)
+#endif
+
 // A divisor known on the host: n / divisor for n < 2^31 by one multiplication. With s = ceil(log2(divisor)) and
 // multiplier = ceil(2^(31 + s) / divisor) the error of the quotient stays below 1 / divisor.
 struct Divisor {
