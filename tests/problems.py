@@ -100,6 +100,24 @@ def random_problem(seed: int, dtype: torch.dtype | None = None) -> Problem:
     return Problem(seed, value, offset_mask.to(dtype), grad_output, settings)
 
 
+def wide_problem(seed: int) -> Problem:
+    """A 3x3 kernel on a map several vectors wide."""
+    draw = random.Random(seed)
+    stride, d, g = draw.choice([1, 1, 2]), draw.choice(WIDTHS), draw.choice([1, 2])
+    h, w = draw.randint(3, 8), draw.randint(32, 80)
+    settings = dict(
+        groups=g, stride=stride, offset_scale=draw.choice([1.0, 1.0, 0.5]), softmax=draw.random() < 0.2
+    )
+    ho, wo = ((size - 1) // stride + 1 for size in (h, w))
+    generator = torch.Generator().manual_seed(seed)
+    dtype = DTYPES[seed % len(DTYPES)]
+    value = torch.randn(2, h, w, g * d, generator=generator).to(dtype)
+    grad_output = torch.randn(2, ho, wo, g * d, generator=generator).to(dtype)
+    offset_mask = torch.randn(2, ho, wo, g, 27, generator=generator)
+    offset_mask[..., :18] = between_cells((2, ho, wo, g, 18), generator, draw.choice([1.5, 6]))
+    return Problem(seed, value, offset_mask.flatten(3).to(dtype), grad_output, settings)
+
+
 def solve(operator, problem: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(output, gradient of value, gradient of offset_mask) of an operator on a problem, in `dtype` or the problem's own."""
     value = problem.value.to(dtype or problem.value.dtype).detach().requires_grad_()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dcnv4_ext import dcnv4, dcnv4_reference, native
-from problems import DTYPES, TOLERANCES, between_cells, mismatches, random_problem, solve
+from problems import DTYPES, TOLERANCES, between_cells, mismatches, random_problem, solve, wide_problem
 
 PROBLEMS = int(os.environ.get("DCNV4_PROBLEMS", "500"))
 ISAS = native.cpu().dcnv4_cpu_isas().decode().split()
@@ -314,6 +314,34 @@ def test_maps_larger_than_a_tile(isa: str) -> None:
     torch.testing.assert_close(got[:, rows].double(), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_wide_maps(isa: str) -> None:
+    """3x3 kernels over maps several vectors wide: they are taken in strips, of which the last is a narrow one."""
+    problems = [wide_problem(seed) for seed in range(24)]
+    assert {problem.settings["stride"] for problem in problems} == {1, 2}
+    with native.forced_isa(isa):
+        found = [text for problem in problems for text in mismatches(problem, solve(dcnv4, problem))]
+    assert not found, "\n".join(found[:5])
+
+
+@pytest.mark.parametrize("isa", ISAS[:-1])
+@pytest.mark.parametrize("size", [(2, 2**18 + 3), (70, 2**14)], ids=["columns", "elements"])
+def test_maps_past_what_fp32_counts_exactly(isa: str, size: tuple[int, int]) -> None:
+    """Wider, or with more elements, than whole numbers that fp32 holds: other kernels take over, with the same results."""
+    assert ISAS[-1] == "portable"
+    generator = torch.Generator().manual_seed(19)
+    value = torch.randn(1, *size, 9, generator=generator)  # sixteen channels in a packed map
+    offset_mask = torch.randn(1, *size, 27, generator=generator)
+    offset_mask[..., :18] = between_cells((1, *size, 18), generator, 2)
+    grad_output = torch.randn(value.shape, generator=generator)
+    results = []
+    for name in (isa, "portable"):
+        with native.forced_isa(name):
+            results.append(_solve(value, offset_mask, grad_output, 1))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_needed_gradients_only() -> None:
     value, offset_mask = torch.randn(1, 4, 4, 16), torch.randn(1, 4, 4, 32)
     full = [t.clone().requires_grad_() for t in (value, offset_mask)]
@@ -506,6 +534,8 @@ def test_the_c_interface_refuses_what_python_would_have_caught() -> None:
     assert library.dcnv4_cpu_forward(problem, None, *buffers[1:]) == 1
     assert library.dcnv4_cpu_backward(problem, *buffers[:2], None, buffers[2], None) == 1
     assert library.dcnv4_cpu_backward(problem, None, None, None, None, None) == 0
+    assert library.dcnv4_cpu_forward(None, *buffers) == 1
+    assert library.dcnv4_cpu_backward(None, *buffers, None, None) == 1
     nothing = native.Problem(**good | dict(N=0, threads=4))
     assert library.dcnv4_cpu_forward(nothing, None, None, None) == 0
     assert library.dcnv4_cpu_backward(nothing, None, None, None, buffers[0], None) == 0

@@ -96,6 +96,7 @@ int32_t dcnv4_cpu_select(const char* isa) {
 const char* dcnv4_cpu_selected(void) { return choice().selected.load()->name; }
 
 int32_t dcnv4_cpu_forward(const dcnv4_problem* problem, const void* value, const void* offset_mask, void* output) {
+  if (!problem) return DCNV4_BAD_PROBLEM;
   const int32_t status = check(*problem);
   if (status != DCNV4_OK || problem->N == 0) return status;
   if (!value || !offset_mask || !output) return DCNV4_BAD_PROBLEM;
@@ -104,6 +105,7 @@ int32_t dcnv4_cpu_forward(const dcnv4_problem* problem, const void* value, const
 
 int32_t dcnv4_cpu_backward(const dcnv4_problem* problem, const void* value, const void* offset_mask, const void* grad_output,
                            void* grad_value, void* grad_offset_mask) {
+  if (!problem) return DCNV4_BAD_PROBLEM;
   const int32_t status = check(*problem);
   if (status != DCNV4_OK || problem->N == 0 || (!grad_value && !grad_offset_mask)) return status;
   if (const int32_t wrong = check_gradients(*problem, grad_value, grad_offset_mask)) return wrong;

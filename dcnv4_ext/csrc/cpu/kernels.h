@@ -98,7 +98,7 @@ DCNV4_INLINE Located<V> locate_vector(const Frame<V>& frame, V grid_x, V grid_y,
   used = V::greater(used, frame.height, y);
   const V x0 = V::floor(x), y0 = V::floor(y);
   const V lx = V::select(used, x - x0), ly = V::select(used, y - y0), m = V::select(used, weight);
-  if (!frame.whole) leaves |= V::any(V::greater(used, frame.first, y0)) | V::any(V::greater(used, y0, frame.last));
+  if (!frame.whole) leaves |= V::any(V::greater(used, frame.first, y0)) || V::any(V::greater(used, y0, frame.last));
   V::store_cells(cell + k, used, y0, x0, frame.first_row, frame.pitch, frame.blank);
   return {used, lx, ly, m, corner_weights(lx, ly, m, frame.one)};
 }

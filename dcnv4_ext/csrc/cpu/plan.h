@@ -8,6 +8,10 @@
 #include <limits>
 #include <optional>
 
+#if defined(_WIN32)
+#include <malloc.h>
+#endif
+
 #include "../sampling.h"
 
 #if defined(_MSC_VER)
@@ -49,7 +53,7 @@ class Scratch {
     if (bytes <= size_) return data_;
     release();
     bytes = (bytes + 4095) / 4096 * 4096;
-#if defined(_MSC_VER)
+#if defined(_WIN32)  // whatever the compiler: it is the C library that has no aligned_alloc
     data_ = _aligned_malloc(bytes, 64);
 #else
     data_ = std::aligned_alloc(64, bytes);
@@ -64,7 +68,7 @@ class Scratch {
 
  private:
   void release() {
-#if defined(_MSC_VER)
+#if defined(_WIN32)
     _aligned_free(data_);
 #else
     std::free(data_);
