@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import math
+import os
 import random
 import sys
 import warnings
@@ -311,4 +312,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if "DCNV4_SANITIZE" in os.environ:  # below tests/emulation/sanitize.py: its library here too
+        import sanitize
+
+        sanitize.pytest_configure()
     sys.exit(main())

@@ -550,6 +550,7 @@ def test_no_argument_crashes_the_process() -> None:
     assert all(int(outcomes[name]) > 50 for name in ("by_function: right", "by_function: refused")), outcomes
 
 
+@pytest.mark.skipif("DCNV4_SANITIZE" in os.environ, reason="the sanitizers' run names its own library")
 @pytest.mark.parametrize(("platform", "suffix"), [("linux", ".so"), ("darwin", ".so"), ("win32", ".dll")])
 def test_the_library_is_looked_for_as_cmake_names_it(
     platform: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -48,7 +48,8 @@ def run(kind: str, arguments: list[str]) -> int:
     ]
     environment = os.environ | {
         "LD_PRELOAD": " ".join(libraries),  # Python itself is not built with them
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        # Sizes beyond all memory are refused, as they are without it.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "DCNV4_SANITIZE": "1",
         "OMP_NUM_THREADS": "1",
