@@ -91,21 +91,29 @@ def ablations_speed(results: dict[str, Any]) -> str:
 
 def operators(results: dict[str, Any]) -> str:
     """How many times as long as dcnv4 the peers take, at the operator level; a dash where one was not measured."""
-    from eval.operators import PEERS
+    from eval.operators import PEERS, geometric_mean
 
     records = [r for r in results["measurements"] if r["level"] == "op" and r["sigma"] == 2]
     names = [name for name in PEERS if name != "dcnv4" and any(name in r["times"] for r in records)]
     rows = [["", "", *(PEERS[name].label for name in names)]]
-    for dtype in dict.fromkeys(r["dtype"] for r in records):
-        for direction in ("forward", "backward"):
-            for r in records:
-                if (r["dtype"], r["direction"]) == (dtype, direction):
-                    own = r["times"]["dcnv4"]["median"]
-                    ratios = (
-                        f"{r['times'][n]['median'] / own:.1f}" if n in r["times"] else "-" for n in names
-                    )
-                    rows.append([f"{direction}, {dtype}", r["shape"], *ratios])
+    for dtype, direction in operator_kinds(records):
+        chosen = [r for r in records if (r["dtype"], r["direction"]) == (dtype, direction)]
+        found = {name: [times_as_long(r, name) for r in chosen if name in r["times"]] for name in names}
+        for r in chosen:
+            ratios = (f"{times_as_long(r, n):.2f}" if n in r["times"] else "-" for n in names)
+            rows.append([f"{direction}, {dtype}", r["shape"], *ratios])
+        means = (f"**{geometric_mean(found[name]):.2f}**" if found[name] else "-" for name in names)
+        rows.append([f"{direction}, {dtype}", "geometric mean", *means])
     return markdown(rows)
+
+
+def operator_kinds(records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    dtypes = dict.fromkeys(r["dtype"] for r in records)
+    return [(dtype, direction) for dtype in dtypes for direction in ("forward", "backward")]
+
+
+def times_as_long(record: dict[str, Any], peer: str) -> float:
+    return record["times"][peer]["median"] / record["times"]["dcnv4"]["median"]
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import re
+import statistics
 from pathlib import Path
 from types import ModuleType
 
@@ -103,6 +104,24 @@ def test_sentences_are_those_of_the_json(readme: ModuleType) -> None:
     )
     for sentence in (counts, sizes, nearest, accuracy, f"{unet['step']} steps"):
         assert sentence in text, sentence
+
+
+def test_what_is_said_of_the_operators_speed_is_in_the_json(readme: ModuleType) -> None:
+    """Where dcnv4 and oneDNN's depthwise convolution stand, and what backward costs."""
+    content = json.loads((readme.RESULTS / "operators_cpu.json").read_text(encoding="utf-8"))
+    records = {(r["dtype"], r["direction"], r["shape"]): r for r in content["measurements"]}
+    text = " ".join(EVIDENCE.split())
+    for dtype, name in (("float32", "fp32"), ("bfloat16", "bf16")):
+        forward = [r for (of, direction, _), r in records.items() if (of, direction) == (dtype, "forward")]
+        ratios = [readme.times_as_long(r, "depthwise_onednn") for r in forward]
+        ahead = sum(ratio >= 1 for ratio in ratios)
+        assert f"{name} dcnv4 is ahead in {ahead} of {len(ratios)} rows" in text, ahead
+        assert f"{statistics.geometric_mean(ratios):.2f} in geometric mean" in text
+        costs = [
+            records[dtype, "backward", r["shape"]]["times"]["dcnv4"]["median"] / r["times"]["dcnv4"]["median"]
+            for r in forward
+        ]
+        assert f"{statistics.median(costs):.1f} times its forward in {name}" in text, costs
 
 
 def test_times_of_the_commands_are_those_of_the_json(readme: ModuleType) -> None:

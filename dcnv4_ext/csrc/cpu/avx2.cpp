@@ -90,33 +90,23 @@ struct F32 {
     even.v = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
     odd.v = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(int(0xffff0000u))));
   }
-  // n neighbouring vectors; past the caches they are aligned to whole lines.
-  template <int n, class T>
-  static DCNV4_INLINE void store_all(T* p, const F32* v, bool past_caches) {
-    for (int i = 0; i < n; ++i) {
-      if (past_caches) {
-        v[i].stream(p + i * width);
-      } else {
-        v[i].store(p + i * width);
-      }
+  // Two neighbouring vectors; past the caches p is aligned to both.
+  template <class T>
+  static DCNV4_INLINE void store_two(T* p, F32 a, F32 b, bool past_caches) {
+    if (past_caches) {
+      a.stream(p);
+      b.stream(p + width);
+    } else {
+      a.store(p);
+      b.store(p + width);
     }
   }
-  template <int n>
-  static DCNV4_INLINE void store_all(bf16* p, const F32* v, bool past_caches) {
-    for (int i = 0; i + 1 < n; i += 2) {
-      const __m256i two = bf16_bits(v[i].v, v[i + 1].v);
-      if (past_caches) {
-        _mm256_stream_si256((__m256i*)(p + i * width), two);
-      } else {
-        _mm256_storeu_si256((__m256i*)(p + i * width), two);
-      }
-    }
-    if (n % 2) {
-      if (past_caches) {
-        v[n - 1].stream(p + (n - 1) * width);
-      } else {
-        v[n - 1].store(p + (n - 1) * width);
-      }
+  static DCNV4_INLINE void store_two(bf16* p, F32 a, F32 b, bool past_caches) {
+    const __m256i two = bf16_bits(a.v, b.v);
+    if (past_caches) {
+      _mm256_stream_si256((__m256i*)p, two);
+    } else {
+      _mm256_storeu_si256((__m256i*)p, two);
     }
   }
   template <class T>

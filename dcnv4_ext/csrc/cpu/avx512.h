@@ -98,33 +98,23 @@ struct F32 {
     even.v = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
     odd.v = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000u))));
   }
-  // n neighbouring vectors; past the caches they are aligned to whole lines.
-  template <int n, class T>
-  static DCNV4_INLINE void store_all(T* p, const F32* v, bool past_caches) {
-    for (int i = 0; i < n; ++i) {
-      if (past_caches) {
-        v[i].stream(p + i * width);
-      } else {
-        v[i].store(p + i * width);
-      }
+  // Two neighbouring vectors; past the caches p is aligned to both.
+  template <class T>
+  static DCNV4_INLINE void store_two(T* p, F32 a, F32 b, bool past_caches) {
+    if (past_caches) {
+      a.stream(p);
+      b.stream(p + width);
+    } else {
+      a.store(p);
+      b.store(p + width);
     }
   }
-  template <int n>
-  static DCNV4_INLINE void store_all(bf16* p, const F32* v, bool past_caches) {
-    for (int i = 0; i + 1 < n; i += 2) {
-      const __m512i two = bf16_bits(v[i].v, v[i + 1].v);
-      if (past_caches) {
-        _mm512_stream_si512((__m512i*)(p + i * width), two);
-      } else {
-        _mm512_storeu_si512(p + i * width, two);
-      }
-    }
-    if (n % 2) {
-      if (past_caches) {
-        v[n - 1].stream(p + (n - 1) * width);
-      } else {
-        v[n - 1].store(p + (n - 1) * width);
-      }
+  static DCNV4_INLINE void store_two(bf16* p, F32 a, F32 b, bool past_caches) {
+    const __m512i two = bf16_bits(a.v, b.v);
+    if (past_caches) {
+      _mm512_stream_si512((__m512i*)p, two);
+    } else {
+      _mm512_storeu_si512(p, two);
     }
   }
   // Element q of each of 16 groups of four.

@@ -1,0 +1,402 @@
+// Backward.
+
+namespace {
+
+// Dot products of grad_output with the four corners of every tap, and the scattered products, for kVectors vectors of channels.
+template <class V, int kVectors, int kTaps>
+DCNV4_INLINE void scatter(const ScalarOf<V>* map, ScalarOf<V>* grad_map, int64_t width, int64_t row_size, int64_t K,
+                          const Taps<V>& taps, const V* grad, ScalarOf<V>* sums, bool add) {
+  using S = ScalarOf<V>;
+  const auto tap = [&](int64_t k) DCNV4_LAMBDA_INLINE {
+    const int64_t at = int64_t(taps.cell[k]) * width;
+    const S* source[4] = {map + at, map + at + width, map + at + row_size, map + at + row_size + width};
+    S* target[4] = {grad_map + at, grad_map + at + width, grad_map + at + row_size, grad_map + at + row_size + width};
+    const V weight[4] = {V::set1(taps.w00[k]), V::set1(taps.w01[k]), V::set1(taps.w10[k]), V::set1(taps.w11[k])};
+    V dot[4];
+    for (int q = 0; q < 4; ++q) {
+      dot[q] = grad[0] * V::load(source[q]);
+      for (int v = 1; v < kVectors; ++v) dot[q] = V::fma(grad[v], V::load(source[q] + v * V::width), dot[q]);
+    }
+    for (int q = 0; q < 4; ++q)
+      for (int v = 0; v < kVectors; ++v) {
+        S* cell = target[q] + v * V::width;
+        V::fma(weight[q], grad[v], V::load(cell)).store(cell);
+      }
+    V::sum4(dot[0], dot[1], dot[2], dot[3], sums + 4 * k, add);
+  };
+  if (kTaps > 0) {
+    DCNV4_UNROLL
+    for (int k = 0; k < kTaps; ++k) tap(k);
+  } else {
+    for (int64_t k = 0; k < K; ++k) tap(k);
+  }
+}
+
+// A pixel's channels, of which the first `channels` are there, in kVectors vectors.
+template <class V, int kVectors, class T>
+DCNV4_INLINE void load_channels(const T* from, int64_t channels, V* to) {
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t left = channels - v * V::width;
+    to[v] = DCNV4_LIKELY(left >= V::width) ? V::load(from + v * V::width)
+            : left > 0                     ? V::load_some(from + v * V::width, int(left))
+                                           : V::zero();
+  }
+}
+
+// Gradients of the offsets and weights of one pixel from the dot products.
+template <class V, class T>
+DCNV4_INLINE void finish_taps(const Plan<ScalarOf<V>>& plan, int64_t K, const ScalarOf<V>* sums, const TapState<V>& state,
+                              const ScalarOf<V>* softened, ScalarOf<V>* weight_gradients, T* target) {
+  using S = ScalarOf<V>;
+  const V scale = V::set1(plan.scale), half = V::set1(S(0.5));
+  for (int64_t k = 0; k < K; k += V::width) {
+    const int lanes = int(std::min<int64_t>(V::width, K - k));
+    Corners<V> s;
+    V::quads(sums + 4 * k, s.w00, s.w01, s.w10, s.w11);
+    const typename V::Mask used = V::greater(V::first_lanes(V::width), V::load(state.inside + k), half);
+    const TapGradient<V> gradient =
+        tap_gradient(s, V::load(state.lx + k), V::load(state.ly + k), V::load(state.weight + k), scale);
+    V::store_pairs(target + 2 * k, lanes, V::select(used, gradient.x), V::select(used, gradient.y));
+    const V weight = V::select(used, gradient.weight);
+    if (softened) {
+      weight.store(weight_gradients + k);
+    } else {
+      weight.store_some(target + 2 * K + k, lanes);
+    }
+  }
+  if (!softened) return;
+  S mean = 0;
+  for (int64_t k = 0; k < K; ++k) mean += softened[k] * weight_gradients[k];
+  for (int64_t k = 0; k < K; ++k) target[2 * K + k] = from_compute<T>(softened[k] * (weight_gradients[k] - mean));
+}
+
+// Output rows [first_row, last_row) of one group; `map` and `grad_map` hold the whole image.
+template <class V, class T, int kVectors, int kTaps>
+void backward_rows(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* offset_mask, const T* grad_output,
+                   T* grad_offset_mask, const ScalarOf<V>* map, ScalarOf<V>* grad_map, Window window, int32_t blank,
+                   int64_t first_row, int64_t last_row, ScalarOf<V>* tap_scratch, Ahead<V> ahead) {
+  using S = ScalarOf<V>;
+  const int64_t K = kTaps > 0 ? kTaps : plan.K, padded = plan.padded_taps;
+  const int64_t width = plan.packed_width, row_size = plan.pitch * width;
+  S* at = tap_scratch;
+  const Taps<V> taps = {at, at + padded, at + 2 * padded, at + 3 * padded, reinterpret_cast<int32_t*>(at + 4 * padded)};
+  const TapState<V> state = {at + 5 * padded, at + 6 * padded, at + 7 * padded, at + 8 * padded};
+  S *softened = p.softmax ? at + 9 * padded : nullptr, *weight_gradients = at + 10 * padded, *sums = at + 11 * padded;
+  const Frame<V> frame(plan, window, blank);
+  for (int64_t ho = first_row; ho < last_row; ++ho) {
+    const S y_base = S(base_y(p, ho));
+    for (int64_t wo = 0; wo < p.Wo; ++wo) {
+      const int64_t pixel = ho * p.Wo + wo;
+      const T* row = offset_mask + pixel * p.offset_mask_stride;
+      ahead.fetch();
+      if (softened) softmax_row(row + 2 * K, K, softened);
+      locate<V, T, true>(frame, plan.grid_x, plan.grid_y, K, row, softened, S(base_x(p, wo)), y_base, taps, state);
+      const T* gradient = grad_output + pixel * p.output_stride;
+      for (int64_t c = 0; c < width; c += kVectors * V::width) {
+        V grad[kVectors];
+        load_channels<V, kVectors>(gradient + c, p.D - c, grad);
+        scatter<V, kVectors, kTaps>(map + c, grad_map + c, width, row_size, K, taps, grad, sums, c > 0);
+      }
+      if (grad_offset_mask)
+        finish_taps<V, T>(plan, K, sums, state, softened, weight_gradients,
+                          grad_offset_mask + pixel * p.grad_offset_mask_stride);
+    }
+  }
+}
+
+// Dot products of grad_output with the corners of the taps of `count` pixels, four a tap, over kVectors vectors of channels of
+// which `channels` are there; `add`: to what `sums` holds. Cells are `width` elements apart.
+template <class V, class T, int kVectors, int kTaps, bool kSingle>
+DCNV4_NOINLINE void dot_lookups(const ScalarOf<V>* map, int64_t width, int64_t row_size, const Lookups<V, kTaps>& from,
+                                int count, const T* gradient, int64_t step, int64_t channels, ScalarOf<V>* sums, bool add,
+                                Ahead<V>& ahead) {
+  using S = ScalarOf<V>;
+  if (kSingle) width = kVectors * V::width;
+  for (int i = 0; i < count; ++i, gradient += step, sums += 4 * kTaps) {
+    if (kSingle || !add) ahead.fetch();
+    V::prefetch(gradient + 4 * step);
+    V grad[kVectors];
+    load_channels<V, kVectors>(gradient, channels, grad);
+    uint64_t two = 0;
+    DCNV4_UNROLL
+    for (int k = 0; k < kTaps; ++k, two >>= 32) {
+      if (k % 2 == 0) memcpy(&two, from.element + i * kTaps + k, sizeof two);
+      const S* top = map + uint32_t(two);
+      const S* const corner[4] = {top, top + width, top + row_size, top + row_size + width};
+      V dot[4];
+      for (int q = 0; q < 4; ++q) {
+        dot[q] = grad[0] * V::load(corner[q]);
+        for (int v = 1; v < kVectors; ++v) dot[q] = V::fma(grad[v], V::load(corner[q] + v * V::width), dot[q]);
+      }
+      V::sum4(dot[0], dot[1], dot[2], dot[3], sums + 4 * k, !kSingle && add);
+    }
+  }
+}
+
+// grad_output times the weights of the corners, added to the cells of `map`.
+template <class V, class T, int kVectors, int kTaps, bool kSingle>
+DCNV4_NOINLINE void scatter_lookups(ScalarOf<V>* map, int64_t width, int64_t row_size, const Lookups<V, kTaps>& from, int count,
+                                    const T* gradient, int64_t step, int64_t channels) {
+  using S = ScalarOf<V>;
+  if (kSingle) width = kVectors * V::width;
+  for (int i = 0; i < count; ++i, gradient += step) {
+    const int at = i * kTaps;
+    const Spreads<V, V::spreads> w00(from.w00 + at), w01(from.w01 + at), w10(from.w10 + at), w11(from.w11 + at);
+    V grad[kVectors];
+    load_channels<V, kVectors>(gradient, channels, grad);
+    uint64_t two = 0;
+    DCNV4_UNROLL
+    for (int k = 0; k < kTaps; ++k, two >>= 32) {
+      if (k % 2 == 0) memcpy(&two, from.element + at + k, sizeof two);
+      S* top = map + uint32_t(two);
+      S* bottom = top + row_size;
+      const auto add = [&](S* corner, V weight) DCNV4_LAMBDA_INLINE {
+        for (int v = 0; v < kVectors; ++v) V::fma(weight, grad[v], V::load(corner + v * V::width)).store(corner + v * V::width);
+      };
+      add(top, w00(k));
+      add(top + width, w01(k));
+      add(bottom, w10(k));
+      add(bottom + width, w11(k));
+    }
+  }
+}
+
+// Gradients of the offsets and weights of `count` pixels from the dot products, to rows `step` apart.
+template <class V, class T, int kTaps>
+DCNV4_NOINLINE void finish_lookups(V scale, const ScalarOf<V>* sums, const LookupStates<V, kTaps>& states, bool softmax,
+                                   int count, T* target, int64_t step) {
+  using S = ScalarOf<V>;
+  alignas(64) T pairs[2 * V::width * kTaps], weights[V::width * kTaps];
+  alignas(64) S softmax_gradients[V::width * kTaps];
+  const int vectors = (count * kTaps + V::width - 1) / V::width;
+  for (int v = 0, i = 0; v < vectors; ++v, i += V::width) {
+    Corners<V> s;
+    V::quads(sums + 4 * i, s.w00, s.w01, s.w10, s.w11);
+    const TapGradient<V> gradient =
+        tap_gradient(s, V::load(states.lx + i), V::load(states.ly + i), V::load(states.weight + i), scale);
+    const typename V::Mask used = states.used[v];
+    V::store_pairs(pairs + 2 * i, V::width, V::select(used, gradient.x), V::select(used, gradient.y));
+    const V weight = V::select(used, gradient.weight);
+    if (softmax) {
+      weight.store(softmax_gradients + i);
+    } else {
+      weight.store(weights + i);
+    }
+  }
+  for (int i = 0; i < count; ++i, target += step) {
+    const int at = i * kTaps;
+    if (softmax) {
+      S mean = 0;
+      for (int k = 0; k < kTaps; ++k) mean += states.weight[at + k] * softmax_gradients[at + k];
+      for (int k = 0; k < kTaps; ++k)
+        weights[at + k] = from_compute<T>(states.weight[at + k] * (softmax_gradients[at + k] - mean));
+    }
+    memcpy(target, pairs + 2 * at, 2 * kTaps * sizeof(T));
+    memcpy(target + 2 * kTaps, weights + at, kTaps * sizeof(T));
+  }
+}
+
+// The same as backward_rows where positions and elements of the map are whole numbers that the compute type holds: dot
+// products, scattering and the rest in passes of their own over some pixels, which keep what each needs in registers.
+template <class V, class T, int kVectors, int kTaps>
+void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* offset_mask, const T* grad_output,
+                          T* grad_offset_mask, const ScalarOf<V>* map, ScalarOf<V>* grad_map, Window window, int32_t blank,
+                          int64_t first_row, int64_t last_row, ScalarOf<V>*, Ahead<V> ahead) {
+  using S = ScalarOf<V>;
+  constexpr int64_t kChunk = kVectors * V::width;
+  const LaneTables<V, kTaps>& lanes = *static_cast<const LaneTables<V, kTaps>*>(plan.lanes);
+  const int64_t width = plan.packed_width, row_size = plan.pitch * width;
+  const LookupFrame<V> frame(p, plan, window, blank);
+  Lookups<V, kTaps> lookups;
+  LookupStates<V, kTaps> states;
+  alignas(64) S sums[4 * V::width * kTaps];
+  memset(sums, 0, sizeof sums);  // lanes of a last batch that nothing is computed for
+  // No strips: what is added to would come back to the L1 cache as often as there are strips (measured: a quarter slower).
+  for_batches<V>(p, first_row, last_row, false, [&](int64_t row, int64_t column, int count, int64_t below) DCNV4_LAMBDA_INLINE {
+    const int64_t pixel = row * p.Wo + column;
+    const T* gradient = grad_output + pixel * p.output_stride;
+    locate_lookups<V, T, kTaps>(p, frame, lanes, offset_mask + pixel * p.offset_mask_stride, p.offset_mask_stride, below, count,
+                                row, column, lookups, nullptr, &states);
+    for (int64_t c = 0; c < width; c += kChunk) {
+      const auto dot = width == kChunk ? dot_lookups<V, T, kVectors, kTaps, true> : dot_lookups<V, T, kVectors, kTaps, false>;
+      const auto scatter =
+          width == kChunk ? scatter_lookups<V, T, kVectors, kTaps, true> : scatter_lookups<V, T, kVectors, kTaps, false>;
+      if (grad_offset_mask)
+        dot(map + c, width, row_size, lookups, count, gradient + c, p.output_stride, p.D - c, sums, c > 0, ahead);
+      if (grad_map) scatter(grad_map + c, width, row_size, lookups, count, gradient + c, p.output_stride, p.D - c);
+    }
+    if (grad_offset_mask)
+      finish_lookups<V, T, kTaps>(frame.frame.scale, sums, states, p.softmax, count,
+                                  grad_offset_mask + pixel * p.grad_offset_mask_stride, p.grad_offset_mask_stride);
+  });
+}
+
+template <class V, class T>
+using BackwardRows = void (*)(const dcnv4_problem&, const Plan<ScalarOf<V>>&, const T*, const T*, T*, const ScalarOf<V>*,
+                              ScalarOf<V>*, Window, int32_t, int64_t, int64_t, ScalarOf<V>*, Ahead<V>);
+
+template <class V, class T, int kVectors>
+BackwardRows<V, T> backward_rows_for_taps(int64_t K, bool exact) {
+  if constexpr (V::looks_up) {
+    if (K == kLookupTaps && exact) return backward_rows_lookup<V, T, kVectors, kLookupTaps>;
+  } else if constexpr (kUnrollTaps) {
+    if (K == 9) return backward_rows<V, T, kVectors, 9>;
+  }
+  return backward_rows<V, T, kVectors, 0>;
+}
+
+template <class V, class T>
+BackwardRows<V, T> choose_backward_rows(int64_t D, int64_t K, bool exact) {
+  switch (vectors_at_once((D + V::width - 1) / V::width)) {
+    case 1:
+      return backward_rows_for_taps<V, T, 1>(K, exact);
+    case 2:
+      return backward_rows_for_taps<V, T, 2>(K, exact);
+    case 3:
+      return backward_rows_for_taps<V, T, 3>(K, exact);
+    default:
+      return backward_rows_for_taps<V, T, 4>(K, exact);
+  }
+}
+
+// Sum `slabs` packed gradient maps in their order and store rows [first, last) of the group in the final type.
+template <class V, class T>
+void unpack(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const ScalarOf<V>* grad_maps, int64_t map_size,
+            int64_t slabs, int64_t first, int64_t last, T* grad_value, bool past_caches) {
+  for (int64_t h = first; h < last; ++h)
+    for (int64_t w = 0; w < p.W; ++w) {
+      const ScalarOf<V>* cell = grad_maps + ((h + 1) * plan.pitch + w + 1) * plan.packed_width;
+      T* target = grad_value + (h * p.W + w) * p.grad_value_stride;
+      for (int64_t c = 0; c < p.D; c += V::width) {
+        V sum = V::load(cell + c);
+        for (int64_t s = 1; s < slabs; ++s) sum = sum + V::load(cell + s * map_size + c);
+        if constexpr (V::looks_up) {
+          if (past_caches) {
+            sum.stream(target + c);
+            continue;
+          }
+        }
+        if (c + V::width <= p.D) {
+          sum.store(target + c);
+        } else {
+          sum.store_some(target + c, int(p.D - c));
+        }
+      }
+    }
+  if constexpr (V::looks_up)
+    if (past_caches) V::fence();
+}
+
+template <class V, class T>
+int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_mask_, const void* grad_output_,
+                 void* grad_value_, void* grad_offset_mask_) {
+  using S = ScalarOf<V>;
+  const T *value = static_cast<const T*>(value_), *offset_mask = static_cast<const T*>(offset_mask_);
+  const T* grad_output = static_cast<const T*>(grad_output_);
+  T *grad_value = static_cast<T*>(grad_value_), *grad_offset_mask = static_cast<T*>(grad_offset_mask_);
+  static thread_local Scratch grid_scratch, slab_scratch;
+  S* grid = static_cast<S*>(grid_scratch.get(TapGrid<V>::elements(p) * sizeof(S)));
+  if (!grid) return DCNV4_OUT_OF_MEMORY;
+  Plan<S> plan = TapGrid<V>::plan(p, grid);
+  std::optional<LaneTables<V, kLookupTaps>> lanes;
+  if (V::looks_up && plan.K == kLookupTaps) plan.lanes = &lanes.emplace(plan);
+  const auto rows_kernel = choose_backward_rows<V, T>(p.D, plan.K, is_exact(p, plan, p.H + 2));
+  const Window whole = {-1, p.H + 1};
+  const int32_t blank = int32_t((p.H + 2) * plan.pitch);
+  const int64_t map_size = map_elements(plan, p.H + 2);
+  const int64_t tap_size = (11 + 4) * plan.padded_taps;
+
+  // Where there are fewer groups than threads, the output rows are split into slabs, each with gradient maps of its own that
+  // are summed in order afterwards. Their memory stays within four times the value tensor's.
+  const int64_t owners = p.N * p.G;
+  int64_t slabs = 1;
+  if (owners < 2 * int64_t(p.threads) && p.threads > 1)
+    slabs = std::max<int64_t>(1, std::min<int64_t>({(2 * int64_t(p.threads) + owners - 1) / owners, p.Ho / 4, 4}));
+  S* slab_maps = nullptr;
+  if (slabs > 1) {
+    slab_maps = static_cast<S*>(slab_scratch.get(owners * slabs * map_size * sizeof(S)));
+    if (!slab_maps) slabs = 1;
+  }
+  const int64_t rows_a_slab = (p.Ho + slabs - 1) / slabs;
+  const bool past_caches = grad_value && goes_past_caches<V, T>(plan, p.N * p.H * p.W, p.grad_value_stride, grad_value);
+  const int64_t count = owners * slabs;
+  const bool parallel = count > 1 && p.threads > 1 && p.N * p.Ho * p.Wo * p.G * p.D >= 1 << 12;
+  std::atomic<int32_t> status{DCNV4_OK};
+  // A task: the output rows [first, last) of group g of image n.
+  struct Part {
+    int64_t n, g, first, last;
+  };
+  const auto part_of = [&](int64_t task) {
+    const int64_t first = std::min(p.Ho, task % slabs * rows_a_slab);
+    return Part{task / (slabs * p.G), task / slabs % p.G, first, std::min(p.Ho, first + rows_a_slab)};
+  };
+  const auto image_of = [&](const Part& part) { return value + part.n * p.H * p.W * p.value_stride + part.g * p.D; };
+  const auto offsets_of = [&](const Part& part) {
+    return offset_mask + part.n * p.Ho * p.Wo * p.offset_mask_stride + part.g * 3 * plan.K;
+  };
+  const auto gradient_of = [&](const Part& part) {
+    return grad_output + part.n * p.Ho * p.Wo * p.output_stride + part.g * p.D;
+  };
+  const auto target_of = [&](const Part& part) {
+    return grad_offset_mask ? grad_offset_mask + part.n * p.Ho * p.Wo * p.grad_offset_mask_stride + part.g * 3 * plan.K
+                            : nullptr;
+  };
+  const auto data_of = [&](int64_t task) -> Ahead<V> {
+    if (task < 0) return Ahead<V>();
+    const Part part = part_of(task);
+    const int64_t skipped = part.first * p.Wo, pixels = (part.last - part.first) * p.Wo;
+    Stream written;
+    if (grad_offset_mask)
+      written = {target_of(part) + skipped * p.grad_offset_mask_stride, p.grad_offset_mask_stride, pixels, 3 * plan.K};
+    return Ahead<V>{Stream(image_of(part), p.value_stride, p.H * p.W, p.D),
+                    Stream(offsets_of(part) + skipped * p.offset_mask_stride, p.offset_mask_stride, pixels, 3 * plan.K),
+                    Stream(gradient_of(part) + skipped * p.output_stride, p.output_stride, pixels, p.D), written};
+  };
+  Tasks tasks(count, parallel ? p.threads : 1);
+#pragma omp parallel num_threads(p.threads) if (parallel)
+  {
+    static thread_local Scratch scratch;
+    bool begun = false;
+    tasks.run([&](int64_t task, int64_t next) {
+      S* map = static_cast<S*>(scratch.get((2 * map_size + tap_size) * sizeof(S)));
+      if (!map) {
+        status = DCNV4_OUT_OF_MEMORY;
+        return;
+      }
+      if (!begun) fetch_beginning(data_of(task));
+      begun = true;
+      const Part part = part_of(task);
+      S* grad_map = slabs > 1 ? slab_maps + task * map_size : map + map_size;
+      S* tap_scratch = map + 2 * map_size;
+      // Lanes past K are never written by sum4; they must not hold signalling rubbish.
+      memset(tap_scratch, 0, tap_size * sizeof(S));
+      pack<V, T>(p, plan, image_of(part), whole, map);
+      clear_blank<V>(plan, map + int64_t(blank) * plan.packed_width);
+      memset(grad_map, 0, map_size * sizeof(S));
+      T* target = target_of(part);
+      rows_kernel(p, plan, offsets_of(part), gradient_of(part), target, map, grad_map, whole, blank, part.first, part.last,
+                  tap_scratch, data_of(next));
+      const int64_t used = 3 * p.G * plan.K;
+      if (target && part.g == p.G - 1 && p.P > used)
+        for (int64_t pixel = part.first * p.Wo; pixel < part.last * p.Wo; ++pixel)
+          memset(target + pixel * p.grad_offset_mask_stride + 3 * plan.K, 0, (p.P - used) * sizeof(T));
+      if (grad_value && slabs == 1)
+        unpack<V, T>(p, plan, grad_map, map_size, 1, 0, p.H,
+                     grad_value + part.n * p.H * p.W * p.grad_value_stride + part.g * p.D, past_caches);
+    });
+    scratch.trim(kKeptScratch);
+  }
+  if (grad_value && slabs > 1 && status == DCNV4_OK) {
+#pragma omp parallel for schedule(static) num_threads(p.threads) if (parallel)
+    for (int64_t task = 0; task < count; ++task) {
+      const int64_t slab = task % slabs, owner = task / slabs, n = owner / p.G, g = owner % p.G;
+      const int64_t rows = (p.H + slabs - 1) / slabs;
+      unpack<V, T>(p, plan, slab_maps + owner * slabs * map_size, map_size, slabs, slab * rows,
+                   std::min(p.H, (slab + 1) * rows), grad_value + n * p.H * p.W * p.grad_value_stride + g * p.D, past_caches);
+    }
+  }
+  slab_scratch.trim(kKeptScratch);
+  return status;
+}
+
+}  // namespace

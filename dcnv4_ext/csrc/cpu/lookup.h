@@ -1,0 +1,167 @@
+// Taps of many pixels located at once, for 3x3 kernels: whole vectors of them, however few a pixel has.
+
+namespace {
+
+// Taps of the kernel that is worth tables of its own: 3x3.
+constexpr int kLookupTaps = 9;
+
+// What the taps of V::width pixels look up, pixel by pixel without gaps, so that kTaps whole vectors locate them all.
+template <class V, int kTaps>
+struct Lookups {
+  static constexpr int kPixels = V::width, kAll = kPixels * kTaps;
+  // One vector of the last pixel's taps is read past the end.
+  alignas(64) ScalarOf<V> w00[kAll + V::width], w01[kAll + V::width], w10[kAll + V::width], w11[kAll + V::width];
+  alignas(64) uint32_t element[kAll + V::width];  // where the upper left corner begins in the packed map
+};
+
+// What backward needs of them besides.
+template <class V, int kTaps>
+struct LookupStates {
+  static constexpr int kAll = V::width * kTaps;
+  alignas(64) ScalarOf<V> lx[kAll], ly[kAll], weight[kAll + V::width];
+  typename V::Mask used[kTaps];
+};
+
+// Constants of a lane, the same for every batch: [0, kAll) of its tap, then its pixel in the batch, then 0, 1, 2, ...
+template <class V, int kTaps>
+struct LaneTables {
+  using S = ScalarOf<V>;
+  static constexpr int kAll = Lookups<V, kTaps>::kAll;
+  alignas(64) S grid_x[kAll], grid_y[kAll], count[V::width];
+  alignas(64) int32_t pixel[kAll];
+
+  explicit LaneTables(const Plan<S>& plan) {
+    for (int i = 0; i < kAll; ++i) {
+      grid_x[i] = plan.grid_x[i % kTaps];
+      grid_y[i] = plan.grid_y[i % kTaps];
+      pixel[i] = i / kTaps;
+    }
+    for (int i = 0; i < V::width; ++i) count[i] = S(i);
+  }
+};
+
+// What locating needs of the problem and the window.
+template <class V>
+struct LookupFrame {
+  using S = ScalarOf<V>;
+  const Frame<V> frame;
+  const V cell_size, row_size, origin, columns, per_column, step_x, step_y;
+  const int32_t blank;
+
+  LookupFrame(const dcnv4_problem& p, const Plan<S>& plan, Window window, int32_t blank)
+      : frame(plan, window, blank),
+        cell_size(V::set1(S(plan.packed_width))),
+        row_size(V::set1(S(plan.pitch * plan.packed_width))),
+        origin(V::set1(S((1 - window.first * plan.pitch) * plan.packed_width))),
+        columns(V::set1(S(p.Wo))),
+        per_column(V::set1(S(1) / S(p.Wo))),
+        step_x(V::set1(S(p.stride_w))),
+        step_y(V::set1(S(p.stride_h))),
+        blank(int32_t(blank * plan.packed_width)) {}
+};
+
+// Calls `work(row, column, count, below)` for up to V::width neighbouring pixels at a time: those from (row, column) on, which
+// are followed by those `below` pixels further on. `strips`: wide maps go in strips, down all rows one after the other. The
+// part of a packed map that a strip looks at stays in the L1 cache, where rows of the whole width would not.
+template <class V, class Work>
+DCNV4_INLINE void for_batches(const dcnv4_problem& p, int64_t first_row, int64_t last_row, bool strips, Work work) {
+  strips = strips && p.Wo >= 2 * V::width;
+  const int64_t strip = strips ? V::width : p.Wo, below = strips ? p.Wo : V::width;
+  for (int64_t left = 0; left < p.Wo; left += strip)
+    for (int64_t row = first_row; row < last_row; row += strips ? 1 : last_row - first_row) {
+      const int64_t pixels = strips ? std::min(strip, p.Wo - left) : (last_row - first_row) * p.Wo;
+      for (int64_t first = 0; first < pixels; first += V::width) {
+        const int64_t column = left + first;
+        work(row + column / p.Wo, column % p.Wo, int(std::min<int64_t>(V::width, pixels - first)), below);
+      }
+    }
+}
+
+// The lookups of the pixels (row, column) and `count` - 1 behind it, whose offset rows begin at `offsets`, `step` apart.
+// Pixels `below` behind them are next. Returns whether a tap needs a row outside the window; then `outside` has a bit a tap.
+template <class V, class T, int kTaps>
+DCNV4_NOINLINE bool locate_lookups(const dcnv4_problem& p, const LookupFrame<V>& on, const LaneTables<V, kTaps>& lanes,
+                                   const T* offsets, int64_t step, int64_t below, int count, int64_t row, int64_t column,
+                                   Lookups<V, kTaps>& to, typename V::Mask* outside, LookupStates<V, kTaps>* states) {
+  using S = ScalarOf<V>;
+  constexpr int kPixels = V::width;
+  // The taps' offsets and weights side by side. A store writes whole vectors, and the next one overwrites what is too much.
+  alignas(64) T pairs[kPixels * 2 * kTaps + 2 * V::width];
+  alignas(64) S own_weights[kPixels * kTaps + V::width];
+  S* const weights = states ? states->weight : own_weights;
+  const bool softmax = p.softmax;
+  for (int i = 0; i < count; ++i, offsets += step) {
+    V::prefetch(offsets + below * step);
+    memcpy(pairs + i * 2 * kTaps, offsets, 2 * kTaps * sizeof(T));
+    if (softmax) {
+      softmax_row(offsets + 2 * kTaps, kTaps, weights + i * kTaps);
+    } else {
+      for (int k = 0; k < kTaps; k += V::width)
+        V::load_some(offsets + 2 * kTaps + k, std::min(V::width + 0, kTaps - k)).store(weights + i * kTaps + k);
+    }
+  }
+  const Frame<V> frame = on.frame;
+  // Columns count on over the end of a row; `wrapped` is how many rows down that is. Half a column keeps it off the edge.
+  const V ahead = V::set1(S(column)) + V::load(lanes.count);
+  const V wrapped = V::floor((ahead + V::set1(S(0.5))) * on.per_column);
+  const V pixel_x = V::fma(ahead - wrapped * on.columns, on.step_x, V::set1(S(base_x(p, 0))));
+  const V pixel_y = V::fma(wrapped, on.step_y, V::set1(S(base_y(p, row))));
+  const int vectors = (count * kTaps + V::width - 1) / V::width;
+  bool leaves = false;
+  for (int v = 0, i = 0; v < vectors; ++v, i += V::width) {
+    V dx, dy;
+    V::all_pairs(pairs + 2 * i, dx, dy);
+    const V x = V::fma(V::load(lanes.grid_x + i) + dx, frame.scale, V::permute(pixel_x, lanes.pixel + i));
+    const V y = V::fma(V::load(lanes.grid_y + i) + dy, frame.scale, V::permute(pixel_y, lanes.pixel + i));
+    typename V::Mask used = V::greater(V::first_lanes(V::width), x, frame.minus_one);
+    used = V::greater(used, y, frame.minus_one);
+    used = V::greater(used, frame.width, x);
+    used = V::greater(used, frame.height, y);
+    const V x0 = V::floor(x), y0 = V::floor(y);
+    if (!frame.whole) {
+      outside[v] = V::either(V::greater(used, frame.first, y0), V::greater(used, y0, frame.last));
+      leaves |= V::any(outside[v]);
+    }
+    V::store_whole(to.element + i, used, V::fma(y0, on.row_size, V::fma(x0, on.cell_size, on.origin)), on.blank);
+    const V lx = V::select(used, x - x0), ly = V::select(used, y - y0);
+    if (states) {
+      lx.store(states->lx + i);
+      ly.store(states->ly + i);
+      states->used[v] = used;
+    }
+    const Corners<V> w = corner_weights(lx, ly, V::select(used, V::load(weights + i)), frame.one);
+    w.w00.store(to.w00 + i);
+    w.w01.store(to.w01 + i);
+    w.w10.store(to.w10 + i);
+    w.w11.store(to.w11 + i);
+  }
+  return leaves;
+}
+
+// One corner's weights of the taps of a pixel, spread over a vector one by one.
+template <class V, bool kPermute>
+struct Spreads {
+  V all;
+  explicit DCNV4_INLINE Spreads(const ScalarOf<V>* weights) : all(V::load(weights)) {}
+  DCNV4_INLINE V operator()(int tap) const { return V::spread(all, tap); }
+};
+template <class V>
+struct Spreads<V, false> {
+  const ScalarOf<V>* weights;
+  explicit DCNV4_INLINE Spreads(const ScalarOf<V>* weights) : weights(weights) {}
+  DCNV4_INLINE V operator()(int tap) const { return V::set1(weights[tap]); }
+};
+
+// Whether elements of a packed map of `rows` rows, and positions on the way over the output, are whole numbers that fp32 holds.
+template <class S>
+bool is_exact(const dcnv4_problem& p, const Plan<S>& plan, int64_t rows) {
+  constexpr int64_t kMost = int64_t(1) << 24, kMostColumns = int64_t(1) << 18;
+  const auto reach = [](int64_t pixels, int64_t stride, int64_t pad, int64_t extent) {
+    return (pixels + 1) * stride + pad + extent;
+  };
+  return p.Wo < kMostColumns && map_elements(plan, rows) < kMost &&
+         reach(p.Wo, p.stride_w, p.pad_w, p.dilation_w * int64_t(p.kernel_w)) < kMost &&
+         reach(p.Ho, p.stride_h, p.pad_h, p.dilation_h * int64_t(p.kernel_h)) < kMost;
+}
+
+}  // namespace

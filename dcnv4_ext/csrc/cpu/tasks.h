@@ -1,0 +1,95 @@
+// Who computes what, and which memory is asked for ahead.
+
+namespace {
+
+// Some channels of consecutive pixels, to be fetched into the caches.
+struct Stream {
+  const char* at = nullptr;
+  int64_t step = 0;         // bytes from pixel to pixel
+  int64_t pixels = 0;       // left
+  int64_t whole_lines = 0;  // 64 bytes apart from a pixel's first byte on
+  int64_t last = 0;         // the byte whose line is fetched after these
+
+  Stream() = default;
+  template <class T>
+  Stream(const T* first, int64_t stride, int64_t pixels, int64_t elements)
+      : at(reinterpret_cast<const char*>(first)), step(stride * int64_t(sizeof(T))), pixels(pixels) {
+    const int64_t bytes = elements * int64_t(sizeof(T)), begin = int64_t(reinterpret_cast<uintptr_t>(first) % 64);
+    // Where every pixel begins at the same byte of a line, as many lines as it touches; else one more than it may fill.
+    const int64_t lines = step % 64 == 0 ? (begin + bytes + 63) / 64 : (bytes + 62) / 64 + 1;
+    whole_lines = lines - 1;
+    last = bytes - 1;
+  }
+
+  template <class V>
+  DCNV4_INLINE void fetch() {
+    for (int64_t line = 0; line < whole_lines; ++line) V::prefetch(at + 64 * line);
+    V::prefetch(at + last);
+    at += --pixels > 0 ? step : 0;  // stays on the last pixel: a branch would be foreseen wrongly
+  }
+};
+
+// What the next group of a task reads and, through the caches, writes, fetched a pixel at a time while this one is computed:
+// the channels of a group lie so far apart in memory that the processor foresees none of them.
+template <class V>
+struct Ahead {
+  Stream streams[4];
+  int count = 0;
+
+  Ahead() = default;
+  explicit Ahead(std::initializer_list<Stream> all) {
+    for (const Stream& stream : all)
+      if (stream.pixels > 0) streams[count++] = stream;
+  }
+  // Without a loop, whose branches would be foreseen wrongly. Values and offsets are always there, if anything is.
+  DCNV4_INLINE void fetch() {
+    if (count == 0) return;
+    streams[0].template fetch<V>();
+    streams[1].template fetch<V>();
+    if (count <= 2) return;
+    streams[2].template fetch<V>();
+    if (count <= 3) return;
+    streams[3].template fetch<V>();
+  }
+};
+
+// What tasks threads take, one after the other. Where there are many, a thread takes its next one before it does this one, so
+// that it can ask for that one's data meanwhile.
+class Tasks {
+ public:
+  Tasks(int64_t count, int threads) : count_(count), early_(count >= 4 * int64_t(threads)) {}
+
+  // For every thread of a team: `work(task, next)`, where `next` is -1 if it is not known.
+  template <class Work>
+  void run(Work work) {
+    int64_t task = taken_++;
+    while (task < count_) {
+      const int64_t next = early_ ? taken_++ : -1;
+      work(task, next < count_ ? next : -1);
+      task = early_ ? next : taken_++;
+    }
+  }
+
+ private:
+  std::atomic<int64_t> taken_{0};
+  const int64_t count_;
+  const bool early_;
+};
+
+// Nobody has asked for the data of a thread's first task: at least for the beginning of its rows.
+template <class V>
+void fetch_beginning(Ahead<V> own) {
+  for (int pixel = 0; pixel < 16; ++pixel) own.fetch();
+}
+
+// Whether results go past the caches: whole cache lines, of a tensor that no L2 cache would hold until it is read. A line is
+// then not read before it is written.
+template <class V, class T>
+bool goes_past_caches(const Plan<ScalarOf<V>>& plan, int64_t pixels, int64_t stride, const T* tensor) {
+  constexpr int64_t kStays = int64_t(256) << 10;  // bytes
+  const auto whole_lines = [](int64_t bytes) { return bytes % 64 == 0; };
+  return V::looks_up && pixels * stride * int64_t(sizeof(T)) > kStays && plan.D == plan.packed_width &&
+         whole_lines(plan.D * sizeof(T)) && whole_lines(stride * sizeof(T)) && whole_lines(reinterpret_cast<uintptr_t>(tensor));
+}
+
+}  // namespace
