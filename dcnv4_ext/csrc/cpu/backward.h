@@ -223,7 +223,7 @@ void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
           width == kChunk ? scatter_lookups<V, T, kVectors, kTaps, true> : scatter_lookups<V, T, kVectors, kTaps, false>;
       if (grad_offset_mask)
         dot(map + c, width, row_size, lookups, count, gradient + c, p.output_stride, p.D - c, sums, c > 0, ahead);
-      if (grad_map) scatter(grad_map + c, width, row_size, lookups, count, gradient + c, p.output_stride, p.D - c);
+      scatter(grad_map + c, width, row_size, lookups, count, gradient + c, p.output_stride, p.D - c);
     }
     if (grad_offset_mask)
       finish_lookups<V, T, kTaps>(frame.frame.scale, sums, states, p.softmax, count,
