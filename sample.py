@@ -73,9 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from eval.processes import joined_processes
     from ldm_dcn.device import choose_device
     from ldm_dcn.export import load_model
-    from ldm_dcn.sampling import check_guidance, check_labels
+    from ldm_dcn.sampling import check_guidance, check_labels, check_sampler
 
     check_guidance(arguments.guidance, tuple(arguments.guidance_interval))
+    check_sampler(arguments.sampler)
     with joined_processes() as processes:
         if processes.count > 1 and arguments.device:
             raise UserError(

@@ -37,6 +37,7 @@ __all__ = [
     "Images",
     "Latents",
     "centre_crop",
+    "check_source",
     "encode_dataset",
     "list_pictures",
     "open_dataset",
@@ -256,12 +257,21 @@ def rank_in_class(labels: Tensor) -> Tensor:
     return ranks
 
 
+def check_source(source: str) -> None:
+    """Raise `UserError` where nothing is: before models are loaded, or fetched, for it."""
+    if source != "digits" and not os.path.exists(source):
+        raise UserError(
+            f"data.source {source!r} is neither a folder nor 'digits'; give 'digits', a folder of images, a .tar or a folder of "
+            "them, a Hugging Face data set on disk, or a latent cache, which `python -m ldm_dcn.encode IMAGES OUT` makes"
+        )
+
+
 def list_pictures(source: str) -> tuple[list[str], list[int], list[str]]:
     """Files, labels and class names of a folder, in name order. Hidden files and folders do not count."""
+    check_source(source)
     if not os.path.isdir(source):
-        what = "a file" if os.path.exists(source) else "neither a folder nor 'digits'"
         raise UserError(
-            f"data.source {source!r} is {what}; give 'digits', a folder of images, a .tar or a folder of them, or a "
+            f"data.source {source!r} is a file; give 'digits', a folder of images, a .tar or a folder of them, or a "
             "Hugging Face data set on disk"
         )
     entries = sorted(entry.name for entry in os.scandir(source) if not entry.name.startswith("."))

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from . import cache
 from .autoencoder import Autoencoder, load_autoencoder
 from .cache import LatentCache, Range
-from .data import open_dataset
+from .data import check_source, open_dataset
 from .device import choose_device
 from .errors import Parser, UserError, exit_on_user_error
 from .images import LOOK_ON, PREPROCESSING, BadImage, Images, name_bad, to_float
@@ -478,6 +478,7 @@ def finish(encoding: Encoding) -> dict[str, Any]:
 
 
 def _prepare(options: argparse.Namespace, device: torch.device, rank: int, processes: int) -> Encoding:
+    check_source(options.images)
     autoencoder = load_autoencoder(
         options.autoencoder,
         dtype=options.autoencoder_dtype,

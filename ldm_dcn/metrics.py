@@ -97,15 +97,22 @@ def read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _open_tracker(name: str, folder: Path, step: int, settings: Mapping[str, Any]) -> Any:
-    from accelerate.tracking import TensorBoardTracker, WandBTracker
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise `UserError` for a tracker whose package is missing."""
     from accelerate.utils import is_tensorboard_available, is_wandb_available
 
-    here = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}[name]()
-    if not here:
-        raise UserError(
-            f"train.trackers names {name}, which is not installed; run `pip install {name}`, or leave it out"
-        )
+    here = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    for name in names:
+        if not here[name]():
+            raise UserError(
+                f"train.trackers names {name}, which is not installed; run `pip install {name}`, or leave it out"
+            )
+
+
+def _open_tracker(name: str, folder: Path, step: int, settings: Mapping[str, Any]) -> Any:
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+    check_trackers([name])
     if name == "tensorboard":
         tracker = TensorBoardTracker("tensorboard", logging_dir=folder, purge_step=step + 1)
     else:

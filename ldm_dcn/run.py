@@ -25,14 +25,14 @@ from . import checkpoint, diffusion, ema, export, pictures, randomness
 from .autoencoder import Autoencoder, load_autoencoder
 from .cache import LatentCache, is_cache
 from .config import Config, TrainConfig, check_keys, check_same_run, config_hash, load_config, provenance
-from .data import Latents, encode_dataset, open_dataset
+from .data import Latents, check_source, encode_dataset, open_dataset
 from .denoiser import Denoiser
 from .errors import UserError, explain
 from .files import naming
 from .images import Images
 from .launch import StopSignals, run_lock, start_accelerator
 from .matching import Matching, new_parameters
-from .metrics import MetricsLog, read
+from .metrics import MetricsLog, check_trackers, read
 from .parallel import Optimizer, collected, in_shares_of, replicate, reshard, shard, state_of
 from .sampling import PREDICTION_TYPES, generate
 from .swap import apply_swap, plan_swap, swapped_sites
@@ -685,6 +685,8 @@ def _bytes_to_save(run: Run) -> int:
 
 def _build(config: Config, accelerator: Accelerator, facts: dict[str, Any]) -> Run:
     data, settings, device = config.data, config.train, accelerator.device
+    check_source(data.source)
+    check_trackers(settings.trackers)
     autoencoder = load_autoencoder(
         config.autoencoder.spec,
         dtype=config.autoencoder.dtype,

@@ -54,14 +54,19 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
 PREDICTION_TYPES = {"noise": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
+def check_sampler(name: str) -> None:
+    """Raise `UserError` for an unknown sampler."""
+    if name not in SAMPLERS:
+        raise UserError(f"sampler '{name}' is unknown; use one of {', '.join(SAMPLERS)}")
+
+
 def build_scheduler(sampler: str, schedule: Schedule, **options: Any) -> SchedulerMixin:
     """The diffusers scheduler of `sampler` on our noise levels, fed with x_0; `options` are settings of its own.
 
     Raises `UserError` for an unknown sampler or setting, naming the nearest, and for thresholding, which
     would cut off latents.
     """
-    if sampler not in SAMPLERS:
-        raise UserError(f"sampler '{sampler}' is unknown; use one of {', '.join(SAMPLERS)}")
+    check_sampler(sampler)
     scheduler, defaults = SAMPLERS[sampler]
     known = [name for name in inspect.signature(scheduler.__init__).parameters if name != "self"]
     for name in options:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import sample
 import train as train_program
-from ldm_dcn import checkpoint, errors, files, hub, launch, metrics, sampling, trainer
+from ldm_dcn import checkpoint, encode, errors, files, hub, launch, metrics, sampling, trainer
 from ldm_dcn import run as run_module
 from ldm_dcn.config import Config
 from ldm_dcn.device import choose_device
@@ -28,7 +28,7 @@ from ldm_dcn.export import load_model
 from ldm_dcn.launch import StopSignals, start_accelerator
 from ldm_dcn.run import open_run
 from ldm_dcn.trainer import train
-from tiny import tiny_config, write_config
+from tiny import ROOT, tiny_config, write_config
 
 Line = Callable[[Callable[[], object]], str]
 
@@ -69,6 +69,32 @@ def launch_train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[], 
         return train_program.main
 
     return program
+
+
+def test_what_is_missing_is_said_before_models_are_fetched(
+    tmp_path: Path,
+    line: Line,
+    launch_train: Callable[..., Callable[[], int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The autoencoder may be a download, and encoding hours."""
+
+    def no_model(*_: object, **__: object) -> None:
+        pytest.fail("a model was loaded first")
+
+    for module in (encode, run_module):
+        monkeypatch.setattr(module, "load_autoencoder", no_model)
+    monkeypatch.setattr("ldm_dcn.export.load_model", no_model)
+    nowhere = tmp_path / "nowhere"
+    assert f"data.source '{nowhere}' is neither" in line(
+        lambda: encode.main([str(nowhere), str(tmp_path / "out")])
+    )
+    here = f"run.dir={tmp_path}"
+    config = ROOT / "configs" / "digits_unet.yaml"
+    assert "python -m ldm_dcn.encode" in line(launch_train(config, f"data.source={nowhere}", here))
+    monkeypatch.setattr("accelerate.utils.is_tensorboard_available", lambda: False)
+    assert "pip install tensorboard" in line(launch_train(config, "train.trackers=[tensorboard]", here))
+    assert "use one of dpm++, ddim, euler" in line(lambda: sample.main([str(tmp_path), "--sampler", "dpmpp"]))
 
 
 @pytest.fixture(scope="module")
