@@ -4,8 +4,8 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 # Packages come in the tested versions; EXTRA takes further pip options (for example -C cmake.define.DCNV4_CUDA=OFF).
 EXTRA ?=
-# OpenMP threads that wait for others spin for some microseconds only (GNU's default is without end): on a machine that does
-# something else besides, endless spinning takes the cores from those waited for, and a step can take fifty times as long.
+# OpenMP threads that wait for others spin for some microseconds only (GNU's default is many times as long): on a machine that
+# does something else besides, spinning takes the cores from those waited for.
 export GOMP_SPINCOUNT ?= 20000
 NATIVE := CMakeLists.txt $(wildcard dcnv4_ext/csrc/*.h dcnv4_ext/csrc/cpu/* dcnv4_ext/csrc/cuda/*)
 
