@@ -10,7 +10,7 @@
 #endif
 
 namespace dcnv4 {
-extern const CpuKernels kAvx512Bf16Kernels, kAvx512Kernels, kAvx2Kernels, kPortableKernels;
+extern const CpuKernels kAvx512WideKernels, kAvx512Bf16Kernels, kAvx512Kernels, kAvx2Kernels, kPortableKernels;
 
 namespace {
 
@@ -41,13 +41,14 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 #endif
 
 struct Choice {
-  const CpuKernels* available[4];
+  const CpuKernels* available[5];
   int count = 0;
   std::string names;
   std::atomic<const CpuKernels*> selected;
   Choice() {
 #if defined(DCNV4_X86)
 #if defined(DCNV4_AVX512_BF16)
+    if (has_avx512_bf16()) available[count++] = &kAvx512WideKernels;
     if (has_avx512_bf16()) available[count++] = &kAvx512Bf16Kernels;
 #endif
     if (has_avx512()) available[count++] = &kAvx512Kernels;

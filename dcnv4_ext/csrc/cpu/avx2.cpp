@@ -136,7 +136,7 @@ struct F32 {
     _mm_storeu_ps(out, sums);
   }
 
-  static constexpr bool looks_up = true, spreads = false;
+  static constexpr bool looks_up = true, spreads = false, sorts = false;
   static DCNV4_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static DCNV4_INLINE F32 floor(F32 a) { return {_mm256_floor_ps(a.v)}; }
   static DCNV4_INLINE Mask greater(Mask among, F32 a, F32 b) {

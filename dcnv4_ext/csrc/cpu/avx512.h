@@ -130,6 +130,20 @@ struct F32 {
     c.v = _mm512_shuffle_f32x4(cd_low, cd_high, 0x44);
     d.v = _mm512_shuffle_f32x4(cd_low, cd_high, 0xee);
   }
+  static DCNV4_INLINE void store_quads(float* p, F32 a, F32 b, F32 c, F32 d) {
+    const __m512i low_index = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high_index = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    const __m512i low_pairs = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high_pairs = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+    const auto pairs_of = [](F32 x, __m512i index, F32 y) {
+      return _mm512_castps_pd(_mm512_permutex2var_ps(x.v, index, y.v));
+    };
+    const __m512d ab_low = pairs_of(a, low_index, b), ab_high = pairs_of(a, high_index, b);
+    const __m512d cd_low = pairs_of(c, low_index, d), cd_high = pairs_of(c, high_index, d);
+    _mm512_storeu_pd((double*)p, _mm512_permutex2var_pd(ab_low, low_pairs, cd_low));
+    _mm512_storeu_pd((double*)(p + 16), _mm512_permutex2var_pd(ab_low, high_pairs, cd_low));
+    _mm512_storeu_pd((double*)(p + 32), _mm512_permutex2var_pd(ab_high, low_pairs, cd_high));
+    _mm512_storeu_pd((double*)(p + 48), _mm512_permutex2var_pd(ab_high, high_pairs, cd_high));
+  }
   // The sums over the lanes of a, b, c, d to out[0..3], or added to them.
   static DCNV4_INLINE void sum4(F32 a, F32 b, F32 c, F32 d, float* out, bool add) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
@@ -143,11 +157,19 @@ struct F32 {
     _mm_storeu_ps(out, sums);
   }
 
-  static constexpr bool looks_up = true, spreads = true;
+  static constexpr bool looks_up = true, spreads = true, sorts = true;
   static DCNV4_INLINE F32 spread(F32 a, int lane) { return {_mm512_permutexvar_ps(_mm512_set1_epi32(lane), a.v)}; }
   static DCNV4_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static DCNV4_INLINE F32 floor(F32 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
   static DCNV4_INLINE Mask greater(Mask among, F32 a, F32 b) { return _mm512_mask_cmp_ps_mask(among, a.v, b.v, _CMP_GT_OQ); }
+  // a, or b where used and smaller or greater.
+  static DCNV4_INLINE F32 least(Mask used, F32 a, F32 b) { return {_mm512_mask_min_ps(a.v, used, a.v, b.v)}; }
+  static DCNV4_INLINE F32 greatest(Mask used, F32 a, F32 b) { return {_mm512_mask_max_ps(a.v, used, a.v, b.v)}; }
+  DCNV4_INLINE float lane(int i) const {
+    alignas(64) float lanes[width];
+    _mm512_store_ps(lanes, v);
+    return lanes[i];
+  }
   static DCNV4_INLINE bool any(Mask m) { return m != 0; }
   static DCNV4_INLINE Mask either(Mask a, Mask b) { return Mask(a | b); }
   static DCNV4_INLINE bool lane(Mask m, int i) { return m >> i & 1; }
@@ -164,6 +186,9 @@ struct F32 {
   // `cell`, a whole number below 2^24, where used.
   static DCNV4_INLINE void store_whole(uint32_t* out, Mask used, F32 cell, int32_t blank) {
     _mm512_storeu_si512(out, _mm512_mask_cvttps_epi32(_mm512_set1_epi32(blank), used, cell.v));
+  }
+  static DCNV4_INLINE void store_whole(uint32_t* out, Mask used, F32 cell, F32 otherwise) {
+    _mm512_storeu_si512(out, _mm512_cvttps_epi32(_mm512_mask_mov_ps(otherwise.v, used, cell.v)));
   }
   static DCNV4_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 };

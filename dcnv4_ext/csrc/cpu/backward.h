@@ -106,27 +106,31 @@ void backward_rows(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const 
 
 // Dot products of grad_output with the corners of the taps of `count` pixels, four a tap, over kVectors vectors of channels of
 // which `channels` are there; `add`: to what `sums` holds. Cells are `width` elements apart.
-template <class V, class T, int kVectors, int kTaps, bool kSingle>
-DCNV4_NOINLINE void dot_lookups(const ScalarOf<V>* map, int64_t width, int64_t row_size, const Lookups<V, kTaps>& from,
+template <class C, class T, int kVectors, int kTaps, bool kSingle, class V = typename C::Vector>
+DCNV4_NOINLINE void dot_lookups(const typename C::Cell* map, int64_t width, int64_t row_size, const Lookups<V, kTaps>& from,
                                 int count, const T* gradient, int64_t step, int64_t channels, ScalarOf<V>* sums, bool add,
                                 Ahead<V>& ahead) {
-  using S = ScalarOf<V>;
-  if (kSingle) width = kVectors * V::width;
+  using Cell = typename C::Cell;
+  if (kSingle) width = kVectors * C::width;
   for (int i = 0; i < count; ++i, gradient += step, sums += 4 * kTaps) {
     if (kSingle || !add) ahead.fetch();
     V::prefetch(gradient + 4 * step);
-    V grad[kVectors];
-    load_channels<V, kVectors>(gradient, channels, grad);
+    typename C::Operand grad[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t left = channels - v * C::width;
+      grad[v] = DCNV4_LIKELY(left >= C::width) ? C::operand(gradient + v * C::width)
+                                               : C::operand_some(gradient + v * C::width, int(left));
+    }
     uint64_t two = 0;
     DCNV4_UNROLL
     for (int k = 0; k < kTaps; ++k, two >>= 32) {
       if (k % 2 == 0) memcpy(&two, from.element + i * kTaps + k, sizeof two);
-      const S* top = map + uint32_t(two);
-      const S* const corner[4] = {top, top + width, top + row_size, top + row_size + width};
+      const Cell* top = map + uint32_t(two);
+      const Cell* const corner[4] = {top, top + width, top + row_size, top + row_size + width};
       V dot[4];
       for (int q = 0; q < 4; ++q) {
-        dot[q] = grad[0] * V::load(corner[q]);
-        for (int v = 1; v < kVectors; ++v) dot[q] = V::fma(grad[v], V::load(corner[q] + v * V::width), dot[q]);
+        dot[q] = C::dot(grad[0], C::operand(corner[q]));
+        for (int v = 1; v < kVectors; ++v) dot[q] = C::dot(grad[v], C::operand(corner[q] + v * C::width), dot[q]);
       }
       V::sum4(dot[0], dot[1], dot[2], dot[3], sums + 4 * k, !kSingle && add);
     }
@@ -134,16 +138,22 @@ DCNV4_NOINLINE void dot_lookups(const ScalarOf<V>* map, int64_t width, int64_t r
 }
 
 // grad_output times the weights of the corners, added to the cells of `map`.
-template <class V, class T, int kVectors, int kTaps, bool kSingle>
+template <class C, class T, int kVectors, int kTaps, bool kSingle, class V = typename C::Vector>
 DCNV4_NOINLINE void scatter_lookups(ScalarOf<V>* map, int64_t width, int64_t row_size, const Lookups<V, kTaps>& from, int count,
                                     const T* gradient, int64_t step, int64_t channels) {
   using S = ScalarOf<V>;
-  if (kSingle) width = kVectors * V::width;
+  constexpr int kParts = kVectors * C::registers;
+  if (kSingle) width = kVectors * C::width;
   for (int i = 0; i < count; ++i, gradient += step) {
     const int at = i * kTaps;
     const Spreads<V, V::spreads> w00(from.w00 + at), w01(from.w01 + at), w10(from.w10 + at), w11(from.w11 + at);
-    V grad[kVectors];
-    load_channels<V, kVectors>(gradient, channels, grad);
+    V grad[kParts];
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t left = channels - v * C::width;
+      const T* const source = gradient + v * C::width;
+      const C c = DCNV4_LIKELY(left >= C::width) ? C::load(source) : C::load_some(source, int(left));
+      for (int r = 0; r < C::registers; ++r) grad[v * C::registers + r] = c.part(r);
+    }
     uint64_t two = 0;
     DCNV4_UNROLL
     for (int k = 0; k < kTaps; ++k, two >>= 32) {
@@ -151,7 +161,7 @@ DCNV4_NOINLINE void scatter_lookups(ScalarOf<V>* map, int64_t width, int64_t row
       S* top = map + uint32_t(two);
       S* bottom = top + row_size;
       const auto add = [&](S* corner, V weight) DCNV4_LAMBDA_INLINE {
-        for (int v = 0; v < kVectors; ++v) V::fma(weight, grad[v], V::load(corner + v * V::width)).store(corner + v * V::width);
+        for (int v = 0; v < kParts; ++v) V::fma(weight, grad[v], V::load(corner + v * V::width)).store(corner + v * V::width);
       };
       add(top, w00(k));
       add(top + width, w01(k));
@@ -163,8 +173,8 @@ DCNV4_NOINLINE void scatter_lookups(ScalarOf<V>* map, int64_t width, int64_t row
 
 // Gradients of the offsets and weights of `count` pixels from the dot products, to rows `step` apart.
 template <class V, class T, int kTaps>
-DCNV4_NOINLINE void finish_lookups(V scale, const ScalarOf<V>* sums, const LookupStates<V, kTaps>& states, bool softmax,
-                                   int count, T* target, int64_t step) {
+DCNV4_NOINLINE void finish_lookups(V scale, const ScalarOf<V>* sums, const LookupStates<V>& states, bool softmax, int count,
+                                   T* target, int64_t step) {
   using S = ScalarOf<V>;
   alignas(64) T pairs[2 * V::width * kTaps], weights[V::width * kTaps];
   alignas(64) S softmax_gradients[V::width * kTaps];
@@ -196,87 +206,165 @@ DCNV4_NOINLINE void finish_lookups(V scale, const ScalarOf<V>* sums, const Looku
   }
 }
 
-// The same as backward_rows where positions and elements of the map are whole numbers that the compute type holds: dot
-// products, scattering and the rest in passes of their own over some pixels, which keep what each needs in registers.
-template <class V, class T, int kVectors, int kTaps>
-void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* offset_mask, const T* grad_output,
-                          T* grad_offset_mask, const ScalarOf<V>* map, ScalarOf<V>* grad_map, Window window, int32_t blank,
-                          int64_t first_row, int64_t last_row, ScalarOf<V>*, Ahead<V> ahead) {
-  using S = ScalarOf<V>;
-  constexpr int64_t kChunk = kVectors * V::width;
+// Output rows whose taps are sorted by cells. Returns false, having done nothing, where that does not pay.
+template <class C, class T, int kTaps, class V = typename C::Vector>
+bool backward_rows_sorted(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* offset_mask, const T* grad_output,
+                          T* grad_offset_mask, const typename C::Cell* map, ScalarOf<V>* grad_map, Window window, int32_t blank,
+                          int64_t first_row, int64_t last_row, char* scratch, Ahead<V>& ahead) {
+  using Cell = typename C::Cell;
   const LaneTables<V, kTaps>& lanes = *static_cast<const LaneTables<V, kTaps>*>(plan.lanes);
-  const int64_t width = plan.packed_width, row_size = plan.pitch * width;
-  const LookupFrame<V> frame(p, plan, window, blank);
-  Lookups<V, kTaps> lookups;
-  LookupStates<V, kTaps> states;
-  alignas(64) S sums[4 * V::width * kTaps];
-  memset(sums, 0, sizeof sums);  // lanes of a last batch that nothing is computed for
-  // No strips: what is added to would come back to the L1 cache as often as there are strips (measured: a quarter slower).
+  const int64_t width = plan.packed_width, row_size = plan.pitch * width, pixels = (last_row - first_row) * p.Wo;
+  const int64_t begin = first_row * p.Wo;
+  const LookupFrame<V> frame(p, plan, window, blank, 1);
+  SortedTaps<V, kTaps> taps;
+  taps.low = V::set1(ScalarOf<V>(blank));
+  taps.high = V::set1(ScalarOf<V>(-1));
+  constexpr int64_t kMost = 2 / C::registers;  // vectors of channels a visit: values and sums of four cells in registers
+  Cell* const gradients = reinterpret_cast<Cell*>(scratch + taps.lay_out(scratch, pixels, blank, width <= kMost * C::width));
   for_batches<V>(p, first_row, last_row, false, [&](int64_t row, int64_t column, int count, int64_t below) DCNV4_LAMBDA_INLINE {
     const int64_t pixel = row * p.Wo + column;
-    const T* gradient = grad_output + pixel * p.output_stride;
-    locate_lookups<V, T, kTaps>(p, frame, lanes, offset_mask + pixel * p.offset_mask_stride, p.offset_mask_stride, below, count,
-                                row, column, lookups, nullptr, &states);
-    for (int64_t c = 0; c < width; c += kChunk) {
-      const auto dot = width == kChunk ? dot_lookups<V, T, kVectors, kTaps, true> : dot_lookups<V, T, kVectors, kTaps, false>;
-      const auto scatter =
-          width == kChunk ? scatter_lookups<V, T, kVectors, kTaps, true> : scatter_lookups<V, T, kVectors, kTaps, false>;
-      if (grad_offset_mask)
-        dot(map + c, width, row_size, lookups, count, gradient + c, p.output_stride, p.D - c, sums, c > 0, ahead);
-      scatter(grad_map + c, width, row_size, lookups, count, gradient + c, p.output_stride, p.D - c);
-    }
-    if (grad_offset_mask)
-      finish_lookups<V, T, kTaps>(frame.frame.scale, sums, states, p.softmax, count,
-                                  grad_offset_mask + pixel * p.grad_offset_mask_stride, p.grad_offset_mask_stride);
+    const Batch<T> batch = {offset_mask + pixel * p.offset_mask_stride, p.offset_mask_stride, below, row, column, count};
+    locate_sorted<V, T, kTaps>(p, frame, lanes, batch, taps, (pixel - begin) * kTaps);
   });
+  int64_t first_cell = blank, last_cell = -1;
+  for (int lane = 0; lane < V::width; ++lane) {
+    first_cell = std::min(first_cell, int64_t(taps.low.lane(lane)));
+    last_cell = std::max(last_cell, int64_t(taps.high.lane(lane)));
+  }
+  // Many more cells than pixels: looking for those with taps would take longer than visiting them.
+  if (last_cell - first_cell > 256 + 4 * pixels) return false;
+  sort_taps(taps, pixels, first_cell, last_cell, blank);
+  pack_pixels<C>(plan, grad_output + begin * p.output_stride, p.output_stride, pixels, gradients);
+  for (int64_t c = 0; c < width;) {
+    const bool most = width - c >= kMost * C::width;
+    const auto visit = grad_offset_mask ? (most ? visit_cells<C, kMost, kTaps, true> : visit_cells<C, 1, kTaps, true>)
+                                        : (most ? visit_cells<C, kMost, kTaps, false> : visit_cells<C, 1, kTaps, false>);
+    visit(map + c, grad_map + c, width, row_size, taps, first_cell, last_cell, gradients + c, c > 0, ahead);
+    c += (most ? kMost : 1) * C::width;
+  }
+  if (!grad_offset_mask) return true;
+  for (int64_t first = 0; first < pixels; first += V::width) {
+    const int64_t at = first * kTaps;
+    const LookupStates<V> states = {taps.lx + at, taps.ly + at, taps.weight + at, taps.used + at / V::width};
+    finish_lookups<V, T, kTaps>(frame.frame.scale, taps.sums + 4 * at, states, p.softmax,
+                                int(std::min<int64_t>(V::width, pixels - first)),
+                                grad_offset_mask + (begin + first) * p.grad_offset_mask_stride, p.grad_offset_mask_stride);
+  }
+  return true;
 }
 
-template <class V, class T>
-using BackwardRows = void (*)(const dcnv4_problem&, const Plan<ScalarOf<V>>&, const T*, const T*, T*, const ScalarOf<V>*,
+// Output rows that go together by cells.
+inline int64_t rows_of_block(const dcnv4_problem& p, int64_t pixels) { return std::max<int64_t>(1, pixels / std::max<int64_t>(1, p.Wo)); }
+
+// Bytes of scratch that backward_rows_sorted needs.
+template <class C>
+int64_t sorted_bytes(const dcnv4_problem& p, const Plan<ScalarOf<typename C::Vector>>& plan) {
+  using V = typename C::Vector;
+  SortedTaps<V, kLookupTaps> taps;
+  const int64_t pixels = std::min(p.Ho, rows_of_block(p, taps.kPixels)) * p.Wo;
+  return taps.lay_out(nullptr, pixels, (p.H + 2) * plan.pitch, false) + (pixels * plan.packed_width + 32) * int64_t(sizeof(typename C::Cell));
+}
+
+// The same as backward_rows where positions and elements of the map are whole numbers that the compute type holds: by cells, or
+// dot products, scattering and the rest in passes of their own over some pixels, which keep what each needs in registers.
+template <class C, class T, int kVectors, int kTaps, class V = typename C::Vector>
+void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* offset_mask, const T* grad_output,
+                          T* grad_offset_mask, const typename C::Cell* map, ScalarOf<V>* grad_map, Window window, int32_t blank,
+                          int64_t first_row, int64_t last_row, ScalarOf<V>* scratch, Ahead<V> ahead) {
+  using S = ScalarOf<V>;
+  constexpr int64_t kChunk = kVectors * C::width;
+  const LaneTables<V, kTaps>& lanes = *static_cast<const LaneTables<V, kTaps>*>(plan.lanes);
+  const int64_t width = plan.packed_width, row_size = plan.pitch * width;
+  const LookupFrame<V> frame(p, plan, window, blank, width);
+  Lookups<V, kTaps> lookups;
+  OwnStates<V, kTaps> states;
+  alignas(64) S sums[4 * V::width * kTaps];
+  memset(sums, 0, sizeof sums);  // lanes of a last batch that nothing is computed for
+  const auto batch_by_batch = [&](int64_t first, int64_t last) {
+    // No strips: what is added to would come back to the L1 cache as often as there are strips (measured: a quarter slower).
+    for_batches<V>(p, first, last, false, [&](int64_t row, int64_t column, int count, int64_t below) DCNV4_LAMBDA_INLINE {
+      const int64_t pixel = row * p.Wo + column;
+      const T* gradient = grad_output + pixel * p.output_stride;
+      const Batch<T> batch = {offset_mask + pixel * p.offset_mask_stride, p.offset_mask_stride, below, row, column, count};
+      locate_lookups<V, T, kTaps>(p, frame, lanes, batch, lookups, nullptr, &states);
+      for (int64_t c = 0; c < width; c += kChunk) {
+        const auto dot = width == kChunk ? dot_lookups<C, T, kVectors, kTaps, true> : dot_lookups<C, T, kVectors, kTaps, false>;
+        const auto scatter =
+            width == kChunk ? scatter_lookups<C, T, kVectors, kTaps, true> : scatter_lookups<C, T, kVectors, kTaps, false>;
+        if (grad_offset_mask)
+          dot(map + c, width, row_size, lookups, count, gradient + c, p.output_stride, p.D - c, sums, c > 0, ahead);
+        scatter(grad_map + c, width, row_size, lookups, count, gradient + c, p.output_stride, p.D - c);
+      }
+      if (grad_offset_mask)
+        finish_lookups<V, T, kTaps>(frame.frame.scale, sums, states.view(), p.softmax, count,
+                                    grad_offset_mask + pixel * p.grad_offset_mask_stride, p.grad_offset_mask_stride);
+    });
+  };
+  if constexpr (V::sorts) {
+    const int64_t rows = rows_of_block(p, SortedTaps<V, kTaps>::kPixels);
+    for (int64_t first = first_row; first < last_row; first += rows) {
+      const int64_t last = std::min(last_row, first + rows);
+      if (!backward_rows_sorted<C, T, kTaps>(p, plan, offset_mask, grad_output, grad_offset_mask, map, grad_map, window, blank,
+                                             first, last, reinterpret_cast<char*>(scratch), ahead))
+        batch_by_batch(first, last);
+    }
+  } else {
+    batch_by_batch(first_row, last_row);
+  }
+}
+
+template <class C, class T, class V = typename C::Vector>
+using BackwardRows = void (*)(const dcnv4_problem&, const Plan<ScalarOf<V>>&, const T*, const T*, T*, const typename C::Cell*,
                               ScalarOf<V>*, Window, int32_t, int64_t, int64_t, ScalarOf<V>*, Ahead<V>);
 
-template <class V, class T, int kVectors>
-BackwardRows<V, T> backward_rows_for_taps(int64_t K, bool exact) {
+template <class C, class T, int kVectors>
+BackwardRows<C, T> backward_rows_for_taps(int64_t K, bool exact) {
+  using V = typename C::Vector;
   if constexpr (V::looks_up) {
-    if (K == kLookupTaps && exact) return backward_rows_lookup<V, T, kVectors, kLookupTaps>;
+    if (K == kLookupTaps && exact) return backward_rows_lookup<C, T, kVectors, kLookupTaps>;
   } else if constexpr (kUnrollTaps) {
     if (K == 9) return backward_rows<V, T, kVectors, 9>;
   }
-  return backward_rows<V, T, kVectors, 0>;
+  if constexpr (std::is_same_v<C, Widened<V>>) return backward_rows<V, T, kVectors, 0>;
+  return nullptr;
 }
 
-template <class V, class T>
-BackwardRows<V, T> choose_backward_rows(int64_t D, int64_t K, bool exact) {
-  switch (vectors_at_once((D + V::width - 1) / V::width)) {
+template <class C, class T>
+BackwardRows<C, T> choose_backward_rows(int at_once, int64_t K, bool exact) {
+  switch (at_once) {
     case 1:
-      return backward_rows_for_taps<V, T, 1>(K, exact);
+      return backward_rows_for_taps<C, T, 1>(K, exact);
     case 2:
-      return backward_rows_for_taps<V, T, 2>(K, exact);
+      return backward_rows_for_taps<C, T, 2>(K, exact);
     case 3:
-      return backward_rows_for_taps<V, T, 3>(K, exact);
+      return backward_rows_for_taps<C, T, 3>(K, exact);
     default:
-      return backward_rows_for_taps<V, T, 4>(K, exact);
+      return backward_rows_for_taps<C, T, std::min(4, C::at_once)>(K, exact);
   }
 }
 
 // Sum `slabs` packed gradient maps in their order and store rows [first, last) of the group in the final type.
-template <class V, class T>
+template <class C, class T, class V = typename C::Vector>
 void unpack(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const ScalarOf<V>* grad_maps, int64_t map_size,
             int64_t slabs, int64_t first, int64_t last, T* grad_value, bool past_caches) {
   for (int64_t h = first; h < last; ++h)
     for (int64_t w = 0; w < p.W; ++w) {
       const ScalarOf<V>* cell = grad_maps + ((h + 1) * plan.pitch + w + 1) * plan.packed_width;
       T* target = grad_value + (h * p.W + w) * p.grad_value_stride;
-      for (int64_t c = 0; c < p.D; c += V::width) {
-        V sum = V::load(cell + c);
-        for (int64_t s = 1; s < slabs; ++s) sum = sum + V::load(cell + s * map_size + c);
+      for (int64_t c = 0; c < p.D; c += C::width, cell += C::width) {
+        V parts[C::registers];
+        for (int r = 0; r < C::registers; ++r) {
+          parts[r] = V::load(cell + r * V::width);
+          for (int64_t s = 1; s < slabs; ++s) parts[r] = parts[r] + V::load(cell + s * map_size + r * V::width);
+        }
+        const C sum = C::of(parts);
         if constexpr (V::looks_up) {
           if (past_caches) {
             sum.stream(target + c);
             continue;
           }
         }
-        if (c + V::width <= p.D) {
+        if (c + C::width <= p.D) {
           sum.store(target + c);
         } else {
           sum.store_some(target + c, int(p.D - c));
@@ -287,24 +375,33 @@ void unpack(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const ScalarO
     if (past_caches) V::fence();
 }
 
-template <class V, class T>
+// With packed maps of channels as C holds them, or in the compute type where C has no kernel for the problem.
+template <class V, class T, class C = Widened<V>>
 int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_mask_, const void* grad_output_,
                  void* grad_value_, void* grad_offset_mask_) {
   using S = ScalarOf<V>;
+  using Cell = typename C::Cell;
   const T *value = static_cast<const T*>(value_), *offset_mask = static_cast<const T*>(offset_mask_);
   const T* grad_output = static_cast<const T*>(grad_output_);
   T *grad_value = static_cast<T*>(grad_value_), *grad_offset_mask = static_cast<T*>(grad_offset_mask_);
   static thread_local Scratch grid_scratch, slab_scratch;
   S* grid = static_cast<S*>(grid_scratch.get(TapGrid<V>::elements(p) * sizeof(S)));
   if (!grid) return DCNV4_OUT_OF_MEMORY;
-  Plan<S> plan = TapGrid<V>::plan(p, grid);
+  Plan<S> plan = TapGrid<V>::template plan<C>(p, grid);
   std::optional<LaneTables<V, kLookupTaps>> lanes;
   if (V::looks_up && plan.K == kLookupTaps) plan.lanes = &lanes.emplace(plan);
-  const auto rows_kernel = choose_backward_rows<V, T>(p.D, plan.K, is_exact(p, plan, p.H + 2));
+  const auto rows_kernel = choose_backward_rows<C, T>(plan.at_once, plan.K, is_exact(p, plan, p.H + 2));
+  if constexpr (!std::is_same_v<C, Widened<V>>)
+    if (!rows_kernel) return backward<V, T>(p, value_, offset_mask_, grad_output_, grad_value_, grad_offset_mask_);
   const Window whole = {-1, p.H + 1};
   const int32_t blank = int32_t((p.H + 2) * plan.pitch);
   const int64_t map_size = map_elements(plan, p.H + 2);
   const int64_t tap_size = (11 + 4) * plan.padded_taps;
+  int64_t tap_bytes = tap_size * int64_t(sizeof(S));
+  if constexpr (V::looks_up) {
+    if constexpr (V::sorts)
+      if (plan.lanes) tap_bytes = std::max(tap_bytes, sorted_bytes<C>(p, plan));
+  }
 
   // Where there are fewer groups than threads, the output rows are split into slabs, each with gradient maps of its own that
   // are summed in order afterwards. Their memory stays within four times the value tensor's.
@@ -358,20 +455,22 @@ int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_
     static thread_local Scratch scratch;
     bool begun = false;
     tasks.run([&](int64_t task, int64_t next) {
-      S* map = static_cast<S*>(scratch.get((2 * map_size + tap_size) * sizeof(S)));
-      if (!map) {
+      char* const memory = static_cast<char*>(scratch.get(map_size * (sizeof(Cell) + sizeof(S)) + tap_bytes));
+      if (!memory) {
         status = DCNV4_OUT_OF_MEMORY;
         return;
       }
       if (!begun) fetch_beginning(data_of(task));
       begun = true;
       const Part part = part_of(task);
-      S* grad_map = slabs > 1 ? slab_maps + task * map_size : map + map_size;
-      S* tap_scratch = map + 2 * map_size;
+      Cell* const map = reinterpret_cast<Cell*>(memory);
+      S* const own_grad_map = reinterpret_cast<S*>(memory + map_size * sizeof(Cell));
+      S* const grad_map = slabs > 1 ? slab_maps + task * map_size : own_grad_map;
+      S* const tap_scratch = own_grad_map + map_size;
       // Lanes past K are never written by sum4; they must not hold signalling rubbish.
       memset(tap_scratch, 0, tap_size * sizeof(S));
-      pack<V, T>(p, plan, image_of(part), whole, map);
-      clear_blank<V>(plan, map + int64_t(blank) * plan.packed_width);
+      pack<C>(p, plan, image_of(part), whole, map);
+      clear_blank(plan, map + int64_t(blank) * plan.packed_width);
       memset(grad_map, 0, map_size * sizeof(S));
       T* target = target_of(part);
       rows_kernel(p, plan, offsets_of(part), gradient_of(part), target, map, grad_map, whole, blank, part.first, part.last,
@@ -381,7 +480,7 @@ int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_
         for (int64_t pixel = part.first * p.Wo; pixel < part.last * p.Wo; ++pixel)
           memset(target + pixel * p.grad_offset_mask_stride + 3 * plan.K, 0, (p.P - used) * sizeof(T));
       if (grad_value && slabs == 1)
-        unpack<V, T>(p, plan, grad_map, map_size, 1, 0, p.H,
+        unpack<C, T>(p, plan, grad_map, map_size, 1, 0, p.H,
                      grad_value + part.n * p.H * p.W * p.grad_value_stride + part.g * p.D, past_caches);
     });
     scratch.trim(kKeptScratch);
@@ -391,7 +490,7 @@ int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_
     for (int64_t task = 0; task < count; ++task) {
       const int64_t slab = task % slabs, owner = task / slabs, n = owner / p.G, g = owner % p.G;
       const int64_t rows = (p.H + slabs - 1) / slabs;
-      unpack<V, T>(p, plan, slab_maps + owner * slabs * map_size, map_size, slabs, slab * rows,
+      unpack<C, T>(p, plan, slab_maps + owner * slabs * map_size, map_size, slabs, slab * rows,
                    std::min(p.H, (slab + 1) * rows), grad_value + n * p.H * p.W * p.grad_value_stride + g * p.D, past_caches);
     }
   }

@@ -108,43 +108,45 @@ void forward_rows(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T
   }
 }
 
-// kVectors neighbouring vectors; past the caches they are aligned to whole lines.
-template <class V, int kVectors, class T>
-DCNV4_INLINE void store_all(T* p, const V* v, bool past_caches) {
-  for (int i = 0; i + 1 < kVectors; i += 2) V::store_two(p + i * V::width, v[i], v[i + 1], past_caches);
+// kVectors neighbouring vectors of channels; past the caches they are aligned to whole lines.
+template <class C, int kVectors, class T>
+DCNV4_INLINE void store_all(T* p, const C* c, bool past_caches) {
+  for (int i = 0; i + 1 < kVectors; i += 2) C::store_two(p + i * C::width, c[i], c[i + 1], past_caches);
   if (kVectors % 2) {
     constexpr int kLast = kVectors - 1;
     if (past_caches) {
-      v[kLast].stream(p + kLast * V::width);
+      c[kLast].stream(p + kLast * C::width);
     } else {
-      v[kLast].store(p + kLast * V::width);
+      c[kLast].store(p + kLast * C::width);
     }
   }
 }
 
 // Four weighted loads a tap for `kVectors` vectors of channels, `width` elements from one cell to the next. Where a permutation
-// can spread a weight over a vector, two of four come so and two from memory: neither the load ports, which the map keeps busy,
-// nor the multiply-adds' neighbours are then the narrow place. Sums of one or two vectors are kept a corner: a chain of
-// additions must not be longer than the multiply-adds take that run beside it.
-template <class V, int kVectors, int kTaps>
-DCNV4_INLINE void gather_lookup(const ScalarOf<V>* map, int64_t width, int64_t row_size, const Lookups<V, kTaps>& from,
-                                int pixel, V* sum) {
-  constexpr int kChains = kVectors <= 2 ? 4 : 2;
+// can spread a weight over a vector, some of the four come so and the others from memory: neither the load ports, which the map
+// keeps busy, nor the multiply-adds' neighbours are then the narrow place. Sums of one or two vectors are kept a corner: a chain
+// of additions must not be longer than the multiply-adds take that run beside it.
+template <class C, int kVectors, int kTaps, class V = typename C::Vector>
+DCNV4_INLINE void gather_lookup(const typename C::Cell* map, int64_t width, int64_t row_size, const Lookups<V, kTaps>& from,
+                                int pixel, C* sum) {
+  using Cell = typename C::Cell;
+  constexpr int kChains = kVectors * C::registers <= 2 ? 4 : 2;
   const int at = pixel * kTaps;
-  V chain[kChains][kVectors];
-  const Spreads<V, V::spreads> w00(from.w00 + at), w10(from.w10 + at);
+  C chain[kChains][kVectors];
+  const Spreads<V, V::spreads> w00(from.w00 + at);
+  const Spreads<V, V::spreads && C::permuted == 2> w10(from.w10 + at);
   const Spreads<V, false> w01(from.w01 + at), w11(from.w11 + at);
   uint64_t two = 0;  // elements of two taps: half as many loads, and none that extends a sign
   DCNV4_UNROLL
   for (int k = 0; k < kTaps; ++k, two >>= 32) {
     if (k % 2 == 0) memcpy(&two, from.element + at + k, sizeof two);
-    const ScalarOf<V>* top = map + uint32_t(two);
-    const ScalarOf<V>* bottom = top + row_size;
-    const auto add = [&](int q, V weight, const ScalarOf<V>* corner) DCNV4_LAMBDA_INLINE {
-      V* const sums = chain[q % kChains];
+    const Cell* top = map + uint32_t(two);
+    const Cell* bottom = top + row_size;
+    const auto add = [&](int q, V weight, const Cell* corner) DCNV4_LAMBDA_INLINE {
+      C* const sums = chain[q % kChains];
       for (int v = 0; v < kVectors; ++v) {
-        const V there = V::load(corner + v * V::width);
-        sums[v] = k == 0 && q < kChains ? weight * there : V::fma(weight, there, sums[v]);
+        const C there = C::load(corner + v * C::width);
+        sums[v] = k == 0 && q < kChains ? C::times(weight, there) : C::add(weight, there, sums[v]);
       }
     };
     add(0, w00(k), top);
@@ -159,38 +161,38 @@ DCNV4_INLINE void gather_lookup(const ScalarOf<V>* map, int64_t width, int64_t r
 }
 
 // The outputs of `count` pixels, `step` apart. Apart from what locates them: both need their constants in registers.
-template <class V, class T, int kVectors, int kTaps>
-DCNV4_NOINLINE void gather_lookups(const ScalarOf<V>* map, int64_t row_size, const Lookups<V, kTaps>& from, int count,
+template <class C, class T, int kVectors, int kTaps, class V = typename C::Vector>
+DCNV4_NOINLINE void gather_lookups(const typename C::Cell* map, int64_t row_size, const Lookups<V, kTaps>& from, int count,
                                    T* target, int64_t step, Ahead<V>& ahead, bool past_caches) {
   for (int i = 0; i < count; ++i, target += step) {
     ahead.fetch();
-    V sum[kVectors];
-    gather_lookup<V, kVectors, kTaps>(map, kVectors * V::width, row_size, from, i, sum);
-    store_all<V, kVectors>(target, sum, past_caches);
+    C sum[kVectors];
+    gather_lookup<C, kVectors, kTaps>(map, kVectors * C::width, row_size, from, i, sum);
+    store_all<C, kVectors>(target, sum, past_caches);
   }
 }
 
 // Output rows where positions and elements of the map are whole numbers that the compute type holds. `past_caches`: the output
 // is aligned to whole cache lines and goes straight to memory.
-template <class V, class T, int kVectors, int kTaps>
+template <class C, class T, int kVectors, int kTaps, class V = typename C::Vector>
 void forward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* value, const T* offset_mask, T* output,
-                         const ScalarOf<V>* map, Window window, int32_t blank, int64_t first_row, int64_t last_row,
+                         const typename C::Cell* map, Window window, int32_t blank, int64_t first_row, int64_t last_row,
                          ScalarOf<V>* tap_scratch, Ahead<V> ahead, bool past_caches) {
   using S = ScalarOf<V>;
-  constexpr int64_t kChunk = kVectors * V::width;
+  constexpr int64_t kChunk = kVectors * C::width;
   const LaneTables<V, kTaps>& lanes = *static_cast<const LaneTables<V, kTaps>*>(plan.lanes);
   const int64_t width = plan.packed_width, row_size = plan.pitch * width, D = p.D;
   const int64_t offset_step = p.offset_mask_stride, output_step = p.output_stride;
-  const LookupFrame<V> frame(p, plan, window, blank);
+  const LookupFrame<V> frame(p, plan, window, blank, width);
   Lookups<V, kTaps> lookups;
   typename V::Mask outside[kTaps];
   for_batches<V>(p, first_row, last_row, true, [&](int64_t row, int64_t column, int count, int64_t below) DCNV4_LAMBDA_INLINE {
     const T* const offsets = offset_mask + (row * p.Wo + column) * offset_step;
     T* const target = output + (row * p.Wo + column) * output_step;
-    const bool leaves = locate_lookups<V, T, kTaps>(p, frame, lanes, offsets, offset_step, below, count, row, column, lookups,
-                                                    outside, nullptr);
+    const Batch<T> batch = {offsets, offset_step, below, row, column, count};
+    const bool leaves = locate_lookups<V, T, kTaps>(p, frame, lanes, batch, lookups, outside, nullptr);
     if (DCNV4_LIKELY(!leaves && D == kChunk)) {
-      gather_lookups<V, T, kVectors, kTaps>(map, row_size, lookups, count, target, output_step, ahead, past_caches);
+      gather_lookups<C, T, kVectors, kTaps>(map, row_size, lookups, count, target, output_step, ahead, past_caches);
       return;
     }
     for (int i = 0; i < count; ++i) {
@@ -206,14 +208,14 @@ void forward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, 
         continue;
       }
       for (int64_t c = 0; c < width; c += kChunk) {
-        V sum[kVectors];
-        gather_lookup<V, kVectors, kTaps>(map + c, width, row_size, lookups, i, sum);
+        C sum[kVectors];
+        gather_lookup<C, kVectors, kTaps>(map + c, width, row_size, lookups, i, sum);
         if (c + kChunk <= D) {
-          store_all<V, kVectors>(out + c, sum, past_caches);
+          store_all<C, kVectors>(out + c, sum, past_caches);
         } else {
           for (int v = 0; v < kVectors; ++v) {
-            const int64_t left = D - c - v * V::width;
-            if (left > 0) sum[v].store_some(out + c + v * V::width, int(std::min<int64_t>(left, V::width)));
+            const int64_t left = D - c - v * C::width;
+            if (left > 0) sum[v].store_some(out + c + v * C::width, int(std::min<int64_t>(left, C::width)));
           }
         }
       }
@@ -221,43 +223,47 @@ void forward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, 
   });
 }
 
-template <class V, class T>
-using ForwardRows = void (*)(const dcnv4_problem&, const Plan<ScalarOf<V>>&, const T*, const T*, T*, const ScalarOf<V>*, Window,
-                             int32_t, int64_t, int64_t, ScalarOf<V>*, Ahead<V>, bool);
+template <class C, class T, class V = typename C::Vector>
+using ForwardRows = void (*)(const dcnv4_problem&, const Plan<ScalarOf<V>>&, const T*, const T*, T*, const typename C::Cell*,
+                             Window, int32_t, int64_t, int64_t, ScalarOf<V>*, Ahead<V>, bool);
 
-template <class V, class T, int kVectors>
-ForwardRows<V, T> forward_rows_for_taps(int64_t K, bool exact) {
+template <class C, class T, int kVectors>
+ForwardRows<C, T> forward_rows_for_taps(int64_t K, bool exact) {
+  using V = typename C::Vector;
   if constexpr (V::looks_up) {
-    if (K == kLookupTaps && exact) return forward_rows_lookup<V, T, kVectors, kLookupTaps>;
+    if (K == kLookupTaps && exact) return forward_rows_lookup<C, T, kVectors, kLookupTaps>;
   } else if constexpr (kUnrollTaps) {
     if (K == 9) return forward_rows<V, T, kVectors, 9>;
   }
-  return forward_rows<V, T, kVectors, 0>;
+  if constexpr (std::is_same_v<C, Widened<V>>) return forward_rows<V, T, kVectors, 0>;
+  return nullptr;
 }
 
-template <class V, class T>
-ForwardRows<V, T> choose_forward_rows(int64_t D, int64_t K, bool exact) {
-  switch (vectors_at_once((D + V::width - 1) / V::width)) {
+template <class C, class T>
+ForwardRows<C, T> choose_forward_rows(int at_once, int64_t K, bool exact) {
+  switch (at_once) {
     case 1:
-      return forward_rows_for_taps<V, T, 1>(K, exact);
+      return forward_rows_for_taps<C, T, 1>(K, exact);
     case 2:
-      return forward_rows_for_taps<V, T, 2>(K, exact);
+      return forward_rows_for_taps<C, T, 2>(K, exact);
     case 3:
-      return forward_rows_for_taps<V, T, 3>(K, exact);
+      return forward_rows_for_taps<C, T, 3>(K, exact);
     default:
-      return forward_rows_for_taps<V, T, 4>(K, exact);
+      return forward_rows_for_taps<C, T, std::min(4, C::at_once)>(K, exact);
   }
 }
 
-template <class V, class T>
+// With packed maps of channels as C holds them, or in the compute type where C has no kernel for the problem.
+template <class V, class T, class C = Widened<V>>
 int32_t forward(const dcnv4_problem& p, const void* value_, const void* offset_mask_, void* output_) {
   using S = ScalarOf<V>;
+  using Cell = typename C::Cell;
   const T *value = static_cast<const T*>(value_), *offset_mask = static_cast<const T*>(offset_mask_);
   T* output = static_cast<T*>(output_);
   static thread_local Scratch grid_scratch;
   S* grid = static_cast<S*>(grid_scratch.get(TapGrid<V>::elements(p) * sizeof(S)));
   if (!grid) return DCNV4_OUT_OF_MEMORY;
-  Plan<S> plan = TapGrid<V>::plan(p, grid);
+  Plan<S> plan = TapGrid<V>::template plan<C>(p, grid);
   const int64_t row_size = plan.pitch * plan.packed_width;
   std::optional<LaneTables<V, kLookupTaps>> lanes;
   if (V::looks_up && plan.K == kLookupTaps) plan.lanes = &lanes.emplace(plan);
@@ -266,7 +272,7 @@ int32_t forward(const dcnv4_problem& p, const void* value_, const void* offset_m
   // no halo; fewer where threads would have nothing to do.
   constexpr int64_t kBudget = int64_t(512) << 10;  // bytes of a packed map
   constexpr int64_t kHalo = 4;                     // rows of offset that stay inside a window
-  const int64_t rows_in_budget = std::max<int64_t>(1, kBudget / (row_size * int64_t(sizeof(S))));
+  const int64_t rows_in_budget = std::max<int64_t>(1, kBudget / (row_size * int64_t(sizeof(Cell))));
   const int64_t span = 2 * int64_t(std::ceil(std::min(std::abs(p.offset_scale) * double(plan.center_y + p.dilation_h), 1e6)));
   int64_t tile = p.Ho;
   if (p.H + 2 > rows_in_budget) tile = std::max<int64_t>(8, (rows_in_budget - 2 * kHalo - span) / p.stride_h);
@@ -283,8 +289,10 @@ int32_t forward(const dcnv4_problem& p, const void* value_, const void* offset_m
     const Window window = tiles > 1 ? window_of(p, plan, t * tile, std::min(p.Ho, (t + 1) * tile), kHalo) : whole;
     most_rows = std::max(most_rows, window.last - window.first);
   }
-  const int64_t map_size = map_elements(plan, most_rows);
-  const auto rows_kernel = choose_forward_rows<V, T>(p.D, plan.K, is_exact(p, plan, most_rows));
+  const auto rows_kernel = choose_forward_rows<C, T>(plan.at_once, plan.K, is_exact(p, plan, most_rows));
+  if constexpr (!std::is_same_v<C, Widened<V>>)
+    if (!rows_kernel) return forward<V, T>(p, value_, offset_mask_, output_);
+  const int64_t map_bytes = map_elements(plan, most_rows) * int64_t(sizeof(Cell));
   const int64_t tap_size = 4 * 6 * plan.padded_taps;
   std::atomic<int32_t> status{DCNV4_OK};
   const int64_t count = p.N * tiles * p.G;
@@ -319,7 +327,8 @@ int32_t forward(const dcnv4_problem& p, const void* value_, const void* offset_m
     static thread_local Scratch scratch;
     bool begun = false;
     tasks.run([&](int64_t task, int64_t next) {
-      S* map = static_cast<S*>(scratch.get((map_size + tap_size) * sizeof(S)));
+      char* const memory = static_cast<char*>(scratch.get(map_bytes + tap_size * sizeof(S)));
+      Cell* const map = reinterpret_cast<Cell*>(memory);
       const Part part = part_of(task);
       if (!map) status = DCNV4_OUT_OF_MEMORY;
       if (!map || part.first >= part.last) return;
@@ -327,10 +336,10 @@ int32_t forward(const dcnv4_problem& p, const void* value_, const void* offset_m
       begun = true;
       const T* image = image_of(part);
       const int32_t blank = int32_t((part.window.last - part.window.first) * plan.pitch);
-      pack<V, T>(p, plan, image, part.window, map);
-      clear_blank<V>(plan, map + int64_t(blank) * plan.packed_width);
+      pack<C>(p, plan, image, part.window, map);
+      clear_blank(plan, map + int64_t(blank) * plan.packed_width);
       rows_kernel(p, plan, image, offsets_of(part), output_of(part), map, part.window, blank, part.first, part.last,
-                  map + map_size, data_of(next), past_caches);
+                  reinterpret_cast<S*>(memory + map_bytes), data_of(next), past_caches);
     });
     if constexpr (V::looks_up)
       if (past_caches) V::fence();

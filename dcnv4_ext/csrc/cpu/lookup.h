@@ -14,20 +14,28 @@ struct Lookups {
   alignas(64) uint32_t element[kAll + V::width];  // where the upper left corner begins in the packed map
 };
 
-// What backward needs of them besides.
-template <class V, int kTaps>
+// What backward needs of the taps of a batch besides: a mask a vector of taps.
+template <class V>
 struct LookupStates {
+  const ScalarOf<V>*lx, *ly, *weight;
+  const typename V::Mask* used;
+};
+
+template <class V, int kTaps>
+struct OwnStates {
   static constexpr int kAll = V::width * kTaps;
   alignas(64) ScalarOf<V> lx[kAll], ly[kAll], weight[kAll + V::width];
   typename V::Mask used[kTaps];
+  LookupStates<V> view() const { return {lx, ly, weight, used}; }
 };
 
-// Constants of a lane, the same for every batch: [0, kAll) of its tap, then its pixel in the batch, then 0, 1, 2, ...
+// Constants of a lane, the same for every batch: [0, kAll) of its tap, then its pixel in the batch, then 0, 1, 2, ... and 0, 1,
+// 0, 1, ...
 template <class V, int kTaps>
 struct LaneTables {
   using S = ScalarOf<V>;
   static constexpr int kAll = Lookups<V, kTaps>::kAll;
-  alignas(64) S grid_x[kAll], grid_y[kAll], count[V::width];
+  alignas(64) S grid_x[kAll], grid_y[kAll], count[V::width], every_second[V::width];
   alignas(64) int32_t pixel[kAll];
 
   explicit LaneTables(const Plan<S>& plan) {
@@ -36,11 +44,14 @@ struct LaneTables {
       grid_y[i] = plan.grid_y[i % kTaps];
       pixel[i] = i / kTaps;
     }
-    for (int i = 0; i < V::width; ++i) count[i] = S(i);
+    for (int i = 0; i < V::width; ++i) {
+      count[i] = S(i);
+      every_second[i] = S(i % 2);
+    }
   }
 };
 
-// What locating needs of the problem and the window.
+// What locating needs of the problem and the window; places in the map are counted in cells, or in elements of `unit` a cell.
 template <class V>
 struct LookupFrame {
   using S = ScalarOf<V>;
@@ -48,16 +59,16 @@ struct LookupFrame {
   const V cell_size, row_size, origin, columns, per_column, step_x, step_y;
   const int32_t blank;
 
-  LookupFrame(const dcnv4_problem& p, const Plan<S>& plan, Window window, int32_t blank)
+  LookupFrame(const dcnv4_problem& p, const Plan<S>& plan, Window window, int32_t blank, int64_t unit)
       : frame(plan, window, blank),
-        cell_size(V::set1(S(plan.packed_width))),
-        row_size(V::set1(S(plan.pitch * plan.packed_width))),
-        origin(V::set1(S((1 - window.first * plan.pitch) * plan.packed_width))),
+        cell_size(V::set1(S(unit))),
+        row_size(V::set1(S(plan.pitch * unit))),
+        origin(V::set1(S((1 - window.first * plan.pitch) * unit))),
         columns(V::set1(S(p.Wo))),
         per_column(V::set1(S(1) / S(p.Wo))),
         step_x(V::set1(S(p.stride_w))),
         step_y(V::set1(S(p.stride_h))),
-        blank(int32_t(blank * plan.packed_width)) {}
+        blank(int32_t(blank * unit)) {}
 };
 
 // Calls `work(row, column, count, below)` for up to V::width neighbouring pixels at a time: those from (row, column) on, which
@@ -77,21 +88,29 @@ DCNV4_INLINE void for_batches(const dcnv4_problem& p, int64_t first_row, int64_t
     }
 }
 
-// The lookups of the pixels (row, column) and `count` - 1 behind it, whose offset rows begin at `offsets`, `step` apart.
-// Pixels `below` behind them are next. Returns whether a tap needs a row outside the window; then `outside` has a bit a tap.
-template <class V, class T, int kTaps>
-DCNV4_NOINLINE bool locate_lookups(const dcnv4_problem& p, const LookupFrame<V>& on, const LaneTables<V, kTaps>& lanes,
-                                   const T* offsets, int64_t step, int64_t below, int count, int64_t row, int64_t column,
-                                   Lookups<V, kTaps>& to, typename V::Mask* outside, LookupStates<V, kTaps>* states) {
+// The pixels (row, column) and `count` - 1 behind it, whose offset rows begin at `offsets`, `step` apart; pixels `below` behind
+// them are next.
+template <class T>
+struct Batch {
+  const T* offsets;
+  int64_t step, below, row, column;
+  int count;
+};
+
+// Locates the taps of a batch. `weights` becomes what they count, softmax done. Calls `take(v, used, place, lx, ly)` for every
+// vector v of them: which count, where in the map the upper left corner is, and the fractions of the position, zero where a tap
+// does not count. Returns whether a tap needs a row outside the window; then `outside` has a bit a tap.
+template <class V, int kTaps, class T, class Take>
+DCNV4_INLINE bool locate_batch(const dcnv4_problem& p, const LookupFrame<V>& on, const LaneTables<V, kTaps>& lanes,
+                               const Batch<T>& batch, ScalarOf<V>* weights, typename V::Mask* outside, Take take) {
   using S = ScalarOf<V>;
   constexpr int kPixels = V::width;
   // The taps' offsets and weights side by side. A store writes whole vectors, and the next one overwrites what is too much.
   alignas(64) T pairs[kPixels * 2 * kTaps + 2 * V::width];
-  alignas(64) S own_weights[kPixels * kTaps + V::width];
-  S* const weights = states ? states->weight : own_weights;
   const bool softmax = p.softmax;
-  for (int i = 0; i < count; ++i, offsets += step) {
-    V::prefetch(offsets + below * step);
+  const T* offsets = batch.offsets;
+  for (int i = 0; i < batch.count; ++i, offsets += batch.step) {
+    V::prefetch(offsets + batch.below * batch.step);
     memcpy(pairs + i * 2 * kTaps, offsets, 2 * kTaps * sizeof(T));
     if (softmax) {
       softmax_row(offsets + 2 * kTaps, kTaps, weights + i * kTaps);
@@ -102,11 +121,11 @@ DCNV4_NOINLINE bool locate_lookups(const dcnv4_problem& p, const LookupFrame<V>&
   }
   const Frame<V> frame = on.frame;
   // Columns count on over the end of a row; `wrapped` is how many rows down that is. Half a column keeps it off the edge.
-  const V ahead = V::set1(S(column)) + V::load(lanes.count);
+  const V ahead = V::set1(S(batch.column)) + V::load(lanes.count);
   const V wrapped = V::floor((ahead + V::set1(S(0.5))) * on.per_column);
   const V pixel_x = V::fma(ahead - wrapped * on.columns, on.step_x, V::set1(S(base_x(p, 0))));
-  const V pixel_y = V::fma(wrapped, on.step_y, V::set1(S(base_y(p, row))));
-  const int vectors = (count * kTaps + V::width - 1) / V::width;
+  const V pixel_y = V::fma(wrapped, on.step_y, V::set1(S(base_y(p, batch.row))));
+  const int vectors = (batch.count * kTaps + V::width - 1) / V::width;
   bool leaves = false;
   for (int v = 0, i = 0; v < vectors; ++v, i += V::width) {
     V dx, dy;
@@ -122,20 +141,37 @@ DCNV4_NOINLINE bool locate_lookups(const dcnv4_problem& p, const LookupFrame<V>&
       outside[v] = V::either(V::greater(used, frame.first, y0), V::greater(used, y0, frame.last));
       leaves |= V::any(outside[v]);
     }
-    V::store_whole(to.element + i, used, V::fma(y0, on.row_size, V::fma(x0, on.cell_size, on.origin)), on.blank);
-    const V lx = V::select(used, x - x0), ly = V::select(used, y - y0);
-    if (states) {
-      lx.store(states->lx + i);
-      ly.store(states->ly + i);
-      states->used[v] = used;
-    }
-    const Corners<V> w = corner_weights(lx, ly, V::select(used, V::load(weights + i)), frame.one);
-    w.w00.store(to.w00 + i);
-    w.w01.store(to.w01 + i);
-    w.w10.store(to.w10 + i);
-    w.w11.store(to.w11 + i);
+    take(v, used, V::fma(y0, on.row_size, V::fma(x0, on.cell_size, on.origin)), V::select(used, x - x0),
+         V::select(used, y - y0));
   }
   return leaves;
+}
+
+// The lookups of a batch.
+template <class V, class T, int kTaps>
+DCNV4_NOINLINE bool locate_lookups(const dcnv4_problem& p, const LookupFrame<V>& on, const LaneTables<V, kTaps>& lanes,
+                                   const Batch<T>& batch, Lookups<V, kTaps>& to, typename V::Mask* outside,
+                                   OwnStates<V, kTaps>* states) {
+  using S = ScalarOf<V>;
+  alignas(64) S own_weights[V::width * kTaps + V::width];
+  S* const weights = states ? states->weight : own_weights;
+  const V one = on.frame.one;
+  const int32_t blank = on.blank;
+  return locate_batch<V, kTaps>(
+      p, on, lanes, batch, weights, outside, [&](int v, typename V::Mask used, V place, V lx, V ly) DCNV4_LAMBDA_INLINE {
+        const int i = v * V::width;
+        V::store_whole(to.element + i, used, place, blank);
+        if (states) {
+          lx.store(states->lx + i);
+          ly.store(states->ly + i);
+          states->used[v] = used;
+        }
+        const Corners<V> w = corner_weights(lx, ly, V::select(used, V::load(weights + i)), one);
+        w.w00.store(to.w00 + i);
+        w.w01.store(to.w01 + i);
+        w.w10.store(to.w10 + i);
+        w.w11.store(to.w11 + i);
+      });
 }
 
 // One corner's weights of the taps of a pixel, spread over a vector one by one.

@@ -1,60 +1,80 @@
-// The packed map: rows of one group in the compute type, with zero cells all round.
+// The packed map: rows of one group as C holds channels, with zero cells all round.
 
 namespace {
 
 // Pack rows of one group: row r of the map holds value row window.first + r. `value` points at pixel (0, 0) of the group.
-template <class V, class T, int kVectors>
-void pack_rows(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* value, Window window, ScalarOf<V>* map) {
-  using S = ScalarOf<V>;
+template <class C, class T, int kVectors>
+void pack_rows(const dcnv4_problem& p, const Plan<ScalarOf<typename C::Vector>>& plan, const T* value, Window window,
+               typename C::Cell* map) {
+  using Cell = typename C::Cell;
   const int64_t width = plan.packed_width, row_size = plan.pitch * width, step = p.value_stride;
-  constexpr int64_t kChunk = kVectors * V::width;
+  constexpr int64_t kChunk = kVectors * C::width;
   for (int64_t h = window.first; h < window.last; ++h, map += row_size) {
     if (h < 0 || h >= p.H) {
-      memset(map, 0, row_size * sizeof(S));
+      memset(map, 0, row_size * sizeof(Cell));
       continue;
     }
-    memset(map, 0, width * sizeof(S));
-    memset(map + row_size - width, 0, width * sizeof(S));
+    memset(map, 0, width * sizeof(Cell));
+    memset(map + row_size - width, 0, width * sizeof(Cell));
     for (int64_t c = 0; c < width; c += kChunk) {
       const T* source = value + h * p.W * step + c;
-      S* cell = map + width + c;
+      Cell* cell = map + width + c;
       if (c + kChunk <= p.D) {
         for (int64_t w = 0; w < p.W; ++w, source += step, cell += width) {
-          for (int64_t line = 0; line < kChunk; line += 64 / int64_t(sizeof(T))) V::prefetch(source + 8 * step + line);
-          for (int v = 0; v < kVectors; ++v) V::load(source + v * V::width).store(cell + v * V::width);
+          for (int64_t line = 0; line < kChunk; line += 64 / int64_t(sizeof(T))) C::Vector::prefetch(source + 8 * step + line);
+          for (int v = 0; v < kVectors; ++v) C::pack(source + v * C::width, cell + v * C::width);
         }
         continue;
       }
       for (int64_t w = 0; w < p.W; ++w, source += step, cell += width)
         for (int v = 0; v < kVectors; ++v) {
-          const int64_t left = std::max<int64_t>(0, std::min<int64_t>(V::width, p.D - c - v * V::width));
-          V::load_some(source + (left ? v * V::width : 0), int(left)).store(cell + v * V::width);
+          const int64_t left = std::max<int64_t>(0, std::min<int64_t>(C::width, p.D - c - v * C::width));
+          C::pack_some(source + (left ? v * C::width : 0), int(left), cell + v * C::width);
         }
     }
   }
 }
 
-template <class V, class T>
-void pack(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* value, Window window, ScalarOf<V>* map) {
-  const auto rows = plan.at_once == 1   ? pack_rows<V, T, 1>
-                    : plan.at_once == 2 ? pack_rows<V, T, 2>
-                    : plan.at_once == 3 ? pack_rows<V, T, 3>
-                                        : pack_rows<V, T, 4>;
+template <class C, class T>
+void pack(const dcnv4_problem& p, const Plan<ScalarOf<typename C::Vector>>& plan, const T* value, Window window,
+          typename C::Cell* map) {
+  static_assert(C::at_once <= 4, "a case for each");
+  const auto rows = plan.at_once == 1   ? pack_rows<C, T, 1>
+                    : plan.at_once == 2 ? pack_rows<C, T, 2>
+                    : plan.at_once == 3 ? pack_rows<C, T, 3>
+                                        : pack_rows<C, T, 4>;
   rows(p, plan, value, window, map);
 }
 
-template <class V>
-DCNV4_INLINE void clear_blank(const Plan<ScalarOf<V>>& plan, ScalarOf<V>* blank) {
-  const int64_t width = plan.packed_width;
-  memset(blank, 0, 2 * width * sizeof(ScalarOf<V>));
-  memset(blank + plan.pitch * width, 0, 2 * width * sizeof(ScalarOf<V>));
+// The group's channels of `pixels` pixels, `step` apart, cell by cell.
+template <class C, class T>
+void pack_pixels(const Plan<ScalarOf<typename C::Vector>>& plan, const T* source, int64_t step, int64_t pixels,
+                 typename C::Cell* to) {
+  for (int64_t i = 0; i < pixels; ++i, source += step, to += plan.packed_width) {
+    for (int64_t line = 0; line < plan.D; line += 64 / int64_t(sizeof(T))) C::Vector::prefetch(source + 8 * step + line);
+    for (int64_t c = 0; c < plan.packed_width; c += C::width) {
+      const int64_t left = plan.D - c;
+      if (DCNV4_LIKELY(left >= C::width)) {
+        C::pack(source + c, to + c);
+      } else {
+        C::pack_some(source + (left > 0 ? c : 0), int(std::max<int64_t>(0, left)), to + c);
+      }
+    }
+  }
 }
 
-// Elements of a packed map of `rows` rows with the blank cells behind it.
+template <class S, class Cell>
+DCNV4_INLINE void clear_blank(const Plan<S>& plan, Cell* blank) {
+  const int64_t width = plan.packed_width;
+  memset(blank, 0, 2 * width * sizeof(Cell));
+  memset(blank + plan.pitch * width, 0, 2 * width * sizeof(Cell));
+}
+
+// Elements of a packed map of `rows` rows with the blank cells behind it; whole cache lines of them.
 template <class S>
 inline int64_t map_elements(const Plan<S>& plan, int64_t rows) {
   const int64_t elements = (rows * plan.pitch + plan.pitch + 2) * plan.packed_width;
-  return (elements + 15) / 16 * 16;
+  return (elements + 31) / 32 * 32;
 }
 
 // Value rows that the taps of output rows [first, last) reach with offsets of up to `halo` rows.

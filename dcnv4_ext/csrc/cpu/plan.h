@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <limits>
 #include <optional>
+#include <type_traits>
 
 #if defined(_WIN32)
 #include <malloc.h>

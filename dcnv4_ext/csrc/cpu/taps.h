@@ -115,25 +115,19 @@ DCNV4_INLINE bool locate(const Frame<V>& frame, const ScalarOf<V>* grid_x, const
   return leaves;
 }
 
-// Channels are taken kVectors vectors at a time, at most four so that sums, weights and addresses stay in registers.
-inline int vectors_at_once(int64_t vectors) {
-  const int64_t rounds = (vectors + 3) / 4;
-  return int((vectors + rounds - 1) / rounds);
-}
-
 template <class V>
 struct TapGrid {
   using S = ScalarOf<V>;
-  // Two arrays of `padded` values in `storage`.
+  // Two arrays of `padded` values in `storage`. C: how the packed map holds channels.
+  template <class C>
   static Plan<S> plan(const dcnv4_problem& p, S* storage) {
     const int64_t K = taps_of(p), padded = (K + V::width - 1) / V::width * V::width;
     Plan<S> plan;
     plan.K = K;
     plan.padded_taps = padded;
     plan.D = p.D;
-    const int64_t vectors = (p.D + V::width - 1) / V::width, at_once = vectors_at_once(vectors);
-    plan.at_once = int(at_once);
-    plan.packed_width = (vectors + at_once - 1) / at_once * at_once * V::width;
+    plan.at_once = vectors_at_once<C>((p.D + C::width - 1) / C::width);
+    plan.packed_width = cell_elements<C>(p.D);
     plan.pitch = p.W + 2;
     plan.rows = p.H;
     plan.center_y = (p.dilation_h * (p.kernel_h - 1)) / 2;

@@ -1,0 +1,190 @@
+// Backward by cells, for 3x3 kernels: the taps of many pixels are sorted by the cell they look at. The values of a cell and its
+// three neighbours, and the sums of their gradients, then stay in registers for all taps that look there. A pass over pixels
+// would read, and worse, write all eight vectors again for every tap: stores are what a processor does least of in a cycle.
+
+namespace {
+
+// The taps of a block of pixels, tap by tap and pixel by pixel.
+template <class V, int kTaps>
+struct SortedTaps {
+  using S = ScalarOf<V>;
+  static constexpr int64_t kPixels = 2048;  // of a block: what belongs to them stays in the L2 cache
+
+  S* corners;  // four a tap: weights of the corners
+  S* sums;     // four a tap: dot products with the values of the corners; in place of the weights where one visit makes them
+  S *lx, *ly, *weight;
+  typename V::Mask* used;  // a vector of taps each
+  // Twice the cell, one more for every second tap. A counter that is counted up again at once has to be waited for: two a cell
+  // are so half as often. Taps that do not count have V::width counters together, behind all others.
+  uint32_t* counter;
+  uint64_t* order;  // pixel << 32 | tap, in the order of the counters, and of the taps of a counter
+  uint32_t* end;    // where in `order` the taps of a counter end
+  V low, high;      // cells that the taps look at, a lane's share of them: the first and the last
+
+  // Places for `pixels` and for maps of `cells` cells before the blank one, in `memory`; returns the bytes. A last batch may
+  // write as if it were whole.
+  int64_t lay_out(char* memory, int64_t pixels, int64_t cells, bool one_visit) {
+    char* at = memory;
+    const int64_t taps = (pixels + V::width) * kTaps;
+    const auto take = [&](auto*& array, int64_t count) {
+      array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(at);
+      at += (count * int64_t(sizeof *array) + 63) / 64 * 64;
+    };
+    take(corners, 4 * taps);
+    sums = corners;
+    if (!one_visit) take(sums, 4 * taps);
+    take(lx, taps);
+    take(ly, taps);
+    take(weight, taps + V::width);
+    take(used, taps / V::width);
+    take(counter, taps);
+    take(order, taps);
+    take(end, 2 * cells + V::width);
+    return at - memory;
+  }
+};
+
+// The taps of a batch whose first is number `at`.
+template <class V, class T, int kTaps>
+DCNV4_NOINLINE void locate_sorted(const dcnv4_problem& p, const LookupFrame<V>& on, const LaneTables<V, kTaps>& lanes,
+                                  const Batch<T>& batch, SortedTaps<V, kTaps>& to, int64_t at) {
+  using S = ScalarOf<V>;
+  S *const corners = to.corners + 4 * at, *const weights = to.weight + at, *const to_lx = to.lx + at, *const to_ly = to.ly + at;
+  uint32_t* const counters = to.counter + at;
+  typename V::Mask* const masks = to.used + at / V::width;
+  const V one = on.frame.one;
+  const V unused = V::set1(S(2 * on.blank)) + V::load(lanes.count), every_second = V::load(lanes.every_second), two = V::set1(S(2));
+  V low = to.low, high = to.high;
+  locate_batch<V, kTaps>(
+      p, on, lanes, batch, weights, nullptr, [&](int v, typename V::Mask used, V place, V lx, V ly) DCNV4_LAMBDA_INLINE {
+        const int i = v * V::width;
+        V::store_whole(counters + i, used, V::fma(place, two, every_second), unused);
+        low = V::least(used, low, place);
+        high = V::greatest(used, high, place);
+        lx.store(to_lx + i);
+        ly.store(to_ly + i);
+        masks[v] = used;
+        const Corners<V> w = corner_weights(lx, ly, V::select(used, V::load(weights + i)), one);
+        V::store_quads(corners + 4 * i, w.w00, w.w01, w.w10, w.w11);
+      });
+  to.low = low;
+  to.high = high;
+}
+
+// Sorts `pixels` pixels' taps that look at the cells [first, last], by counting. `blank` is behind all cells of the map.
+template <class V, int kTaps>
+DCNV4_NOINLINE void sort_taps(const SortedTaps<V, kTaps>& taps, int64_t pixels, int64_t first, int64_t last, int64_t blank) {
+  const uint32_t* counter = taps.counter;
+  uint32_t* const end = taps.end;
+  if (first <= last) memset(end + 2 * first, 0, 2 * (last - first + 1) * sizeof *end);
+  memset(end + 2 * blank, 0, V::width * sizeof *end);
+  for (int64_t t = 0; t < pixels * kTaps; ++t) ++end[counter[t]];
+  uint32_t before = 0;
+  const auto begin_of = [&](int64_t from, int64_t to) {
+    for (int64_t c = from; c < to; ++c) {
+      const uint32_t count = end[c];
+      end[c] = before;
+      before += count;
+    }
+  };
+  begin_of(2 * first, 2 * last + 2);
+  begin_of(2 * blank, 2 * blank + V::width);
+  uint64_t* const order = taps.order;
+  uint64_t entry = 0;
+  for (int64_t i = 0; i < pixels; ++i, counter += kTaps, entry += uint64_t(1) << 32) {
+    DCNV4_UNROLL
+    for (int k = 0; k < kTaps; ++k) order[end[counter[k]]++] = entry++;
+  }
+}
+
+// For kVectors vectors of channels: dot products of the gradients with the corners of every tap, four a tap, to `taps.sums`, or
+// added to them; and the gradients times the corners' weights, added to the cells of `grad_map`, for the taps that look at the
+// cells [first, last]. Cells of both maps, and `gradients` of pixels, are `width` elements apart.
+template <class C, int kVectors, int kTaps, bool kDots, class V = typename C::Vector>
+DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_map, int64_t width, int64_t row_size,
+                                const SortedTaps<V, kTaps>& taps, int64_t first, int64_t last, const typename C::Cell* gradients,
+                                bool add, Ahead<V>& ahead) {
+  using S = ScalarOf<V>;
+  using Cell = typename C::Cell;
+  constexpr int kParts = kVectors * C::registers;
+  const uint64_t* const order = taps.order;
+  const S* const corners = taps.corners;
+  S* const sums = taps.sums;
+  // What the cell before added to its right and lower right neighbour: this cell's own and lower one.
+  V right[kParts], lower_right[kParts];
+  const auto clear = [&]() DCNV4_LAMBDA_INLINE {
+    for (int v = 0; v < kParts; ++v) right[v] = lower_right[v] = V::zero();
+  };
+  const auto add_to = [](S* cell, const V* what) DCNV4_LAMBDA_INLINE {
+    for (int v = 0; v < kParts; ++v) (V::load(cell + v * V::width) + what[v]).store(cell + v * V::width);
+  };
+  clear();
+  bool pending = false;
+  uint32_t at = 0;
+  for (int64_t c = first; c <= last; ++c) {
+    const uint32_t end = taps.end[2 * c + 1];
+    S* const target = grad_map + c * width;
+    if (at == end) {
+      if (pending) {
+        add_to(target, right);
+        add_to(target + row_size, lower_right);
+        clear();
+        pending = false;
+      }
+      continue;
+    }
+    if (!add) ahead.fetch();
+    typename C::Operand value[4][kVectors];
+    if (kDots) {
+      const Cell* const source = map + c * width;
+      for (int v = 0; v < kVectors; ++v) {
+        value[0][v] = C::operand(source + v * C::width);
+        value[1][v] = C::operand(source + width + v * C::width);
+        value[2][v] = C::operand(source + row_size + v * C::width);
+        value[3][v] = C::operand(source + row_size + width + v * C::width);
+      }
+    }
+    V sum[4][kParts];
+    for (int v = 0; v < kParts; ++v) {
+      sum[0][v] = right[v];
+      sum[2][v] = lower_right[v];
+      sum[1][v] = sum[3][v] = V::zero();
+    }
+    do {
+      const uint64_t entry = order[at];
+      const int64_t tap = uint32_t(entry), pixel = int64_t(entry >> 32);
+      const Cell* const gradient = gradients + pixel * width;
+      const S* const weights = corners + 4 * tap;
+      for (int v = 0; v < kVectors; ++v) {
+        const C g = C::load(gradient + v * C::width);
+        for (int q = 0; q < 4; ++q)
+          for (int r = 0; r < C::registers; ++r) {
+            V& total = sum[q][v * C::registers + r];
+            total = V::fma(V::set1(weights[q]), g.part(r), total);
+          }
+      }
+      if (kDots) {
+        V dot[4];
+        for (int v = 0; v < kVectors; ++v) {
+          const typename C::Operand g = C::operand(gradient + v * C::width);
+          for (int q = 0; q < 4; ++q) dot[q] = v == 0 ? C::dot(g, value[q][v]) : C::dot(g, value[q][v], dot[q]);
+        }
+        V::sum4(dot[0], dot[1], dot[2], dot[3], sums + 4 * tap, add);
+      }
+    } while (++at < end);
+    add_to(target, sum[0]);
+    add_to(target + row_size, sum[2]);
+    for (int v = 0; v < kParts; ++v) {
+      right[v] = sum[1][v];
+      lower_right[v] = sum[3][v];
+    }
+    pending = true;
+  }
+  if (pending) {
+    S* const target = grad_map + (last + 1) * width;
+    add_to(target, right);
+    add_to(target + row_size, lower_right);
+  }
+}
+
+}  // namespace
