@@ -27,6 +27,7 @@ struct Bf16 {
   F32 even, odd;
 
   static DCNV4_INLINE __m512i some(const bf16* p, int n) { return _mm512_maskz_loadu_epi16(first(n), p); }
+  static DCNV4_INLINE void clear(bf16* to) { _mm512_storeu_si512(to, _mm512_setzero_si512()); }
   static DCNV4_INLINE void pack(const bf16* from, bf16* to) { _mm512_storeu_si512(to, _mm512_loadu_si512(from)); }
   static DCNV4_INLINE void pack_some(const bf16* from, int n, bf16* to) { _mm512_storeu_si512(to, some(from, n)); }
   static DCNV4_INLINE Bf16 load(const bf16* p) { return widened(operand(p)); }

@@ -454,7 +454,7 @@ int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_
   {
     static thread_local Scratch scratch;
     bool begun = false;
-    tasks.run([&](int64_t task, int64_t next) {
+    tasks.run(thread_number(), [&](int64_t task, int64_t next) {
       char* const memory = static_cast<char*>(scratch.get(map_size * (sizeof(Cell) + sizeof(S)) + tap_bytes));
       if (!memory) {
         status = DCNV4_OUT_OF_MEMORY;

@@ -326,7 +326,7 @@ int32_t forward(const dcnv4_problem& p, const void* value_, const void* offset_m
   {
     static thread_local Scratch scratch;
     bool begun = false;
-    tasks.run([&](int64_t task, int64_t next) {
+    tasks.run(thread_number(), [&](int64_t task, int64_t next) {
       char* const memory = static_cast<char*>(scratch.get(map_bytes + tap_size * sizeof(S)));
       Cell* const map = reinterpret_cast<Cell*>(memory);
       const Part part = part_of(task);

@@ -13,6 +13,10 @@
 #include <malloc.h>
 #endif
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #include "../sampling.h"
 
 #if defined(_MSC_VER)
@@ -44,6 +48,15 @@ struct CpuKernels {
 // Internal linkage: files of different instruction sets must never share a function, or the linker could keep the one that
 // the processor cannot run.
 namespace {
+
+// Of this thread in its team.
+inline int thread_number() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
 
 // Scratch that a thread keeps between calls, so that a call in a training loop touches no fresh pages.
 class Scratch {

@@ -53,26 +53,34 @@ struct Ahead {
   }
 };
 
-// What tasks threads take, one after the other. Where there are many, a thread takes its next one before it does this one, so
-// that it can ask for that one's data meanwhile.
+// What tasks threads take: in turn at first, so that threads work side by side and share what memory has ready, then whoever is
+// free the next one. Not all so: to take one waits until memory has what was stored past the caches. A thread knows its next
+// task while it does this one where there are many, and can ask for that one's data meanwhile.
 class Tasks {
  public:
-  Tasks(int64_t count, int threads) : count_(count), early_(count >= 4 * int64_t(threads)) {}
+  Tasks(int64_t count, int threads)
+      : in_turn_(count * 3 / 4 / threads * threads),
+        taken_(in_turn_),
+        count_(count),
+        threads_(threads),
+        early_(count >= 4 * int64_t(threads)) {}
 
-  // For every thread of a team: `work(task, next)`, where `next` is -1 if it is not known.
+  // For every thread of a team, of number `thread`: `work(task, next)`, where `next` is -1 if it is not known.
   template <class Work>
-  void run(Work work) {
-    int64_t task = taken_++;
+  void run(int thread, Work work) {
+    int64_t task = thread < in_turn_ ? thread : taken_++;
     while (task < count_) {
-      const int64_t next = early_ ? taken_++ : -1;
+      const bool turns = task + threads_ < in_turn_;
+      const int64_t next = turns ? task + threads_ : early_ ? taken_++ : -1;
       work(task, next < count_ ? next : -1);
-      task = early_ ? next : taken_++;
+      task = turns || early_ ? next : taken_++;
     }
   }
 
  private:
-  std::atomic<int64_t> taken_{0};
-  const int64_t count_;
+  const int64_t in_turn_;
+  std::atomic<int64_t> taken_;
+  const int64_t count_, threads_;
   const bool early_;
 };
 
