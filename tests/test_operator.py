@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from dcnv4_ext import dcnv4, dcnv4_reference, native
-from problems import DTYPES, TOLERANCES, between_cells, mismatches, random_problem, solve, wide_problem
+from problems import (
+    DTYPES,
+    TOLERANCES,
+    Problem,
+    between_cells,
+    mismatches,
+    random_problem,
+    solve,
+    wide_problem,
+)
 
 PROBLEMS = int(os.environ.get("DCNV4_PROBLEMS", "500"))
 ISAS = native.cpu().dcnv4_cpu_isas().decode().split()
@@ -322,6 +331,63 @@ def test_wide_maps(isa: str) -> None:
     with native.forced_isa(isa):
         found = [text for problem in problems for text in mismatches(problem, solve(dcnv4, problem))]
     assert not found, "\n".join(found[:5])
+
+
+def _problem(
+    size: tuple[int, int], d: int, dtype: torch.dtype, largest: float, seed: int, groups: int = 1, **settings
+) -> Problem:
+    """One image, a 3x3 kernel."""
+    generator = torch.Generator().manual_seed(seed)
+    value = torch.randn(1, *size, groups * d, generator=generator)
+    stride = settings.get("stride", 1)
+    output = [(extent - 1) // stride + 1 for extent in size]
+    offset_mask = torch.randn(1, *output, groups, 27, generator=generator)
+    offset_mask[..., :18] = between_cells((1, *output, groups, 18), generator, largest)
+    grad_output = torch.randn(1, *output, groups * d, generator=generator)
+    tensors = (tensor.to(dtype) for tensor in (value, offset_mask.flatten(3), grad_output))
+    return Problem(seed, *tensors, dict(groups=groups, **settings))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("d", [16, 24, 32, 48, 64, 80, 160])
+def test_more_pixels_than_are_sorted_at_once(isa: str, d: int) -> None:
+    """Where backward goes by cells: blocks of 2048 pixels, one visit or several, a last batch that is not full."""
+    problems = [
+        _problem((61, 37), d, dtype, 2, seed, softmax=seed == 1)
+        for seed, dtype in enumerate((torch.float32, torch.bfloat16))
+    ]
+    with native.forced_isa(isa):
+        found = [text for problem in problems for text in mismatches(problem, solve(dcnv4, problem))]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("size", "stride"), [((96, 96), 24), ((3, 8200), 1)], ids=["far apart", "a wide row"]
+)
+def test_taps_that_are_not_worth_sorting(
+    isa: str, dtype: torch.dtype, size: tuple[int, int], stride: int
+) -> None:
+    """Sixteen pixels that look all over a map of 9,216 cells, and rows past the longest that is sorted."""
+    problem = _problem(size, 40, dtype, 60 if stride > 1 else 2, 5, stride=stride)
+    with native.forced_isa(isa):
+        found = mismatches(problem, solve(dcnv4, problem))
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_infinite_values_stay_where_they_are_seen(isa: str) -> None:
+    """A network that overflows says so, and only where it does: however the kernel splits a bf16 number."""
+    for dtype in (torch.float32, torch.bfloat16):
+        problem = _problem((12, 12), 32, dtype, 2, 6)
+        problem.value[0, 4, 7, 3] = float("inf")
+        problem.value[0, 9, 2, 30] = float("nan")
+        with native.forced_isa(isa):
+            output = dcnv4(problem.value, problem.offset_mask, **problem.settings)
+        want = dcnv4_reference(problem.value.double(), problem.offset_mask.double(), **problem.settings)
+        assert not output.isfinite().all()
+        assert torch.equal(output.isfinite(), want.isfinite())
 
 
 @pytest.mark.parametrize("isa", ISAS[:-1])

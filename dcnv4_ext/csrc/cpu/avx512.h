@@ -133,10 +133,9 @@ struct F32 {
   static DCNV4_INLINE void store_quads(float* p, F32 a, F32 b, F32 c, F32 d) {
     const __m512i low_index = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i high_index = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    const __m512i low_pairs = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high_pairs = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
-    const auto pairs_of = [](F32 x, __m512i index, F32 y) {
-      return _mm512_castps_pd(_mm512_permutex2var_ps(x.v, index, y.v));
-    };
+    const __m512i low_pairs = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11),
+                  high_pairs = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+    const auto pairs_of = [](F32 x, __m512i index, F32 y) { return _mm512_castps_pd(_mm512_permutex2var_ps(x.v, index, y.v)); };
     const __m512d ab_low = pairs_of(a, low_index, b), ab_high = pairs_of(a, high_index, b);
     const __m512d cd_low = pairs_of(c, low_index, d), cd_high = pairs_of(c, high_index, d);
     _mm512_storeu_pd((double*)p, _mm512_permutex2var_pd(ab_low, low_pairs, cd_low));

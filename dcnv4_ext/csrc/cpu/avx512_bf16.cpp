@@ -89,7 +89,8 @@ int32_t forward_of(const dcnv4_problem& p, const void* value, const void* offset
 
 int32_t backward_of(const dcnv4_problem& p, const void* value, const void* offset_mask, const void* grad_output,
                     void* grad_value, void* grad_offset_mask) {
-  if (p.dtype != DCNV4_BFLOAT16) return kAvx512Kernels.backward(p, value, offset_mask, grad_output, grad_value, grad_offset_mask);
+  if (p.dtype != DCNV4_BFLOAT16)
+    return kAvx512Kernels.backward(p, value, offset_mask, grad_output, grad_value, grad_offset_mask);
   if (fits(p.D)) return backward<F32, bf16, Bf16>(p, value, offset_mask, grad_output, grad_value, grad_offset_mask);
   return backward<F32, bf16>(p, value, offset_mask, grad_output, grad_value, grad_offset_mask);
 }

@@ -253,16 +253,21 @@ bool backward_rows_sorted(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
   return true;
 }
 
-// Output rows that go together by cells.
-inline int64_t rows_of_block(const dcnv4_problem& p, int64_t pixels) { return std::max<int64_t>(1, pixels / std::max<int64_t>(1, p.Wo)); }
+// Output rows that go together by cells; 0 where a single one is too much.
+template <class V>
+int64_t rows_of_block(const dcnv4_problem& p) {
+  constexpr int64_t kPixels = SortedTaps<V, kLookupTaps>::kPixels;
+  return p.Wo > 4 * kPixels ? 0 : std::min(p.Ho, std::max<int64_t>(1, kPixels / p.Wo));
+}
 
 // Bytes of scratch that backward_rows_sorted needs.
 template <class C>
 int64_t sorted_bytes(const dcnv4_problem& p, const Plan<ScalarOf<typename C::Vector>>& plan) {
   using V = typename C::Vector;
   SortedTaps<V, kLookupTaps> taps;
-  const int64_t pixels = std::min(p.Ho, rows_of_block(p, taps.kPixels)) * p.Wo;
-  return taps.lay_out(nullptr, pixels, (p.H + 2) * plan.pitch, false) + (pixels * plan.packed_width + 32) * int64_t(sizeof(typename C::Cell));
+  const int64_t pixels = rows_of_block<V>(p) * p.Wo;
+  return taps.lay_out(nullptr, pixels, (p.H + 2) * plan.pitch, false) +
+         (pixels * plan.packed_width + 32) * int64_t(sizeof(typename C::Cell));
 }
 
 // The same as backward_rows where positions and elements of the map are whole numbers that the compute type holds: by cells, or
@@ -301,16 +306,16 @@ void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
     });
   };
   if constexpr (V::sorts) {
-    const int64_t rows = rows_of_block(p, SortedTaps<V, kTaps>::kPixels);
-    for (int64_t first = first_row; first < last_row; first += rows) {
+    const int64_t rows = rows_of_block<V>(p);
+    for (int64_t first = first_row; rows > 0 && first < last_row; first += rows) {
       const int64_t last = std::min(last_row, first + rows);
       if (!backward_rows_sorted<C, T, kTaps>(p, plan, offset_mask, grad_output, grad_offset_mask, map, grad_map, window, blank,
                                              first, last, reinterpret_cast<char*>(scratch), ahead))
         batch_by_batch(first, last);
     }
-  } else {
-    batch_by_batch(first_row, last_row);
+    if (rows > 0) return;
   }
+  batch_by_batch(first_row, last_row);
 }
 
 template <class C, class T, class V = typename C::Vector>

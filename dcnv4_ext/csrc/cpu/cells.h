@@ -8,7 +8,7 @@ namespace {
 template <class V, int kTaps>
 struct SortedTaps {
   using S = ScalarOf<V>;
-  static constexpr int64_t kPixels = 2048;  // of a block: what belongs to them stays in the L2 cache
+  static constexpr int64_t kPixels = 2048;  // of a block: a megabyte belongs to them, and fewer make cells with fewer taps
 
   S* corners;  // four a tap: weights of the corners
   S* sums;     // four a tap: dot products with the values of the corners; in place of the weights where one visit makes them
@@ -53,20 +53,21 @@ DCNV4_NOINLINE void locate_sorted(const dcnv4_problem& p, const LookupFrame<V>& 
   uint32_t* const counters = to.counter + at;
   typename V::Mask* const masks = to.used + at / V::width;
   const V one = on.frame.one;
-  const V unused = V::set1(S(2 * on.blank)) + V::load(lanes.count), every_second = V::load(lanes.every_second), two = V::set1(S(2));
+  const V unused = V::set1(S(2 * on.blank)) + V::load(lanes.count), every_second = V::load(lanes.every_second),
+          two = V::set1(S(2));
   V low = to.low, high = to.high;
-  locate_batch<V, kTaps>(
-      p, on, lanes, batch, weights, nullptr, [&](int v, typename V::Mask used, V place, V lx, V ly) DCNV4_LAMBDA_INLINE {
-        const int i = v * V::width;
-        V::store_whole(counters + i, used, V::fma(place, two, every_second), unused);
-        low = V::least(used, low, place);
-        high = V::greatest(used, high, place);
-        lx.store(to_lx + i);
-        ly.store(to_ly + i);
-        masks[v] = used;
-        const Corners<V> w = corner_weights(lx, ly, V::select(used, V::load(weights + i)), one);
-        V::store_quads(corners + 4 * i, w.w00, w.w01, w.w10, w.w11);
-      });
+  locate_batch<V, kTaps>(p, on, lanes, batch, weights, nullptr,
+                         [&](int v, typename V::Mask used, V place, V lx, V ly) DCNV4_LAMBDA_INLINE {
+                           const int i = v * V::width;
+                           V::store_whole(counters + i, used, V::fma(place, two, every_second), unused);
+                           low = V::least(used, low, place);
+                           high = V::greatest(used, high, place);
+                           lx.store(to_lx + i);
+                           ly.store(to_ly + i);
+                           masks[v] = used;
+                           const Corners<V> w = corner_weights(lx, ly, V::select(used, V::load(weights + i)), one);
+                           V::store_quads(corners + 4 * i, w.w00, w.w01, w.w10, w.w11);
+                         });
   to.low = low;
   to.high = high;
 }
@@ -102,8 +103,8 @@ DCNV4_NOINLINE void sort_taps(const SortedTaps<V, kTaps>& taps, int64_t pixels, 
 // cells [first, last]. Cells of both maps, and `gradients` of pixels, are `width` elements apart.
 template <class C, int kVectors, int kTaps, bool kDots, class V = typename C::Vector>
 DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_map, int64_t width, int64_t row_size,
-                                const SortedTaps<V, kTaps>& taps, int64_t first, int64_t last, const typename C::Cell* gradients,
-                                bool add, Ahead<V>& ahead) {
+                                const SortedTaps<V, kTaps>& taps, int64_t first, int64_t last,
+                                const typename C::Cell* gradients, bool add, Ahead<V>& ahead) {
   using S = ScalarOf<V>;
   using Cell = typename C::Cell;
   constexpr int kParts = kVectors * C::registers;

@@ -124,8 +124,8 @@ DCNV4_INLINE void store_all(T* p, const C* c, bool past_caches) {
 
 // Four weighted loads a tap for `kVectors` vectors of channels, `width` elements from one cell to the next. Where a permutation
 // can spread a weight over a vector, some of the four come so and the others from memory: neither the load ports, which the map
-// keeps busy, nor the multiply-adds' neighbours are then the narrow place. Sums of one or two vectors are kept a corner: a chain
-// of additions must not be longer than the multiply-adds take that run beside it.
+// keeps busy, nor the multiply-adds' neighbours are then the narrow place. Sums of one or two vectors are kept a corner: a
+// chain of additions must not be longer than the multiply-adds take that run beside it.
 template <class C, int kVectors, int kTaps, class V = typename C::Vector>
 DCNV4_INLINE void gather_lookup(const typename C::Cell* map, int64_t width, int64_t row_size, const Lookups<V, kTaps>& from,
                                 int pixel, C* sum) {

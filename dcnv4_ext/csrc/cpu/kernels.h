@@ -2,10 +2,10 @@
 // and then includes this one inside that namespace.
 //
 // A task owns a group of an image (or some rows of it). It packs the rows of the value map that its taps reach into a map, of
-// the compute type or of what channels.h lets stand for it, with zero cells all round, so that no tap needs a bounds test and neighbouring cells lie in neighbouring
-// cache lines. Positions, corner weights and cell indices of all taps of a pixel are computed one tap a lane; then each tap is
-// four weighted loads a vector of channels. Backward adds into a second packed map that the task alone owns: no atomics, the
-// same sums in the same order every time.
+// the compute type or of what channels.h lets stand for it, with zero cells all round, so that no tap needs a bounds test and
+// neighbouring cells lie in neighbouring cache lines. Positions, corner weights and cell indices of all taps of a pixel are
+// computed one tap a lane; then each tap is four weighted loads a vector of channels. Backward adds into a second packed map
+// that the task alone owns: no atomics, the same sums in the same order every time.
 //
 // With 3x3 kernels the vectors that say `looks_up` go another way (lookup.h): the taps of many pixels are located together,
 // nine vectors for as many pixels as a vector has lanes, and each of the passes that follow has its constants in registers.
@@ -13,9 +13,9 @@
 // A vector type V has: width, Scalar, Mask; set1, zero, load, load_some, store, store_some, pairs, store_pairs, quads, fma,
 // floor, first_lanes, greater (among the lanes of a mask), any, select, store_cells, sum4, prefetch, operators + - *; where
 // `looks_up` is true also all_pairs, permute, store_whole, either, lane, stream (a store past the caches), store_two, fence;
-// `spreads`: whether there is a spread (one lane over all); `sorts`: whether backward goes by cells (cells.h), with store_quads,
-// least, greatest and lane. kUnrollTaps asks for kernels with the nine taps of a 3x3 kernel
-// unrolled, which pays where the taps' weights can stay in registers.
+// `spreads`: whether there is a spread (one lane over all); `sorts`: whether backward goes by cells (cells.h), with
+// store_quads, least, greatest and lane. kUnrollTaps asks for kernels with the nine taps of a 3x3 kernel unrolled, which pays
+// where the taps' weights can stay in registers.
 
 // In the order in which they need each other.
 #include "channels.h"

@@ -119,6 +119,9 @@ DCNV4_INLINE bool locate_batch(const dcnv4_problem& p, const LookupFrame<V>& on,
         V::load_some(offsets + 2 * kTaps + k, std::min(V::width + 0, kTaps - k)).store(weights + i * kTaps + k);
     }
   }
+  // Taps that the last vector has too many count nowhere, as any NaN.
+  if (batch.count < kPixels)
+    std::fill_n(pairs + batch.count * 2 * kTaps, 2 * V::width, from_compute<T>(std::numeric_limits<S>::quiet_NaN()));
   const Frame<V> frame = on.frame;
   // Columns count on over the end of a row; `wrapped` is how many rows down that is. Half a column keeps it off the edge.
   const V ahead = V::set1(S(batch.column)) + V::load(lanes.count);
@@ -157,21 +160,21 @@ DCNV4_NOINLINE bool locate_lookups(const dcnv4_problem& p, const LookupFrame<V>&
   S* const weights = states ? states->weight : own_weights;
   const V one = on.frame.one;
   const int32_t blank = on.blank;
-  return locate_batch<V, kTaps>(
-      p, on, lanes, batch, weights, outside, [&](int v, typename V::Mask used, V place, V lx, V ly) DCNV4_LAMBDA_INLINE {
-        const int i = v * V::width;
-        V::store_whole(to.element + i, used, place, blank);
-        if (states) {
-          lx.store(states->lx + i);
-          ly.store(states->ly + i);
-          states->used[v] = used;
-        }
-        const Corners<V> w = corner_weights(lx, ly, V::select(used, V::load(weights + i)), one);
-        w.w00.store(to.w00 + i);
-        w.w01.store(to.w01 + i);
-        w.w10.store(to.w10 + i);
-        w.w11.store(to.w11 + i);
-      });
+  return locate_batch<V, kTaps>(p, on, lanes, batch, weights, outside,
+                                [&](int v, typename V::Mask used, V place, V lx, V ly) DCNV4_LAMBDA_INLINE {
+                                  const int i = v * V::width;
+                                  V::store_whole(to.element + i, used, place, blank);
+                                  if (states) {
+                                    lx.store(states->lx + i);
+                                    ly.store(states->ly + i);
+                                    states->used[v] = used;
+                                  }
+                                  const Corners<V> w = corner_weights(lx, ly, V::select(used, V::load(weights + i)), one);
+                                  w.w00.store(to.w00 + i);
+                                  w.w01.store(to.w01 + i);
+                                  w.w10.store(to.w10 + i);
+                                  w.w11.store(to.w11 + i);
+                                });
 }
 
 // One corner's weights of the taps of a pixel, spread over a vector one by one.
