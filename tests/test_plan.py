@@ -258,3 +258,30 @@ def test_the_parts_of_a_step_add_up_to_it(tmp_path: Path) -> None:
     assert 0 < cost.overhead < 1 and cost.loader > 0
     assert not (config.folder / "checkpoints").exists()
     assert "outside forward, backward and optimiser" in loop.table(cost, config)
+
+
+def _gibibytes(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+@pytest.mark.parametrize("name", ["imagenet256_unet", "imagenet256_dcn_convs", "imagenet256_dcn_full"])
+def test_the_tables_of_the_documentation(name: str) -> None:
+    """docs/training.md says what `eval.plan` says: of the network, and of a run on A100s."""
+    text = (ROOT / "docs" / "training.md").read_text()
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    counted = count(config)
+    state = _gibibytes(20 * counted.parameters)
+    kept, checkpointed = (f"{size[0] / 2**20:.0f} MiB" for size in (counted.kept, counted.kept_checkpointed))
+    parameters, macs = f"{counted.parameters / 1e6:.2f} M", f"{counted.forward_flops / 2e9:.1f} GMAC"
+    assert f"| `{name}` | {parameters} | {macs} | {state} | {kept} | {checkpointed} |" in text
+
+    parts = load_config(ROOT / "configs" / f"{name}.yaml", ["train.gradient_accumulation=32"])
+    alone = plan.plan(counted, parts, 1, 72)
+    cells = [f"{alone.days:.1f} days, {_gibibytes(alone.activation_bytes)}"]
+    for gpus in (8, 64):
+        there, slowest = (plan.plan(counted, config, gpus, 72, bandwidth=speed) for speed in (None, 50))
+        cells.append(
+            f"{there.days:.2f} days, {_gibibytes(there.activation_bytes)} ({there.sent_bytes / 1e9:.1f} GB, "
+            f"{slowest.exchange_seconds:.2f} of {there.seconds_a_step:.2f} s)"
+        )
+    assert f"| `{name}` | {' | '.join(cells)} |" in text
