@@ -738,6 +738,22 @@ def test_a_forked_child_with_one_thread_goes_on() -> None:
     assert done.returncode == 0
 
 
+def test_fewer_threads_than_were_asked_for() -> None:
+    """OpenMP may give a smaller team: here its limit is one thread, and torch asks for four."""
+    program = (
+        "import torch\nfrom dcnv4_ext import dcnv4\n"
+        "v, a = torch.randn(2, 8, 8, 640).requires_grad_(), torch.randn(2, 8, 8, 540).requires_grad_()\n"
+        "def solve():\n    y = dcnv4(v, a, groups=20)\n    return y, *torch.autograd.grad(y.sum(), (v, a))\n"
+        "torch.set_num_threads(1)\nwant = solve()\ntorch.set_num_threads(4)\nassert torch.get_num_threads() == 4\n"
+        "raise SystemExit(not all(map(torch.equal, solve(), want)))"
+    )
+    environment = os.environ | {"OMP_THREAD_LIMIT": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], env=environment, timeout=120, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_nothing_outside_the_tensors_is_touched() -> None:
     """Tensors that end, or begin, at a page nobody may read: masked vector loads, which sanitizers do not watch, included."""
     command = [sys.executable, "-W", "ignore", "-m", "emulation.fenced"]

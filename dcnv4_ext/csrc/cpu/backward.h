@@ -454,12 +454,12 @@ int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_
                     Stream(offsets_of(part) + skipped * p.offset_mask_stride, p.offset_mask_stride, pixels, 3 * plan.K),
                     Stream(gradient_of(part) + skipped * p.output_stride, p.output_stride, pixels, p.D), written};
   };
-  Tasks tasks(count, parallel ? p.threads : 1);
+  Tasks tasks(count);
 #pragma omp parallel num_threads(p.threads) if (parallel)
   {
     static thread_local Scratch scratch;
     bool begun = false;
-    tasks.run(thread_number(), [&](int64_t task, int64_t next) {
+    tasks.run(this_thread(), [&](int64_t task, int64_t next) {
       char* const memory = static_cast<char*>(scratch.get(map_size * (sizeof(Cell) + sizeof(S)) + tap_bytes));
       if (!memory) {
         status = DCNV4_OUT_OF_MEMORY;

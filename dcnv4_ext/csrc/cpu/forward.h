@@ -321,12 +321,12 @@ int32_t forward(const dcnv4_problem& p, const void* value_, const void* offset_m
                     Stream(offsets_of(part) + skipped * p.offset_mask_stride, p.offset_mask_stride, pixels, 3 * plan.K),
                     Stream(output_of(part) + skipped * p.output_stride, p.output_stride, past_caches ? 0 : pixels, p.D)};
   };
-  Tasks tasks(count, parallel ? p.threads : 1);
+  Tasks tasks(count);
 #pragma omp parallel num_threads(p.threads) if (parallel)
   {
     static thread_local Scratch scratch;
     bool begun = false;
-    tasks.run(thread_number(), [&](int64_t task, int64_t next) {
+    tasks.run(this_thread(), [&](int64_t task, int64_t next) {
       char* const memory = static_cast<char*>(scratch.get(map_bytes + tap_size * sizeof(S)));
       Cell* const map = reinterpret_cast<Cell*>(memory);
       const Part part = part_of(task);

@@ -49,12 +49,15 @@ struct CpuKernels {
 // the processor cannot run.
 namespace {
 
-// Of this thread in its team.
-inline int thread_number() {
+// This thread among those that work together.
+struct Thread {
+  int number = 0, team = 1;
+};
+inline Thread this_thread() {
 #if defined(_OPENMP)
-  return omp_get_thread_num();
+  return {omp_get_thread_num(), omp_get_num_threads()};
 #else
-  return 0;
+  return {};
 #endif
 }
 

@@ -58,30 +58,26 @@ struct Ahead {
 // task while it does this one where there are many, and can ask for that one's data meanwhile.
 class Tasks {
  public:
-  Tasks(int64_t count, int threads)
-      : in_turn_(count * 3 / 4 / threads * threads),
-        taken_(in_turn_),
-        count_(count),
-        threads_(threads),
-        early_(count >= 4 * int64_t(threads)) {}
+  explicit Tasks(int64_t count) : count_(count) {}
 
-  // For every thread of a team, of number `thread`: `work(task, next)`, where `next` is -1 if it is not known.
+  // For every thread of a team: `work(task, next)`, where `next` is -1 if it is not known. The team may be smaller than was
+  // asked for: what OpenMP gives is what counts.
   template <class Work>
-  void run(int thread, Work work) {
-    int64_t task = thread < in_turn_ ? thread : taken_++;
+  void run(Thread thread, Work work) {
+    const int64_t in_turn = count_ * 3 / 4 / thread.team * thread.team;
+    const bool early = count_ >= 4 * int64_t(thread.team);
+    int64_t task = thread.number < in_turn ? thread.number : in_turn + taken_++;
     while (task < count_) {
-      const bool turns = task + threads_ < in_turn_;
-      const int64_t next = turns ? task + threads_ : early_ ? taken_++ : -1;
+      const bool turns = task + thread.team < in_turn;
+      const int64_t next = turns ? task + thread.team : early ? in_turn + taken_++ : -1;
       work(task, next < count_ ? next : -1);
-      task = turns || early_ ? next : taken_++;
+      task = turns || early ? next : in_turn + taken_++;
     }
   }
 
  private:
-  const int64_t in_turn_;
-  std::atomic<int64_t> taken_;
-  const int64_t count_, threads_;
-  const bool early_;
+  const int64_t count_;
+  std::atomic<int64_t> taken_{0};  // of those that are not taken in turn
 };
 
 // Nobody has asked for the data of a thread's first task: at least for the beginning of its rows.
