@@ -107,6 +107,15 @@ def operators(results: dict[str, Any]) -> str:
     return markdown(rows)
 
 
+def full_size(results: dict[str, Any]) -> str:
+    """The table of benchmarks/full_size.py: a row a network."""
+    rows = [["", "whole run", "memory", "first loss", "last loss"]]
+    for run in results["runs"]:
+        losses = (f"{run['losses'][step]:.3f}" for step in (0, -1))
+        rows.append([f"`{run['config']}`", f"{run['seconds']:.0f} s", f"{run['peak_gib']:.1f} GiB", *losses])
+    return markdown(rows)
+
+
 def operator_kinds(records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     dtypes = dict.fromkeys(r["dtype"] for r in records)
     return [(dtype, direction) for dtype in dtypes for direction in ("forward", "backward")]
@@ -130,6 +139,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "ablations_speed": ablations_speed,
     "operators_cpu": operators,
     "photographs_compare": scores,
+    "full_size_cpu": full_size,
 }
 
 
