@@ -10,10 +10,21 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from .errors import UserError
 from .zero import Zero
 
 # What FSDP gathers and frees as one: large enough to hide the exchange, small enough to save memory.
 _SHARDED_TOGETHER = ("resnets", "attentions")
+
+
+def check_sharding() -> None:
+    """Raises `UserError` where torch has no FSDP2."""
+    from torch.distributed import fsdp
+
+    if not hasattr(fsdp, "fully_shard"):
+        raise UserError(
+            f"train.parallel=fsdp needs torch 2.6 or newer, and this is {torch.__version__}; use train.parallel=ddp or zero"
+        )
 
 
 def shard(denoiser: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -62,11 +73,17 @@ def gradients(parameters: Sequence[nn.Parameter], optimizer: Optimizer) -> tuple
     """What `optimizer` steps by in this process, to be scaled in place, and the norm of the whole gradient."""
     if isinstance(optimizer, Zero):
         own = optimizer.gradients()
-        square = torch.nn.utils.get_total_norm(own).double().square()
+        square = _norm(own).double().square()
         torch.distributed.all_reduce(square)
         return own, float(square.sqrt())
     own = [p.grad for p in parameters if p.grad is not None]
-    return own, float(whole(torch.nn.utils.get_total_norm(own)))
+    return own, float(whole(_norm(own)))
+
+
+def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of all elements together. torch.nn.utils.get_total_norm does the same, from torch 2.6 on."""
+    with torch.no_grad():
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
 
 
 def state_of(optimizer: Optimizer, p: nn.Parameter) -> dict[str, torch.Tensor]:

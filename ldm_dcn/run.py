@@ -33,7 +33,7 @@ from .images import Images
 from .launch import StopSignals, run_lock, start_accelerator
 from .matching import Matching, new_parameters
 from .metrics import MetricsLog, check_trackers, read
-from .parallel import Optimizer, collected, in_shares_of, replicate, reshard, shard, state_of
+from .parallel import Optimizer, check_sharding, collected, in_shares_of, replicate, reshard, shard, state_of
 from .sampling import PREDICTION_TYPES, generate
 from .swap import apply_swap, plan_swap, swapped_sites
 from .unet import (
@@ -613,6 +613,8 @@ def _check_settings(settings: TrainConfig, accelerator: Accelerator) -> None:
             f"train.parallel={settings.parallel} cannot change what learns during a run (train.match_steps, "
             "train.new_only_steps); do those steps with train.parallel=ddp: a run may go on under the other"
         )
+    if settings.parallel == "fsdp":
+        check_sharding()
     if settings.parallel == "zero":
         import_deepspeed(accelerator.device)
 

@@ -1,4 +1,4 @@
-"""Whole tensors out of shares: on one process only, in main memory, one at a time."""
+"""Whole tensors out of shares: on one process only, in main memory, one at a time; and the gradient's norm."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import weakref
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ldm_dcn.parallel import collected, replicate
+from ldm_dcn.errors import UserError
+from ldm_dcn.parallel import check_sharding, collected, gradients, replicate
 
 # Forked from a server without threads, as in test_checkpoint.py.
 server = multiprocessing.get_context("forkserver")
@@ -88,3 +90,19 @@ def test_only_the_process_that_keeps_them_has_the_whole_tensors(tmp_path: Path) 
     assert answers[0][0] == expected and answers[1][0] == {}
     assert answers[1][1:] == (1, len(expected), True)  # one at a time
     assert answers[0][2:] == (len(expected), True)
+
+
+def test_a_torch_without_fsdp2_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_sharding()
+    monkeypatch.delattr("torch.distributed.fsdp.fully_shard")
+    with pytest.raises(UserError, match=r"train\.parallel=fsdp needs torch 2\.6 or newer"):
+        check_sharding()
+
+
+def test_the_norm_is_that_of_all_gradients_together() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,))]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    own, norm = gradients([*parameters, torch.nn.Parameter(torch.zeros(2))], torch.optim.SGD(parameters))
+    assert [g.data_ptr() for g in own] == [p.grad.data_ptr() for p in parameters]
+    assert norm == pytest.approx(float(torch.cat([p.grad.flatten() for p in parameters]).norm()), rel=1e-6)
