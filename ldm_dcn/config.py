@@ -331,11 +331,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     settings = _read(path, ())
     for override in overrides:
         _override(settings, override)
-    return make_config(settings, name=path.stem, origin=str(path))
+    return make_config(settings, name=path.stem, origin=str(path), overrides=overrides)
 
 
-def make_config(settings: Mapping[str, Any], name: str, origin: str = "config") -> Config:
-    """The config of nested `settings`; `name` is the run's name where the settings give none."""
+def make_config(
+    settings: Mapping[str, Any], name: str, origin: str = "config", overrides: Sequence[str] = ()
+) -> Config:
+    """The config of nested `settings`; `name` is the run's name where the settings give none. Errors name `origin`, or the
+    command line where what is wrong came from `overrides`."""
     settings = _normalised(settings)
     run = settings.get("run")
     if isinstance(run, Mapping) and run.get("name", "") is None:
@@ -344,6 +347,9 @@ def make_config(settings: Mapping[str, Any], name: str, origin: str = "config") 
         return Config.model_validate(settings)
     except ValidationError as error:
         problems = sorted({_explain(e) for e in error.errors()})
+        by_hand = {_is_from(overrides, e) for e in error.errors()}
+        if True in by_hand:
+            origin = "the command line" if by_hand == {True} else f"{origin} and the command line"
         count = "" if len(problems) == 1 else f"{len(problems)} mistakes: "
         raise UserError(f"{origin}: {count}" + "; ".join(problems)) from None
 
@@ -487,6 +493,16 @@ def check_keys(option: str, keys: Sequence[str]) -> None:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+def _is_from(overrides: Sequence[str], error: Mapping[str, Any]) -> bool:
+    """Whether the setting that is wrong, or all of its section that there is, was set by one of `overrides`."""
+    key = ".".join(str(part) for part in error["loc"])
+    unknown = error["type"] == "extra_forbidden"
+    given = [override.partition("=")[0].strip() for override in overrides]
+    return any(
+        key == own or key.startswith(f"{own}.") or (unknown and own.startswith(f"{key}.")) for own in given
+    )
 
 
 def _explain(error: Mapping[str, Any]) -> str:

@@ -257,11 +257,11 @@ def rank_in_class(labels: Tensor) -> Tensor:
     return ranks
 
 
-def check_source(source: str) -> None:
-    """Raise `UserError` where nothing is: before models are loaded, or fetched, for it."""
+def check_source(source: str, name: str = "data.source") -> None:
+    """Raise `UserError` where nothing is: before models are loaded, or fetched, for it. `name` is what the user calls it."""
     if source != "digits" and not os.path.exists(source):
         raise UserError(
-            f"data.source {source!r} is neither a folder nor 'digits'; give 'digits', a folder of images, a .tar or a folder of "
+            f"{name} {source!r} is neither a folder nor 'digits'; give 'digits', a folder of images, a .tar or a folder of "
             "them, a Hugging Face data set on disk, or a latent cache, which `python -m ldm_dcn.encode IMAGES OUT` makes"
         )
 

@@ -478,7 +478,7 @@ def finish(encoding: Encoding) -> dict[str, Any]:
 
 
 def _prepare(options: argparse.Namespace, device: torch.device, rank: int, processes: int) -> Encoding:
-    check_source(options.images)
+    check_source(options.images, "IMAGES")
     autoencoder = load_autoencoder(
         options.autoencoder,
         dtype=options.autoencoder_dtype,
@@ -556,10 +556,10 @@ def _report(out: Path, manifest: dict[str, Any]) -> None:
     extras = [f"{len(plan['class_names'])} classes"] if plan["class_names"] else []
     extras += ["and their mirror images"] if plan["preprocessing"]["flips"] else []
     extras += ["and captions"] if plan["text"] else []
-    broken = f"; {manifest['bad']} broken ones are named in {out / cache.BAD}" if manifest["bad"] else ""
+    broken = f"; broken, and named in {out / cache.BAD}: {manifest['bad']}" if manifest["bad"] else ""
     print(
         f"{out}: {manifest['images']} images {' '.join(extras)} as {shape} latents, {size / 1e9:.2f} GB in "
-        f"{len(manifest['shards'])} shards, identity {manifest['identity']}{broken}"
+        f"{len(manifest['shards'])} shards, fingerprint {manifest['identity']}{broken}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import signal
 import sys
 import time
 from collections import deque
@@ -348,6 +349,11 @@ class Run:
         if self.accelerator.is_main_process:
             with suppress(OSError):  # standard error may be a file on a full disk
                 tqdm.write(" ".join(text.split()), file=sys.stderr)
+
+    def say_stopped(self) -> None:
+        """After the save that a signal asked for."""
+        name = signal.Signals(self.stopped_by).name
+        self.say(f"{name}: step {self.state.step} is saved; the same command goes on from there")
 
     def describe_batch(self, loss: float) -> Path:
         """Write down what was in this step's batch, for whoever looks for the cause of a NaN."""

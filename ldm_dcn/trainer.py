@@ -48,6 +48,7 @@ def train(config: Config, allow_change: Sequence[str] = (), score: Score | None 
             if run.due(config.train.save_every) or run.stopped_by or run.finished:
                 run.save()
             if run.stopped_by:
+                run.say_stopped()
                 break
             if run.due(config.train.sample_every):
                 run.draw_grid()

@@ -163,6 +163,21 @@ def test_a_key_without_its_section_finds_it() -> None:
     assert "lr: unknown setting; did you mean train.lr?" in refusal("lr=3")
 
 
+def test_a_mistake_is_looked_for_where_it_was_made(tmp_path: Path) -> None:
+    """On the command line, in the file, or in both."""
+    assert refusal("trian.steps=3").startswith("the command line: trian: unknown setting")
+    assert refusal("train.steps=x").startswith("the command line: train.steps: ")
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"base: {CONFIGS / 'digits_dcn.yaml'}\ntrain: {{stesp: 3}}\n")
+    for overrides, origin in (
+        ((), f"{path}: "),
+        (("train.lr=x",), f"{path} and the command line: 2 mistakes: "),
+    ):
+        with pytest.raises(UserError) as refused:
+            load_config(path, overrides)
+        assert str(refused.value).startswith(origin) and "train.stesp" in str(refused.value)
+
+
 def test_nonsense_has_no_suggestion() -> None:
     assert refusal("zzqqxx=3").endswith("zzqqxx: unknown setting")
 

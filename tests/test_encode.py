@@ -398,7 +398,10 @@ def test_the_command_in_this_process(
         ([str(images), out, *settings, "--image-size", "16"], "preprocessing.image_size: 8 -> 16"),
         ([str(images), str(images / "a" / "cache"), *settings], "would lie in the images' own folder"),
         ([str(images), str(tmp_path / "new"), *settings, "--captions", "text"], "--text-encoder"),
-        ([str(tmp_path / "none"), str(tmp_path / "new"), *settings], "neither a folder"),
+        (
+            [str(tmp_path / "none"), str(tmp_path / "new"), *settings],
+            f"IMAGES '{tmp_path / 'none'}' is neither a folder",
+        ),
         ([str(images), str(tmp_path / "new"), *settings, "--device", "gpu"], "device 'gpu' cannot be used"),
         (["--verify", str(images)], "no latent cache"),
     ]:

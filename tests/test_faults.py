@@ -89,6 +89,7 @@ def test_kill_9_while_training_then_sigterm_then_the_same_command(tmp_path: Path
     _, text = second.communicate(timeout=60)
     assert second.returncode == 143, text
     steps = [line["step"] for line in metrics.read(config.folder / "metrics.jsonl")]
+    assert f"SIGTERM: step {steps[-1]} is saved; the same command goes on from there" in text
     assert steps == list(range(1, steps[-1] + 1))
     verify(config.folder / "checkpoints" / f"step-{steps[-1]}")  # saved where it was told to stop
 
