@@ -322,22 +322,22 @@ def table(
     """Both tables as text, and where the times come from."""
     lines = [f"{'network':<24}{'parameters':>13}{'forward':>12}{'kept':>12}{'checkpointed':>14}", "-" * 75]
     lines += [
-        f"{c.name:<24}{c.parameters / 1e6:>11.2f} M{c.forward_flops / 2e9:>7.1f} GMAC{c.kept[0] / 2**20:>8.0f} MiB"
+        f"{c.name:<24}{c.parameters / 1e6:>11.2f} M{c.forward_flops / 2e9:>7.3g} GMAC{c.kept[0] / 2**20:>8.0f} MiB"
         f"{c.kept_checkpointed[0] / 2**20:>10.0f} MiB"
         for c in counts
     ]
     lines += [
         "",
-        f"{'network':<24}{'GPUs':>5}{'images':>8}{'x':>4}{'state':>11}{'activations':>13}{'sent a step':>13}{'s a step':>10}"
+        f"{'network':<24}{'GPUs':>5}{'images':>8}{'parts':>6}{'state':>11}{'activations':>13}{'sent a step':>13}{'s a step':>10}"
         f"{'days':>10}",
-        "-" * 98,
+        "-" * 100,
     ]
     for p in plans:
         seconds, days = (
             ("-", "-") if p.seconds_a_step is None else (f"{p.seconds_a_step:.3g}", f"{p.days:.3g}")
         )
         lines.append(
-            f"{p.name:<24}{p.gpus:>5}{p.images:>8}{p.accumulation:>4}{p.state_bytes / 2**30:>7.1f} GiB"
+            f"{p.name:<24}{p.gpus:>5}{p.images:>8}{p.accumulation:>6}{p.state_bytes / 2**30:>7.1f} GiB"
             f"{p.activation_bytes / 2**30:>9.1f} GiB{p.sent_bytes / 1e9:>10.2f} GB{seconds:>10}{days:>10}"
         )
     train = configs[0].train

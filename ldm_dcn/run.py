@@ -465,6 +465,8 @@ class Run:
         if self.scorer is None or not self._draws:
             return
         with self.spared("the score"):
+            if self.bar is not None:
+                self.bar.set_postfix_str(f"drawing {self.config.sample.score_images} images to score")
             with self.pause(), self.averaged():
                 values = self.scorer(self.averaged_model(), self.config.sample.score_images)
             if self.metrics is not None:
