@@ -322,7 +322,7 @@ def table(
     """Both tables as text, and where the times come from."""
     lines = [f"{'network':<24}{'parameters':>13}{'forward':>12}{'kept':>12}{'checkpointed':>14}", "-" * 75]
     lines += [
-        f"{c.name:<24}{c.parameters / 1e6:>11.2f} M{c.forward_flops / 2e9:>7.3g} GMAC{c.kept[0] / 2**20:>8.0f} MiB"
+        f"{c.name:<24}{c.parameters / 1e6:>11.2f} M{_giga(c.forward_flops / 2):>7} GMAC{c.kept[0] / 2**20:>8.0f} MiB"
         f"{c.kept_checkpointed[0] / 2**20:>10.0f} MiB"
         for c in counts
     ]
@@ -355,6 +355,10 @@ def table(
         else "exchange: left out of the times; give --bandwidth GB/s to have it in them"
     )
     return "\n".join(lines)
+
+
+def _giga(count: float) -> str:
+    return f"{count / 1e9:.1f}" if count >= 1e9 else f"{count / 1e9:.2g}"
 
 
 def _basis(counted: Counted, measured: Measured | None, tflops: float | None, checkpointing: bool) -> str:

@@ -86,7 +86,7 @@ def test_what_is_missing_is_said_before_models_are_fetched(
         monkeypatch.setattr(module, "load_autoencoder", no_model)
     monkeypatch.setattr("ldm_dcn.export.load_model", no_model)
     nowhere = tmp_path / "nowhere"
-    assert f"data.source '{nowhere}' is neither" in line(
+    assert f"IMAGES '{nowhere}' is neither" in line(
         lambda: encode.main([str(nowhere), str(tmp_path / "out")])
     )
     here = f"run.dir={tmp_path}"

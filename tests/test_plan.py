@@ -81,19 +81,6 @@ def test_the_papers_networks_are_counted_without_their_weights() -> None:
     assert counted.kept[1] == pytest.approx(2 * 565_581_716, rel=0.02)  # bf16 copies of the weights
     assert counted.kept_checkpointed[0] < counted.kept[0] / 5
 
-    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    one, eight, many = (plan.plan(counted, config, gpus, tflops=100, bandwidth=50) for gpus in (1, 8, 64))
-    kept, checkpointed = (f"{a[0] / 2**20:.0f} MiB" for a in (counted.kept, counted.kept_checkpointed))
-    size = f"{counted.parameters / 1e6:.2f} M | {counted.forward_flops / 2e9:.1f} GMAC"
-    assert f"{size} | {one.state_bytes / 2**30:.1f} GiB | {kept} | {checkpointed} |" in text
-    assert f"`imagenet256_dcn_convs` | {one.days:.1f} days, " in text
-    for p in (eight, many):
-        compute = p.seconds_a_step - p.exchange_seconds
-        assert (
-            f"{compute * config.train.steps / 86400:.1f} days, {p.activation_bytes / 2**30:.1f} GiB "
-            f"({p.sent_bytes / 1e9:.1f} GB, {p.exchange_seconds:.2f} of {compute:.2f} s)"
-        ) in text
-
 
 COUNTED = Counted("x", 1_000_000, 50_000, 10**9, (4_000_000, 2_000_000), (500_000, 0))
 ZERO = "train.parallel=zero"
@@ -267,7 +254,7 @@ def _gibibytes(size: float) -> str:
 @pytest.mark.parametrize("name", ["imagenet256_unet", "imagenet256_dcn_convs", "imagenet256_dcn_full"])
 def test_the_tables_of_the_documentation(name: str) -> None:
     """docs/training.md says what `eval.plan` says: of the network, and of a run on A100s."""
-    text = (ROOT / "docs" / "training.md").read_text()
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     config = load_config(ROOT / "configs" / f"{name}.yaml")
     counted = count(config)
     state = _gibibytes(20 * counted.parameters)
