@@ -93,13 +93,7 @@ struct F32 {
   // Two neighbouring vectors; past the caches p is aligned to both.
   template <class T>
   static DCNV4_INLINE void store_two(T* p, F32 a, F32 b, bool past_caches) {
-    if (past_caches) {
-      a.stream(p);
-      b.stream(p + width);
-    } else {
-      a.store(p);
-      b.store(p + width);
-    }
+    store_each(p, a, b, past_caches);
   }
   static DCNV4_INLINE void store_two(bf16* p, F32 a, F32 b, bool past_caches) {
     const __m256i two = bf16_bits(a.v, b.v);

@@ -48,15 +48,7 @@ struct Bf16 {
   DCNV4_INLINE void store(bf16* p) const { _mm512_storeu_si512(p, bits()); }
   DCNV4_INLINE void store_some(bf16* p, int n) const { _mm512_mask_storeu_epi16(p, first(n), bits()); }
   DCNV4_INLINE void stream(bf16* p) const { _mm512_stream_si512((__m512i*)p, bits()); }
-  static DCNV4_INLINE void store_two(bf16* p, Bf16 a, Bf16 b, bool past_caches) {
-    if (past_caches) {
-      a.stream(p);
-      b.stream(p + width);
-    } else {
-      a.store(p);
-      b.store(p + width);
-    }
-  }
+  static DCNV4_INLINE void store_two(bf16* p, Bf16 a, Bf16 b, bool past_caches) { store_each(p, a, b, past_caches); }
 
  private:
   static DCNV4_INLINE Bf16 widened(__m512i both) {

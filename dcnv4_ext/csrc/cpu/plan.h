@@ -61,6 +61,18 @@ inline Thread this_thread() {
 #endif
 }
 
+// Two neighbouring vectors one by one; past the caches p is aligned to both.
+template <class V, class T>
+DCNV4_INLINE void store_each(T* p, V a, V b, bool past_caches) {
+  if (past_caches) {
+    a.stream(p);
+    b.stream(p + V::width);
+  } else {
+    a.store(p);
+    b.store(p + V::width);
+  }
+}
+
 // Scratch that a thread keeps between calls, so that a call in a training loop touches no fresh pages.
 class Scratch {
  public:
