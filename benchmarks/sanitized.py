@@ -17,14 +17,25 @@ import torch
 from dcnv4_ext import native
 from dcnv4_ext.geometry import Geometry
 
-# Bits of dcnv4_problem.reserved (csrc/cuda/launch.h), alone and together: 1 scalar, 2 general, 4 direct, 8 tiled, 16 one vector a
-# thread, 32 two. A deterministic backward has two kernels, with vectors and without.
-FORCED, FORCED_DETERMINISTIC = (0, 1, 2, 4, 8, 16, 32, 34), (0, 1)
-# (N, H, W, G, D): widths that vectors divide and that they do not, maps smaller and larger than a tile
+# Bits of dcnv4_problem.reserved (csrc/cuda/launch.h), alone and together: 1 scalar, 2 general, 4 direct, 8 tiled, 16 no window,
+# 32 a window wherever one fits. A deterministic backward has two kernels, with vectors and without.
+FORCED, FORCED_DETERMINISTIC = (0, 1, 2, 4, 6, 8, 16, 32), (0, 1)
+# (N, H, W, G, D): widths that vectors divide and that they do not.
 SHAPES = ((2, 7, 5, 2, 32), (1, 9, 11, 1, 40), (1, 5, 6, 3, 12), (1, 18, 17, 2, 16))
+# Windows by cells of 32, 64 and 128 bytes, whole maps and tiles of larger ones; as the shape chooses alone.
+WINDOWS = (
+    (1, 40, 6, 1, 32),
+    (1, 6, 5, 1, 64),
+    (1, 40, 4, 1, 64),
+    (1, 6, 5, 1, 16),
+    (1, 40, 5, 1, 16),
+    (1, 6, 5, 1, 8),
+    (1, 40, 5, 1, 8),
+)
 # (kernel, stride, padding, dilation, remove_center)
 GEOMETRIES = (
     ((3, 3), (1, 1), (1, 1), (1, 1), False),
+    ((3, 3), (1, 1), (1, 1), (1, 1), True),
     ((3, 3), (2, 1), (0, 2), (1, 2), True),
     ((5, 2), (1, 1), (2, 1), (1, 1), False),
 )
@@ -56,6 +67,8 @@ def problems() -> Iterator[Problem]:
     for index, (shape, settings, dtype) in enumerate(itertools.product(SHAPES, GEOMETRIES, DTYPES)):
         for deterministic, forced in ((False, FORCED), (True, FORCED_DETERMINISTIC)):
             yield Problem(shape, Geometry.of(*settings), dtype, index % 3 == 0, deterministic, forced)
+    for shape, settings, dtype in itertools.product(WINDOWS + SHAPES[:1], GEOMETRIES[:2], DTYPES[:3]):
+        yield Problem(shape, Geometry.of(*settings), dtype, False, False, (0,))
 
 
 ordinary = native.forward, native.backward

@@ -21,8 +21,9 @@ ARCHITECTURES = [
     *(75, MAIN, 120),
     *(pytest.param(n, marks=pytest.mark.slow(why="compiles for half a minute")) for n in (80, 86, 89, 100)),
 ]
-# So that 6 blocks of 128 threads fit the 65,536 registers of a multiprocessor; a block of merge_tiles is one warp.
-MOST_REGISTERS = {"merge_tiles": 128}
+# So that 6 blocks of 128 threads fit the 65,536 registers of a multiprocessor; a block of merge_tiles is one warp, and one of
+# dot_matrix with cells of 128 bytes at most eight.
+MOST_REGISTERS = {"merge_tiles": 128, "dot_matrix": 128}
 OTHERWISE = 80
 
 
@@ -99,18 +100,30 @@ def kernels(tmp_path_factory):
 
 
 FAST_DEPTHS = (16, 32, 40, 64, 80, 128, 160)
-# What 8 and 9 taps with these channels a group run, by file: N elements a vector, VECTORS vectors, taps. That they run nothing else
-# is a test in test_cuda_emulated.py.
+# What 8 and 9 taps with these channels a group run, by file: N elements a vector, or pieces of 16 bytes a cell, and taps. That
+# they run nothing else is a test in test_cuda_emulated.py.
 WIDTHS = {"float": 4, "bf16": 8, "f16": 8}
 FAST = {
-    "forward": [("sample", t, n, v, k) for t, n in WIDTHS.items() for v in (1, 2) for k in (8, 9)],
-    "backward": [
-        ("differentiate", t, n, v, k, scatter)
-        for t, n in WIDTHS.items()
-        for v, scatter in ((1, 0), (2, 0), (1, 1))
+    "forward": [("sample", t, n, k) for t, n in WIDTHS.items() for k in (8, 9)],
+    "forward_window": [
+        ("sample_window", t, *shape, k)
+        for t in WIDTHS
+        for shape in ((2, 2), (4, 1), *([(8, 1)] if t == "float" else []))
         for k in (8, 9)
+    ],
+    "backward": [
+        ("differentiate", t, n, k, scatter) for t, n in WIDTHS.items() for scatter in (0, 1) for k in (8, 9)
     ]
     + [("round_sums", t, 8) for t in ("bf16", "f16")],
+    "backward_window": [("dot_window", "float", units, k) for units in (4, 8) for k in (8, 9)]
+    + [("dot_matrix", t, halves, k) for t in ("bf16", "f16") for halves in (1, 2) for k in (8, 9)],
+    "scatter_sorted": [
+        ("gather_sorted", t, units, k, whole)
+        for t in WIDTHS
+        for units in (2, 4, 8)
+        for k in (8, 9)
+        for whole in (0, 1)
+    ],
     "scatter_tiled": [("merge_tiles", t) for t in WIDTHS],
     "scatter_ordered": [("gather_taps", t, 4) for t in WIDTHS] + [("find_taps", t) for t in WIDTHS],
 }
@@ -122,17 +135,18 @@ def test_fast_kernels_keep_everything_in_registers(kernels, source, architecture
     made = kernels(source, architecture)
     assert "warning" not in made.log.replace("nvcc warning : Support for offline compilation", ""), made.log
     for kernel in FAST[source]:
+        if kernel[0] == "dot_matrix" and architecture < 80:
+            continue  # there are no matrix units for it, and it is not launched
         usage = made.usage[kernel]
         assert usage["stack"] == usage["stores"] == usage["loads"] == 0, (kernel, usage)
         assert usage["registers"] <= MOST_REGISTERS.get(kernel[0], OTHERWISE), (kernel, usage)
 
 
 def _wide_loads(kernel: tuple) -> int:
-    """16-byte loads in a fast kernel: one a tap, corner and vector, and in backward one a vector of the output's gradient."""
+    """16-byte loads in a fast kernel: one a tap and corner, and in backward one of the output's gradient."""
     if kernel[0] == "round_sums":
         return 2  # eight floats
-    vectors, taps = kernel[3:5]
-    return 4 * taps * vectors + (vectors if kernel[0] == "differentiate" else 0)
+    return 4 * kernel[3] + (kernel[0] == "differentiate")
 
 
 @pytest.mark.parametrize("source", ["forward", "backward"])
@@ -163,7 +177,30 @@ def test_machine_code_of_the_fast_kernels(kernels, source, architecture):
             assert addresses < _wide_loads(kernel) + 16, kernel
 
 
-def test_gradients_are_added_four_at_a_time(kernels):
-    for kernel, operations in kernels("scatter_tiled", MAIN).instructions().items():
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_windows_are_read_16_bytes_at_a_time(kernels, architecture):
+    """Corners come from shared memory, 16 bytes a thread or as matrices, and get there past the registers where that is possible."""
+    for source in ("forward_window", "backward_window"):
+        for kernel, operations in kernels(source, architecture).instructions().items():
+            if kernel[0] == "dot_matrix" and architecture < 80:
+                continue  # not launched there
+            count = {
+                name: sum(op.startswith(name) for op in operations) for name in ("LDSM", "LDGSTS", "HMMA")
+            }
+            wide = sum(op.startswith("LDS") and ".128" in op for op in operations)
+            if kernel[0] == "dot_matrix":
+                assert count["LDSM"] >= 4 and count["HMMA"] >= 4, (kernel, count)
+            else:
+                # Of two taps at least, where the loop is not unrolled whole; a thread may have two corners and their weights.
+                assert wide >= 2 * 3, (kernel, wide)
+            assert architecture < 80 or count["LDGSTS"] > 0, (kernel, count)
+            assert not any(op.startswith(("LDL", "STL")) for op in operations), kernel
+
+
+@pytest.mark.parametrize("source", ["scatter_tiled", "scatter_sorted"])
+def test_gradients_are_added_four_at_a_time(kernels, source):
+    for kernel, operations in kernels(source, MAIN).instructions().items():
+        if kernel[0] == "gather_sorted" and kernel[-1] == 1:
+            continue  # a whole map's are stored
         reductions = [name for name in operations if name.startswith("RED")]
         assert reductions and all(".F32x4" in name for name in reductions), kernel

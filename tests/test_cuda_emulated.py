@@ -35,12 +35,12 @@ BACKWARD = {
     "scalar": {"force": ("scalar",)},
     "scalar ordered": {"force": ("scalar",), "deterministic": True},
     "general": {"force": ("general", "direct")},
-    "one vector": {"force": ("one_vector", "direct")},
+    "no window": {"force": ("no_window",)},
+    "window": {"force": ("window",)},
 }
 LARGE = 0  # multiprocessors of a device for which every problem is a large one
 FORWARD = {
-    "auto": (), "scalar": ("scalar",), "general": ("general",), "one vector": ("one_vector",), "two vectors": ("two_vectors",),
-    "two vectors, general": ("two_vectors", "general"),
+    "auto": (), "scalar": ("scalar",), "general": ("general",), "no window": ("no_window",), "window": ("window",),
 }  # fmt: skip
 
 
@@ -135,20 +135,37 @@ def test_fast_sizes_run_the_fast_kernels(emulation, depth, remove_center, dtype)
             for variant in ("auto", "ordered", "direct") if depth < 160 else ("auto", "ordered"):
                 assert_backward(emulation, case, tensors, expected, variant)
         ran = emulation.launched()
-        assert {name for name, *_ in ran} >= {"sample", "differentiate", "find_taps", "gather_taps"}
+        names = {name for name, *_ in ran}
+        assert names >= {"find_taps", "gather_taps"}
         if dtype == torch.float64:
             continue  # for checking, not for speed
-        assert "merge_tiles" in {name for name, *_ in ran}
         fast = set().union(*FAST.values())
         assert ran <= fast, sorted(ran - fast)
-        # Two vectors a thread where there is work enough and the width allows.
-        width = WIDTHS[NAMES[dtype]]
-        two = depth % (2 * width) == 0 and depth > 2 * width
-        (forward,) = (kernel for kernel in ran if kernel[0] == "sample")
-        assert forward[3] == (2 if two and multiprocessors == LARGE else 1)
-        assert {kernel[3] for kernel in ran if kernel[0] == "differentiate" and kernel[5] == 0} == {
-            2 if two else 1
-        }
+        # A window in shared memory and sorted taps where a group is a multiple of 32 bytes; its gradient so for 64 and 128.
+        size = depth * tensors.value.itemsize
+        assert names >= ({"sample_window", "gather_sorted"} if size % 32 == 0 else {"sample", "merge_tiles"})
+        dots = "dot_window" if dtype == torch.float32 else "dot_matrix"
+        assert (dots in names) == (size in (64, 128))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("depth", [8, 16, 32, 64])
+@pytest.mark.parametrize("offsets", ["normal", "wild"])
+def test_windows_smaller_than_the_map(emulation, dtype, depth, offsets):
+    """Many tiles with halos, taps that leave them, several groups; then one tile for the map."""
+    for size, op in (
+        ((45, 41), Operator(1)),
+        ((9, 40), Operator(2, stride=(1, 2), dilation=(2, 1), remove_center=True)),
+    ):
+        case = case_of(
+            op, 2 if size[0] < 20 else 1, size, depth, dtype=dtype, padding_channels=3, offsets=offsets
+        )
+        tensors = tensors_of(case)
+        expected = reference(op, tensors)
+        with emulation.multiprocessors(132):  # smaller tiles
+            output = emulation.forward(op, tensors.value, tensors.offset_mask, force=("window",))
+            assert (wrong := mismatch(output, expected[0])) is None, wrong
+            assert_backward(emulation, case, tensors, expected, "window")
 
 
 def test_every_kernel_runs(emulation):
@@ -157,9 +174,13 @@ def test_every_kernel_runs(emulation):
     with emulation.multiprocessors(LARGE):
         for dtype in NAMES:
             for kernel, remove_center in (((3, 3), False), ((3, 3), True), ((2, 3), False)):
-                for depth in (5, WIDTHS.get(NAMES[dtype], 2), 64):
-                    op = Operator(1, kernel_size=kernel, remove_center=remove_center, softmax=depth == 64)
+                for depth in (5, WIDTHS.get(NAMES[dtype], 2), 8, 16, 32, 64):
+                    op = Operator(1, kernel_size=kernel, remove_center=remove_center, softmax=depth == 5)
                     assert_all(emulation, case_of(op, 1, (3, 4), depth, dtype=dtype, padding_channels=3))
+                    if depth >= 8 and kernel == (3, 3):  # tiles of a larger map
+                        case = case_of(op, 1, (1, 80), depth, dtype=dtype)
+                        tensors = tensors_of(case)
+                        assert_backward(emulation, case, tensors, reference(op, tensors), "window")
     ran, compiled = emulation.launched(), set(emulation.kernels.values())
     assert len(compiled) > 70 and ran == compiled, sorted(compiled - ran)
 
@@ -335,13 +356,18 @@ def test_shapes_choose_their_kernels(emulation):
         return emulation.launches() - before
 
     ordinary = case_of(Operator(2), 1, (8, 8), 16)
-    assert launches(ordinary) == 2  # merged tiles; the offset_mask gradient
+    assert launches(ordinary) == 2  # sorted taps; the offset_mask gradient
+    assert launches(ordinary, force=("tiled",)) == 2  # merged tiles; the offset_mask gradient
     assert launches(ordinary, force=("direct",)) == 1
     assert launches(ordinary, deterministic=True) == 3  # find, gather; the offset_mask gradient
     assert launches(ordinary, need=(False, True)) == 1
     assert launches(ordinary, need=(True, False)) == 1
     assert launches(ordinary, need=(False, False)) == 0
-    assert launches(case_of(Operator(2), 1, (8, 8), 16, dtype=torch.bfloat16)) == 3  # and rounding
+    assert (
+        launches(case_of(Operator(2), 1, (8, 8), 16, dtype=torch.bfloat16)) == 2
+    )  # a block has the whole map
+    large = case_of(Operator(2), 1, (40, 40), 16, dtype=torch.bfloat16)
+    assert launches(large) == 3  # and rounding
     assert (
         launches(case_of(Operator(2, kernel_size=(1, 1), padding=(0, 0)), 1, (20, 20), 16)) == 1
     )  # little to merge

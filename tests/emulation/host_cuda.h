@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <set>
 #include <string>
@@ -50,6 +51,7 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 
 // Of the thread that runs.
 inline uint3 threadIdx, blockIdx;
@@ -63,7 +65,13 @@ enum cudaError_t {
   cudaErrorInvalidDevice = 101,
   cudaErrorLaunchFailure = 719
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 using cudaStream_t = struct CUstream_st*;
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -74,13 +82,15 @@ struct cudaLaunchConfig_t {
 namespace host_cuda {
 
 struct Settings {
-  uint64_t seed = 0;        // 0: blocks and threads in their natural order
-  int device = 0;           // current
-  int devices = 2;          // there are
-  int multiprocessors = 4;  // of each
-  int64_t launches = 0;     // since the program began
-  std::set<void*> kernels;  // launched since this was last cleared
-  std::string message;      // of the last failure
+  uint64_t seed = 0;                    // 0: blocks and threads in their natural order
+  int device = 0;                       // current
+  int devices = 2;                      // there are
+  int multiprocessors = 4;              // of each
+  int64_t launches = 0;                 // since the program began
+  std::set<void*> kernels;              // launched since this was last cleared
+  int shared_limit = 227 * 1024;        // bytes of shared memory a block may ask for
+  std::map<void*, int> shared_allowed;  // that kernels have been allowed
+  std::string message;                  // of the last failure
 };
 inline Settings settings;
 
@@ -264,13 +274,14 @@ inline cudaError_t refuse(const std::string& message) {
 }
 
 template <class Body>
-cudaError_t run_grid(const cudaLaunchConfig_t& config, const Body& body) {
+cudaError_t run_grid(const cudaLaunchConfig_t& config, int shared_allowed, const Body& body) {
   const dim3 grid = config.gridDim, size = config.blockDim;
   const uint64_t threads = uint64_t(size.x) * size.y * size.z, blocks = uint64_t(grid.x) * grid.y * grid.z;
   if (threads < 1 || threads > 1024) return refuse("a block of " + std::to_string(threads) + " threads");
   if (blocks < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     return refuse("a grid of " + std::to_string(blocks) + " blocks");
-  if (config.dynamicSmemBytes > 48 * 1024) return refuse(std::to_string(config.dynamicSmemBytes) + " bytes of shared memory");
+  if (config.dynamicSmemBytes > size_t(shared_allowed))
+    return refuse(std::to_string(config.dynamicSmemBytes) + " bytes of shared memory");
   ++settings.launches;
   const std::function<void()> call = body;
   block.body = &call;
@@ -371,6 +382,7 @@ inline int atomicMax(int* address, int value) {
 }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 // ---- Host functions.
 inline cudaError_t cudaGetDevice(int* device) {
@@ -382,8 +394,17 @@ inline cudaError_t cudaSetDevice(int device) {
   host_cuda::settings.device = device;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = host_cuda::settings.multiprocessors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const auto& settings = host_cuda::settings;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? settings.multiprocessors : settings.shared_limit;
+  if (attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor) *value += 1024;
+  if (attribute == cudaDevAttrComputeCapabilityMajor) *value = 9;
+  return cudaSuccess;
+}
+template <class... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
+  if (bytes > host_cuda::settings.shared_limit) return cudaErrorInvalidValue;
+  host_cuda::settings.shared_allowed[reinterpret_cast<void*>(kernel)] = bytes;
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
@@ -406,5 +427,7 @@ inline const char* cudaGetErrorString(cudaError_t) { return host_cuda::settings.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
   host_cuda::settings.kernels.insert(reinterpret_cast<void*>(kernel));
-  return host_cuda::run_grid(*config, [&] { kernel(arguments...); });
+  const auto& allowed = host_cuda::settings.shared_allowed;
+  const auto found = allowed.find(reinterpret_cast<void*>(kernel));
+  return host_cuda::run_grid(*config, found == allowed.end() ? 48 * 1024 : found->second, [&] { kernel(arguments...); });
 }

@@ -17,7 +17,7 @@ from dcnv4_ext.native import ABI_VERSION, Problem
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Bits of Problem.reserved, `Force` of csrc/cuda/launch.h.
-FORCE = {"scalar": 1, "general": 2, "direct": 4, "tiled": 8, "one_vector": 16, "two_vectors": 32}
+FORCE = {"scalar": 1, "general": 2, "direct": 4, "tiled": 8, "no_window": 16, "window": 32}
 _GUARD = 64  # elements before and behind every buffer a kernel writes
 
 
@@ -49,7 +49,7 @@ class Operator:
 
 _TYPES = {"f": "float", "d": "double", "NS_4bf16E": "bf16", "NS_3f16E": "f16"}
 _KERNEL = re.compile(
-    rf"(sample|differentiate|round_sums|merge_tiles|find_taps|gather_taps)I({'|'.join(_TYPES)})((?:L[ib]\d+E)*)E"
+    rf"(sample|sample_window|differentiate|round_sums|merge_tiles|gather_sorted|dot_window|dot_matrix|find_taps|gather_taps)I({'|'.join(_TYPES)})((?:L[ib]\d+E)*)E"
 )
 
 

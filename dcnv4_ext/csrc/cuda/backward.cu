@@ -1,7 +1,7 @@
 // Gradients of the forward kernel. With s_c the dot product of grad_output and the value at corner c, over the channels of a
 // group (0 for a corner outside the map), `tap_gradient` of sampling.h gives the three numbers of a tap; the gradient of
-// `value` is scattered to the corners by one of three kernels: here corner by corner, in scatter_tiled.cu merged a tile at a
-// time, in scatter_ordered.cu in a fixed order.
+// `value` comes from one of four kernels: here corner by corner, in scatter_sorted.cu gathered out of sorted taps, in
+// scatter_tiled.cu merged a tile at a time, in scatter_ordered.cu in a fixed order.
 #include "backward.h"
 
 namespace dcnv4 {
@@ -158,9 +158,9 @@ DCNV4_DEVICE void write_padding(const dcnv4_problem& p, const Tiling& tiling, co
   }
 }
 
-// TAPS, N, VECTORS as in forward.cu; with TAPS known an item's channels fit its threads in one pass. With SCATTER the gradient
+// TAPS and N as in forward.cu; with TAPS known an item's channels fit its threads in one pass. With SCATTER the gradient
 // of value is added to `sums`, rows of sums_stride elements or sums_bytes bytes. `grad_offset_mask` may be null.
-template <class T, int N, int VECTORS, int TAPS, bool SCATTER>
+template <class T, int N, int TAPS, bool SCATTER>
 __global__ void DCNV4_BLOCK(T, kThreads)
     differentiate(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Tiling tiling, uint32_t value_bytes,
                   const T* __restrict__ value, const T* __restrict__ offset_mask, const T* __restrict__ grad_output,
@@ -186,11 +186,8 @@ __global__ void DCNV4_BLOCK(T, kThreads)
     __syncthreads();
   }
 
-  Real gradient[VECTORS][N] = {};  // of the output, this thread's channels
-  const auto load_gradient = [&](int channel) {
-#pragma unroll
-    for (int e = 0; e < VECTORS; ++e) load<T, N>(gradient_row + channel + e * tiling.units * N, gradient[e]);
-  };
+  Real gradient[N] = {};  // of the output, this thread's channels
+  const auto load_gradient = [&](int channel) { load<T, N>(gradient_row + channel, gradient); };
   if (TAPS && item.live) load_gradient(item.g * int(p.D) + lane * N);
 
   // The gradient of softmax needs a sum over all taps before the first can be written: where they do not fit in one chunk, a
@@ -211,29 +208,23 @@ __global__ void DCNV4_BLOCK(T, kThreads)
           for (int unit = lane; unit < tiling.units; unit += tiling.lanes) {
             const int channel = item.g * int(p.D) + unit * N;
             if (!TAPS) load_gradient(channel);
+            const char* channels = reinterpret_cast<const char*>(map + channel);
 #pragma unroll
-            for (int e = 0; e < VECTORS; ++e) {
-              const char* channels = reinterpret_cast<const char*>(map + channel + e * tiling.units * N);
+            for (int corner = 0; corner < 4; ++corner) {
+              Real vector[N];
+              load<T, N>(channels + uint64_t(cells[corner]) * value_bytes, vector);
 #pragma unroll
-              for (int corner = 0; corner < 4; ++corner) {
-                Real vector[N];
-                load<T, N>(channels + uint64_t(cells[corner]) * value_bytes, vector);
-#pragma unroll
-                for (int i = 0; i < N; ++i) dots.v[corner] += gradient[e][i] * vector[i];
-              }
+              for (int i = 0; i < N; ++i) dots.v[corner] += gradient[i] * vector[i];
             }
             if (SCATTER && sweep == 1) {
+              char* sums_of = reinterpret_cast<char*>(sums_map + channel);
 #pragma unroll
-              for (int e = 0; e < VECTORS; ++e) {
-                char* channels = reinterpret_cast<char*>(sums_map + channel + e * tiling.units * N);
+              for (int corner = 0; corner < 4; ++corner) {
+                Real share[N];
 #pragma unroll
-                for (int corner = 0; corner < 4; ++corner) {
-                  Real share[N];
-#pragma unroll
-                  for (int i = 0; i < N; ++i) share[i] = weights.v[corner] * gradient[e][i];
-                  add_if(is_weight(weights.v[corner]), reinterpret_cast<Real*>(channels + uint64_t(cells[corner]) * sums_bytes),
-                         share);
-                }
+                for (int i = 0; i < N; ++i) share[i] = weights.v[corner] * gradient[i];
+                add_if(is_weight(weights.v[corner]), reinterpret_cast<Real*>(sums_of + uint64_t(cells[corner]) * sums_bytes),
+                       share);
               }
             }
             if (TAPS) break;
@@ -284,34 +275,35 @@ int32_t clear(void* pointer, int64_t rows, int64_t row_bytes, int64_t stride_byt
   return status_of(cudaMemset2DAsync(pointer, size_t(stride_bytes), 0, size_t(row_bytes), size_t(rows), stream));
 }
 
-template <class T, int N, int VECTORS, int TAPS, bool SCATTER>
+template <class T, int N, int TAPS, bool SCATTER>
 int32_t run(const BackwardCall& call, void* sums, int64_t sums_stride) {
   using Real = typename compute_of<T>::type;
   const dcnv4_problem& p = call.p;
-  const int64_t units = p.D / (N * VECTORS);
-  const int lanes = lanes_for(units), chunk = TAPS ? TAPS : kChunk;
+  const int64_t units = p.D / N;
+  // With TAPS known in one pass, by more than a warp where need be.
+  const int lanes = TAPS ? int(units) : lanes_for(units), chunk = TAPS ? TAPS : kChunk;
   const int64_t enough = 2 * int64_t(multiprocessors(p.device));
   Tiling tiling{};
-  for (int threads = sizeof(Real) == 8 ? kThreads / 2 : kThreads; threads >= kWarp; threads /= 2) {
+  for (int threads = sizeof(Real) == 8 ? kThreads / 2 : kThreads; threads >= std::max(kWarp, lanes); threads /= 2) {
     const int64_t fit = (kSharedBytes - shared_bytes<Real>(0, threads, chunk)) /
                         (shared_bytes<Real>(1, 0, chunk) - shared_bytes<Real>(0, 0, chunk));
     tiling = plan_tiling(p, units, lanes, std::min<int64_t>(threads / lanes, fit));
     if (blocks_of(p, tiling) >= enough) break;
   }
   const int threads = threads_of(tiling);
-  return launch(differentiate<T, N, VECTORS, TAPS, SCATTER>, blocks_of(p, tiling), threads,
+  return launch(differentiate<T, N, TAPS, SCATTER>, blocks_of(p, tiling), threads,
                 shared_bytes<Real>(tiling.items, threads, chunk), call.stream, p, tiling, uint32_t(p.value_stride * sizeof(T)),
                 static_cast<const T*>(call.value), static_cast<const T*>(call.offset_mask),
                 static_cast<const T*>(call.grad_output), static_cast<T*>(call.grad_offset_mask),
                 uint32_t(sums_stride * sizeof(Real)), sums_stride, static_cast<Real*>(sums));
 }
 
-template <class T, int N, int VECTORS, bool SCATTER>
+template <class T, int N, bool SCATTER>
 int32_t run_taps(const BackwardCall& call, void* sums, int64_t sums_stride) {
-  const int taps = forced(call.p, kForceGeneral) || call.p.D > N * VECTORS * kWarp ? 0 : taps_of(call.p);
-  if (taps == 9) return run<T, N, VECTORS, 9, SCATTER>(call, sums, sums_stride);
-  if (taps == 8) return run<T, N, VECTORS, 8, SCATTER>(call, sums, sums_stride);
-  return run<T, N, 1, 0, SCATTER>(call, sums, sums_stride);
+  const int taps = forced(call.p, kForceGeneral) || call.p.D > N * kThreads ? 0 : taps_of(call.p);
+  if (taps == 9) return run<T, N, 9, SCATTER>(call, sums, sums_stride);
+  if (taps == 8) return run<T, N, 8, SCATTER>(call, sums, sums_stride);
+  return run<T, N, 0, SCATTER>(call, sums, sums_stride);
 }
 
 template <class T, bool SCATTER>
@@ -322,22 +314,22 @@ int32_t run_vectors(const BackwardCall& call, void* sums, int64_t sums_stride) {
                        aligned(call.grad_output, p.output_stride, sizeof(T), 16) &&
                        (!SCATTER || aligned(sums, sums_stride, sizeof(typename compute_of<T>::type), 16)) &&
                        !forced(p, kForceScalar);
-  if (!vectors) return run<T, 1, 1, 0, SCATTER>(call, sums, sums_stride);
+  if (!vectors) return run<T, 1, 0, SCATTER>(call, sums, sums_stride);
   if constexpr (sizeof(T) == 8) {
-    return run<T, N, 1, 0, SCATTER>(call, sums, sums_stride);
-  } else if constexpr (SCATTER) {
-    // What merged tiles cannot do comes here; reductions take so long that pairs of vectors would change little.
-    return run_taps<T, N, 1, SCATTER>(call, sums, sums_stride);
+    return run<T, N, 0, SCATTER>(call, sums, sums_stride);
   } else {
-    // Pairs of vectors halve the partial sums in shared memory, which bound the threads of a multiprocessor.
-    const bool two = p.D % (2 * N) == 0 && p.D > 2 * N && !forced(p, kForceOneVector);
-    return two ? run_taps<T, N, 2, SCATTER>(call, sums, sums_stride) : run_taps<T, N, 1, SCATTER>(call, sums, sums_stride);
+    return run_taps<T, N, SCATTER>(call, sums, sums_stride);
   }
 }
 
 // The gradient of offset_mask, and with `sums` that of value, corner by corner.
 template <class T>
 int32_t differentiate_type(const BackwardCall& call, void* sums, int64_t sums_stride) {
+  const dcnv4_problem& p = call.p;
+  if (!sums && !forced(p, kForceNoWindow) && !forced(p, kForceScalar) && !forced(p, kForceGeneral)) {
+    const int32_t found = differentiate_window(call);
+    if (found != DCNV4_NO_KERNEL) return found;
+  }
   return sums ? run_vectors<T, true>(call, sums, sums_stride) : run_vectors<T, false>(call, nullptr, 0);
 }
 
@@ -367,12 +359,24 @@ int32_t run_type(const BackwardCall& call) {
 
   void* sums = direct_sums ? call.grad_value : call.workspace;
   const int64_t stride = direct_sums ? p.grad_value_stride : sums_stride_of(p), size = direct_sums ? sizeof(T) : sizeof(float);
+  const bool may_sort = sizeof(T) <= 4 && !forced(p, kForceDirect) && !forced(p, kForceScalar) && !forced(p, kForceTiled) &&
+                        !forced(p, kForceNoWindow) && aligned(sums, stride, size, 16) &&
+                        aligned(call.grad_output, p.output_stride, sizeof(T), 16) &&
+                        aligned(call.grad_value, p.grad_value_stride, sizeof(T), 16);
+  const Sorted sorted = may_sort ? can_scatter_sorted(p) : Sorted::no;
+  if (sorted == Sorted::whole) {
+    const int32_t status = scatter_sorted(call, nullptr, 0);
+    return status != DCNV4_OK || !call.grad_offset_mask ? status : differentiate_type<T>(call, nullptr, 0);
+  }
   int32_t status = clear(sums, rows, (direct_sums ? C : stride) * size, stride * size, call.stream);
   if (status != DCNV4_OK) return status;
 
   bool tiled = sizeof(T) <= 4 && can_scatter_tiled(p) && !forced(p, kForceDirect) && !forced(p, kForceScalar);
   tiled = tiled && aligned(sums, stride, size, 16) && aligned(call.grad_output, p.output_stride, sizeof(T), 4 * sizeof(T));
-  if (tiled) {
+  if (sorted == Sorted::tiles) {
+    status = scatter_sorted(call, static_cast<float*>(sums), stride);
+    if (status == DCNV4_OK && call.grad_offset_mask) status = differentiate_type<T>(call, nullptr, 0);
+  } else if (tiled) {
     status = scatter_tiled(call, static_cast<float*>(sums), stride);
     if (status == DCNV4_OK && call.grad_offset_mask) status = differentiate_type<T>(call, nullptr, 0);
   } else {

@@ -1,9 +1,9 @@
 // output[n, ho, wo, g, :] = sum over taps of weight * bilinear(value[n, :, :, g, :], y, x).
 //
-// A thread holds VECTORS vectors of N channels of one item and adds up the four corners of every tap. All it reads per tap from
+// A thread holds N channels of one item and adds up the four corners of every tap. All it reads per tap from
 // shared memory are four weights and four cells, so the loop is loads of 16 bytes, one wide multiply-add an address, and
 // fused multiply-adds; with TAPS known it is unrolled whole and every load of an item can be in flight.
-#include "launch.h"
+#include "forward.h"
 
 namespace dcnv4 {
 namespace {
@@ -90,9 +90,9 @@ DCNV4_DEVICE void stage_taps(const dcnv4_problem& p, const Tiling& tiling, const
   }
 }
 
-// TAPS: 8 or 9, or 0 for any number. N: elements of one access. VECTORS: accesses a corner and thread. row_bytes: of one pixel
+// TAPS: 8 or 9, or 0 for any number. N: elements of one access. row_bytes: of one pixel
 // of the value map, 32 bits wide for the sake of the multiply-add.
-template <class T, int N, int VECTORS, int TAPS>
+template <class T, int N, int TAPS>
 __global__ void __launch_bounds__(kThreads)
     sample(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Tiling tiling, uint32_t row_bytes,
            const T* __restrict__ value, const T* __restrict__ offset_mask, T* __restrict__ output) {
@@ -115,12 +115,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int pass = 0; pass < tiling.units; pass += tiling.lanes) {
     const int unit = pass + lane;
     const bool active = item.live && unit < tiling.units;
-    // Vector e of the unit starts here; the units' first vectors are neighbours, so that a warp reads whole lines.
-    const char* channels[VECTORS];
-#pragma unroll
-    for (int e = 0; e < VECTORS; ++e)
-      channels[e] = reinterpret_cast<const char*>(map + item.g * int(p.D) + (unit + e * tiling.units) * N);
-    Real sums[VECTORS][N] = {};
+    const char* channels = reinterpret_cast<const char*>(map + item.g * int(p.D) + unit * N);
+    Real sums[N] = {};
 
     for (int first = 0; first < taps; first += chunk) {
       const int count = TAPS ? TAPS : min(chunk, taps - first);
@@ -139,13 +135,10 @@ __global__ void __launch_bounds__(kThreads)
           const bool used = is_weight(weights.v[0]);
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
+            Real vector[N];
+            load<T, N>(channels + uint64_t(cells[corner]) * row_bytes, vector);
 #pragma unroll
-            for (int e = 0; e < VECTORS; ++e) {
-              Real vector[N];
-              load<T, N>(channels[e] + uint64_t(cells[corner]) * row_bytes, vector);
-#pragma unroll
-              for (int i = 0; i < N; ++i) sums[e][i] = fma_if(used, weights.v[corner], vector[i], sums[e][i]);
-            }
+            for (int i = 0; i < N; ++i) sums[i] = fma_if(used, weights.v[corner], vector[i], sums[i]);
           }
         }
       }
@@ -154,24 +147,16 @@ __global__ void __launch_bounds__(kThreads)
 
     if (active) {
       T* pixel = at_pixel(result, output_pixel(p, item.ho, item.wo), p.output_stride) + item.g * int(p.D) + unit * N;
-#pragma unroll
-      for (int e = 0; e < VECTORS; ++e) store<T, N>(pixel + e * tiling.units * N, sums[e]);
+      store<T, N>(pixel, sums);
     }
   }
 }
 
-struct Call {
-  const dcnv4_problem& p;
-  const void *value, *offset_mask;
-  void* output;
-  cudaStream_t stream;
-};
-
-template <class T, int N, int VECTORS, int TAPS>
-int32_t run(const Call& call) {
+template <class T, int N, int TAPS>
+int32_t run(const ForwardCall& call) {
   using Real = typename compute_of<T>::type;
   const dcnv4_problem& p = call.p;
-  const int64_t units = p.D / (N * VECTORS);
+  const int64_t units = p.D / N;
   const int lanes = lanes_for(units), chunk = TAPS ? TAPS : kChunk;
   const int64_t fit = kSharedBytes / shared_bytes<Real>(1, chunk);
   // Smaller blocks where large ones would leave multiprocessors idle.
@@ -181,37 +166,31 @@ int32_t run(const Call& call) {
     tiling = plan_tiling(p, units, lanes, std::min<int64_t>(threads / lanes, fit));
     if (blocks_of(p, tiling) >= enough) break;
   }
-  return launch(sample<T, N, VECTORS, TAPS>, blocks_of(p, tiling), threads_of(tiling), shared_bytes<Real>(tiling.items, chunk),
+  return launch(sample<T, N, TAPS>, blocks_of(p, tiling), threads_of(tiling), shared_bytes<Real>(tiling.items, chunk),
                 call.stream, p, tiling, uint32_t(p.value_stride * sizeof(T)), static_cast<const T*>(call.value),
                 static_cast<const T*>(call.offset_mask), static_cast<T*>(call.output));
 }
 
-template <class T, int N, int VECTORS>
-int32_t run_taps(const Call& call) {
+template <class T, int N>
+int32_t run_taps(const ForwardCall& call) {
   const int taps = forced(call.p, kForceGeneral) ? 0 : taps_of(call.p);
-  if (taps == 9) return run<T, N, VECTORS, 9>(call);
-  if (taps == 8) return run<T, N, VECTORS, 8>(call);
-  return run<T, N, VECTORS, 0>(call);
+  if (taps == 9) return run<T, N, 9>(call);
+  if (taps == 8) return run<T, N, 8>(call);
+  return run<T, N, 0>(call);
 }
 
 // fp64 is for checking, not for speed: one kernel with vectors and one without.
 template <class T>
-int32_t run_type(const Call& call) {
+int32_t run_type(const ForwardCall& call) {
   const dcnv4_problem& p = call.p;
   constexpr int N = 16 / sizeof(T);
   const bool vectors = p.D % N == 0 && aligned(call.value, p.value_stride, sizeof(T), 16) &&
                        aligned(call.output, p.output_stride, sizeof(T), 16) && !forced(p, kForceScalar);
-  if (!vectors) return run<T, 1, 1, 0>(call);
+  if (!vectors) return run<T, 1, 0>(call);
   if constexpr (sizeof(T) == 8) {
-    return run<T, N, 1, 0>(call);
+    return run<T, N, 0>(call);
   } else {
-    // Two vectors a thread halve what is read from shared memory; a thread alone on its item would have too many items beside
-    // it, and little work is better spread over more threads.
-    const int64_t pairs = p.D / (2 * N);
-    const int64_t threads = p.N * p.Ho * p.Wo * p.G * pairs;
-    const bool enough = threads >= 1024 * int64_t(multiprocessors(p.device)) || forced(p, kForceTwoVectors);
-    const bool two = p.D % (2 * N) == 0 && pairs > 1 && enough;
-    return two && !forced(p, kForceOneVector) ? run_taps<T, N, 2>(call) : run_taps<T, N, 1>(call);
+    return run_taps<T, N>(call);
   }
 }
 
@@ -227,7 +206,11 @@ int32_t dcnv4_cuda_forward(const dcnv4_problem* problem, const void* value, cons
   if (!value || !offset_mask || !output) return DCNV4_BAD_PROBLEM;
   const DeviceGuard guard(problem->device);
   if (guard.error() != cudaSuccess) return status_of(guard.error());
-  const Call call{*problem, value, offset_mask, output, static_cast<cudaStream_t>(stream)};
+  const ForwardCall call{*problem, value, offset_mask, output, static_cast<cudaStream_t>(stream)};
+  if (!forced(*problem, kForceNoWindow) && !forced(*problem, kForceScalar) && !forced(*problem, kForceGeneral)) {
+    const int32_t found = forward_window(call);
+    if (found != DCNV4_NO_KERNEL) return found;
+  }
   switch (problem->dtype) {
     case DCNV4_FLOAT32:
       return run_type<float>(call);

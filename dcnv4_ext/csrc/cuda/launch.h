@@ -41,14 +41,31 @@ class DeviceGuard {
 };
 
 constexpr int kWarp = 32;
-// What a block gets without asking for more (cudaFuncSetAttribute would be state kept between calls).
+// What a block gets without asking for more.
 constexpr int64_t kSharedBytes = 48 * 1024;
+
+inline int attribute(cudaDeviceAttr name, int device, int otherwise) {
+  int value = 0;
+  return cudaDeviceGetAttribute(&value, name, device) == cudaSuccess ? value : otherwise;
+}
+inline int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device, 1); }
+// Shared memory that one block may ask for, and that the blocks of a multiprocessor share.
+inline int64_t shared_limit(int device) {
+  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, int(kSharedBytes));
+}
+inline int64_t shared_total(int device) {
+  return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device, int(kSharedBytes));
+}
 
 template <class... Parameters, class... Arguments>
 int32_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared, cudaStream_t stream,
                Arguments... arguments) {
   if (blocks == 0) return DCNV4_OK;
   if (blocks > INT32_MAX) return DCNV4_BAD_PROBLEM;
+  if (shared > kSharedBytes) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (error != cudaSuccess) return status_of(error);
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(unsigned(threads));
@@ -59,12 +76,12 @@ int32_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64
 
 // Bits of dcnv4_problem.reserved that force a kernel which the shape would not choose: for tests and benchmarks.
 enum Force : int32_t {
-  kForceScalar = 1,      // one element an access, as for misaligned tensors
-  kForceGeneral = 2,     // the loop over any number of taps, also for 8 and 9
-  kForceDirect = 4,      // backward: every corner's gradient straight to global memory
-  kForceTiled = 8,       // backward: merged in shared memory first, where it can be
-  kForceOneVector = 16,  // one vector a thread
-  kForceTwoVectors = 32  // forward: two of them, where the width allows, also where there is little work
+  kForceScalar = 1,     // one element an access, as for misaligned tensors
+  kForceGeneral = 2,    // the loop over any number of taps, also for 8 and 9
+  kForceDirect = 4,     // backward: every corner's gradient straight to global memory
+  kForceTiled = 8,      // backward: merged in shared memory first, where it can be
+  kForceNoWindow = 16,  // no window in shared memory, no sorting
+  kForceWindow = 32     // a window wherever one fits
 };
 inline bool forced(const dcnv4_problem& p, Force bit) { return (p.reserved & bit) != 0; }
 
@@ -138,10 +155,5 @@ inline int64_t blocks_of(const dcnv4_problem& p, const Tiling& t) {
 }
 
 inline int threads_of(const Tiling& t) { return int(round_up(int64_t(t.items) * t.lanes, kWarp)); }
-
-inline int multiprocessors(int device) {
-  int count = 0;
-  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 1;
-}
 
 }  // namespace dcnv4

@@ -3,6 +3,8 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "../dtypes.h"
 
 #define DCNV4_DEVICE __device__ __forceinline__
@@ -79,13 +81,9 @@ DCNV4_DEVICE uint32_t pack(f16, float low, float high) {
   return from_compute<f16>(low).bits | uint32_t(from_compute<f16>(high).bits) << 16;
 }
 
-// Reads through the path for data that no kernel writes; `address` is aligned to Access::word bytes.
-template <class T, int N, class Real>
-DCNV4_DEVICE void load(const void* address, Real (&values)[N]) {
-  using A = Access<T, N>;
-  typename A::type words[A::words];
-#pragma unroll
-  for (int i = 0; i < A::words; ++i) words[i] = __ldg(static_cast<const typename A::type*>(address) + i);
+// Words as they were read to N numbers.
+template <class T, class Words, int N, class Real>
+DCNV4_DEVICE void spread(const Words& words, Real (&values)[N]) {
   if constexpr (sizeof(T) == 2 && N % 2 == 0) {
     uint32_t pairs[N / 2];
     memcpy(pairs, words, sizeof pairs);
@@ -97,6 +95,26 @@ DCNV4_DEVICE void load(const void* address, Real (&values)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) values[i] = to_compute(elements[i]);
   }
+}
+
+// Reads through the path for data that no kernel writes; `address` is aligned to Access::word bytes.
+template <class T, int N, class Real>
+DCNV4_DEVICE void load(const void* address, Real (&values)[N]) {
+  using A = Access<T, N>;
+  typename A::type words[A::words];
+#pragma unroll
+  for (int i = 0; i < A::words; ++i) words[i] = __ldg(static_cast<const typename A::type*>(address) + i);
+  spread<T>(words, values);
+}
+
+// The same from shared memory, or from what a kernel has written.
+template <class T, int N, class Real>
+DCNV4_DEVICE void load_shared(const void* address, Real (&values)[N]) {
+  using A = Access<T, N>;
+  typename A::type words[A::words];
+#pragma unroll
+  for (int i = 0; i < A::words; ++i) words[i] = static_cast<const typename A::type*>(address)[i];
+  spread<T>(words, values);
 }
 
 template <class T, int N, class Real>
@@ -118,11 +136,37 @@ DCNV4_DEVICE void store(void* address, const Real (&values)[N]) {
   for (int i = 0; i < A::words; ++i) static_cast<typename A::type*>(address)[i] = words[i];
 }
 
+// One number, by the processor's own instruction where it has one.
+template <class T>
+DCNV4_DEVICE T round_one(float value) {
+  if constexpr (sizeof(T) == 2)
+    return T{uint16_t(pack(T{}, value, 0.0f))};
+  else
+    return from_compute<T>(value);
+}
+
 template <class T>
 DCNV4_DEVICE typename compute_of<T>::type load_one(const T* address) {
   typename compute_of<T>::type value[1];
   load<T, 1>(address, value);
   return value[0];
+}
+
+// ---- From global to shared memory, 16 bytes at a time, past the registers: started by one function, waited for by the other
+// (by each thread for its own, a barrier then tells the others).
+DCNV4_DEVICE void copy_async(char* to, const void* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const uint32_t shared = uint32_t(__cvta_generic_to_shared(to));
+  const uint64_t global = __cvta_generic_to_global(from);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+#else
+  *reinterpret_cast<uint4*>(to) = __ldg(static_cast<const uint4*>(from));
+#endif
+}
+DCNV4_DEVICE void copy_async_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
 }
 
 // ---- Arithmetic.
@@ -147,6 +191,101 @@ DCNV4_DEVICE double fma_if(bool use, double a, double b, double sum) {
   return sum;
 #else
   return use ? fma(a, b, sum) : sum;
+#endif
+}
+
+// ---- Products of small matrices, a warp at a time. With q = lane % 4 and g = lane / 4 a lane holds
+//     of A (16 x 16, or 16 x 8)   rows g and g + 8, columns 2q and 2q + 1 (a[0], a[1]), the same 8 columns on (a[2], a[3])
+//     of B (16 x 8, or 8 x 8)     rows 2q and 2q + 1 (b[0]), the same 8 rows on (b[1]), column g
+//     of C (16 x 8, fp32)         row g, columns 2q and 2q + 1 (c[0], c[1]), row g + 8 (c[2], c[3])
+// two 16-bit numbers a word. The twins serve the emulation and processors before sm_80.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define DCNV4_MATRIX_UNITS 1
+#else
+#define DCNV4_MATRIX_UNITS 0
+#endif
+
+// Matrices of 8 rows of 16 bytes: lane 8i + r holds the address of row r of matrix i. Lane 4g + q gets of each the numbers 2q
+// and 2q + 1 of row g, or with TRANSPOSED of column g.
+template <int MATRICES, bool TRANSPOSED>
+DCNV4_DEVICE void load_matrices(const char* row, uint32_t (&words)[MATRICES]) {
+  static_assert(MATRICES == 2 || MATRICES == 4, "what the instruction has");
+#if DCNV4_MATRIX_UNITS
+  const uint32_t shared = uint32_t(__cvta_generic_to_shared(row));
+  if constexpr (MATRICES == 4 && TRANSPOSED)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(shared));
+  else if constexpr (MATRICES == 4)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(shared));
+  else if constexpr (TRANSPOSED)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(words[0]), "=r"(words[1])
+                 : "r"(shared));
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(shared));
+#else
+  const int lane = int(threadIdx.x) % 32, q = lane % 4, g = lane / 4;
+#pragma unroll
+  for (int i = 0; i < MATRICES; ++i) {
+    uint16_t pair[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int from = i * 8 + (TRANSPOSED ? 2 * q + e : g), number = TRANSPOSED ? g : 2 * q + e;
+      const uint64_t address = __shfl_sync(0xffffffffu, uint64_t(reinterpret_cast<uintptr_t>(row)), from);
+      pair[e] = reinterpret_cast<const uint16_t*>(uintptr_t(address))[number];
+    }
+    words[i] = uint32_t(pair[0]) | uint32_t(pair[1]) << 16;
+  }
+#endif
+}
+
+// c += A B, with EIGHTS eights of columns of A: 2, or 1 (then a[2], a[3] and b[1] are not looked at).
+template <class T, int EIGHTS>
+DCNV4_DEVICE void multiply_matrices(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if DCNV4_MATRIX_UNITS
+#define DCNV4_MULTIPLY(shape, type, left, right, ...)                                                               \
+  asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {" left "}, {" right \
+               "}, {%0, %1, %2, %3};"                                                                               \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                     \
+               : __VA_ARGS__)
+  constexpr bool is_bf16 = std::is_same<T, bf16>::value;
+  if constexpr (EIGHTS == 2 && is_bf16)
+    DCNV4_MULTIPLY("m16n8k16", "bf16", "%4, %5, %6, %7", "%8, %9", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0),
+                   "r"(b1));
+  else if constexpr (EIGHTS == 2)
+    DCNV4_MULTIPLY("m16n8k16", "f16", "%4, %5, %6, %7", "%8, %9", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else if constexpr (is_bf16)
+    DCNV4_MULTIPLY("m16n8k8", "bf16", "%4, %5", "%6", "r"(a[0]), "r"(a[1]), "r"(b0));
+  else
+    DCNV4_MULTIPLY("m16n8k8", "f16", "%4, %5", "%6", "r"(a[0]), "r"(a[1]), "r"(b0));
+#undef DCNV4_MULTIPLY
+#else
+  const int lane = int(threadIdx.x) % 32, q = lane % 4, g = lane / 4;
+  const auto both = [](uint32_t low, uint32_t high) { return uint64_t(low) | uint64_t(high) << 32; };
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    uint64_t left[EIGHTS], right[2];
+#pragma unroll
+    for (int e = 0; e < EIGHTS; ++e) left[e] = __shfl_sync(0xffffffffu, both(a[2 * e], a[2 * e + 1]), 4 * g + j);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) right[n] = __shfl_sync(0xffffffffu, both(b0, b1), 4 * (2 * q + n) + j);
+#pragma unroll
+    for (int e = 0; e < EIGHTS; ++e) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          float x0, x1, y0, y1;
+          unpack(T{}, uint32_t(left[e] >> (32 * row)), x0, x1);
+          unpack(T{}, uint32_t(right[n] >> (32 * e)), y0, y1);
+          c[2 * row + n] += x0 * y0 + x1 * y1;
+        }
+      }
+    }
+  }
 #endif
 }
 

@@ -1,0 +1,368 @@
+// The gradient of offset_mask out of a window in shared memory (window.h), for 8 or 9 taps and groups of 64 or 128 bytes.
+//
+// A warp works out a batch of taps, finds the dot products of grad_output with their corners, leaves them in shared memory, and
+// the threads that worked out the taps turn them into gradients.
+//
+// dot_window: a thread holds 16 bytes of one pixel's channels and all corners of all taps; eight or four threads then add up.
+//
+// dot_matrix, for 16-bit types: a warp has one pixel at a time. The corners of its taps, 8 channels each, are rows of matrices
+// A; the columns of B hold grad_output, each turned by another number of pieces of 8 channels. So every row of A may begin its
+// channels elsewhere, and eight corners touch every bank once; of its row of the product a corner wants the column that turns
+// as far as it does.
+#include "backward.h"
+#include "window.h"
+
+namespace dcnv4 {
+namespace {
+
+// Two blocks of so many threads have the registers they need.
+constexpr int kMostDotThreads = 384, kMostWideDotThreads = 256;
+constexpr int kSlots = 64;  // taps a warp works out at once: of 7 or 8 pixels
+
+// Where the dot products of a pixel of a batch lie, in floats: a row of four a tap, in odd number.
+template <int TAPS>
+constexpr DCNV4_HD int dots_length() {
+  return odd(TAPS) * kCorners;
+}
+
+// The gradients of a batch's taps from the dot products at `dots`, by the threads that worked the taps out.
+template <class T, int TAPS, int PIXELS, int ROUNDS>
+DCNV4_DEVICE void write_gradients(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, int batch,
+                                  const TapSlot (&slots)[ROUNDS], const WindowTap (&taps)[ROUNDS], const float* dots, T* rows) {
+  const int lane = int(threadIdx.x) % kWarp;
+#pragma unroll
+  for (int r = 0; r < ROUNDS; ++r) {
+    const TapSlot& slot = slots[r];
+    const TilePixel pixel = tile_pixel(p, w, o, batch * PIXELS + slot.of);
+    if (((r + 1) * kWarp > PIXELS * TAPS && r * kWarp + lane >= PIXELS * TAPS) || !pixel.live) continue;
+    const Four<float> of = *reinterpret_cast<const Four<float>*>(dots + slot.of * dots_length<TAPS>() + slot.k * kCorners);
+    // A corner outside the map counts as zero, whatever grad_output is.
+    const Inside inside(p, o, taps[r]);
+    const Corners<float> inner{inside.top && inside.left ? of.v[0] : 0, inside.top && inside.right ? of.v[1] : 0,
+                               inside.bottom && inside.left ? of.v[2] : 0, inside.bottom && inside.right ? of.v[3] : 0};
+    TapGradient<float> gradient = tap_gradient(inner, taps[r].lx, taps[r].ly, taps[r].weight, w.scale);
+    if (!taps[r].used) gradient = {};
+    char* run =
+        reinterpret_cast<char*>(rows) + uint64_t(pixel.number) * uint32_t(p.grad_offset_mask_stride * int64_t(sizeof(T)));
+    reinterpret_cast<T*>(run + slot.offsets)[0] = round_one<T>(gradient.x);
+    reinterpret_cast<T*>(run + slot.offsets)[1] = round_one<T>(gradient.y);
+    *reinterpret_cast<T*>(run + slot.weight) = round_one<T>(gradient.weight);
+  }
+}
+
+// Channels behind the last group's are padding: their gradient is zero.
+template <class T, int TAPS>
+DCNV4_DEVICE void write_padding(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, T* image) {
+  const int used = int(p.G) * 3 * TAPS, padding = int(p.P) - used;
+  if (o.g + 1 < int(p.G) || padding == 0) return;
+  for (int i = int(threadIdx.x); i < w.pixels; i += int(blockDim.x)) {
+    const TilePixel pixel = tile_pixel(p, w, o, i);
+    if (!pixel.live) continue;
+    T* row = at_pixel(image, pixel.number, p.grad_offset_mask_stride) + used;
+    for (int c = 0; c < padding; ++c) row[c] = round_one<T>(0);
+  }
+}
+
+// Dot products of a far tap's corners by a whole warp, from global memory. `gradients`: grad_output of the image's first pixel
+// and this group, `map` likewise; `channels` of the group.
+template <class T, int TAPS>
+DCNV4_DEVICE void dot_far(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, const TilePixel& pixel, const T* runs,
+                          const T* map, const T* gradients, int channels, uint32_t far, float* dots) {
+  const int lane = int(threadIdx.x) % kWarp;
+  for (; far != 0; far &= far - 1) {
+    const int k = __ffs(int(far)) - 1;
+    const WindowTap tap = window_tap<T, TAPS>(p, w, o, pixel, runs, tap_slot<T, TAPS>(p, w, k));
+    const T* row = at_pixel(gradients, pixel.number, p.output_stride);
+    for (int c = 0; c < kCorners; ++c) {
+      const int x = tap.x + o.x + c % 2, y = tap.y + o.y + c / 2;
+      float dot = 0;
+      if (x >= 0 && y >= 0 && x < int(p.W) && y < int(p.H)) {
+        const T* cell = at_pixel(map, uint32_t(y) * uint32_t(p.W) + uint32_t(x), p.value_stride);
+        for (int i = lane; i < channels; i += kWarp) dot += load_one(row + i) * load_one(cell + i);
+      }
+#pragma unroll
+      for (int d = kWarp / 2; d > 0; d /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, d);
+      if (lane == 0) dots[k * kCorners + c] = dot;
+    }
+  }
+}
+
+// Zeros in the first two cells of the two rows behind the window, for taps that look nowhere.
+template <int CELL>
+DCNV4_DEVICE void clear_nowhere(char* nowhere, uint32_t pitch_bytes) {
+  constexpr uint32_t pieces = 2 * CELL / 16;
+  if (threadIdx.x < 2 * pieces)
+    *reinterpret_cast<uint4*>(nowhere + threadIdx.x / pieces * pitch_bytes + threadIdx.x % pieces * 16) =
+        make_uint4(0, 0, 0, 0);
+}
+
+// ---- By threads.
+
+template <int TAPS>
+constexpr DCNV4_HD int64_t thread_bytes() {
+  return (kSlots / TAPS * (dots_length<TAPS>() + odd(TAPS)) * 4 + 15) / 16 * 16;
+}
+
+template <class T, int UNITS, int TAPS>
+__global__ void __launch_bounds__(kMostDotThreads, 2)
+    dot_window(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w, const T* __restrict__ value,
+               const T* __restrict__ offset_mask, const T* __restrict__ grad_output, T* __restrict__ grad_offset_mask) {
+  constexpr int N = 16 / int(sizeof(T)), items = kWarp / UNITS, cell_bytes = UNITS * 16;
+  constexpr int pixels = kSlots / TAPS, rounds = kSlots / kWarp;
+  const WindowOrigin o = window_origin(p, w, 1);
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp;
+  const int64_t first_output = o.n * p.Ho * p.Wo;
+  const T* runs = offset_mask + first_output * p.offset_mask_stride + o.g * 3 * TAPS;
+  const int channel = o.g * int(p.D);
+  const T* map = value + o.n * p.H * p.W * p.value_stride + channel;
+  const T* gradients = grad_output + first_output * p.output_stride + channel;
+  T* image = grad_offset_mask + first_output * p.grad_offset_mask_stride;
+
+  char* window = dynamic_shared();
+  const uint32_t pitch_bytes = uint32_t(w.pitch) * cell_bytes, nowhere = pitch_bytes * uint32_t(w.height);
+  float* dots = reinterpret_cast<float*>(window + nowhere + pitch_bytes + 2 * cell_bytes + warp * thread_bytes<TAPS>());
+  uint32_t* places = reinterpret_cast<uint32_t*>(dots + pixels * dots_length<TAPS>());
+  fetch_window<UNITS>(p, w, o, map, window);
+  clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
+  TapSlot slots[rounds];
+#pragma unroll
+  for (int r = 0; r < rounds; ++r) slots[r] = tap_slot<T, TAPS>(p, w, r * kWarp + lane);
+  copy_async_wait();
+  __syncthreads();
+
+  const int item = lane / UNITS, unit = lane % UNITS;
+  const char* cells = window + unit * 16;
+  for (int batch = warp; batch * pixels < w.pixels; batch += warps) {
+    uint32_t far[rounds];
+    WindowTap taps[rounds] = {};
+    work_out_taps<T, TAPS, pixels>(p, w, o, runs, batch, slots, far, [&](int r, const TapSlot& slot, const WindowTap& tap) {
+      taps[r] = tap;
+      places[slot.of * odd(TAPS) + slot.k] = tap.near ? uint32_t(tap.y * w.pitch + tap.x) * cell_bytes : nowhere;
+    });
+    __syncwarp();
+    bool any_far = false;
+#pragma unroll
+    for (int r = 0; r < rounds; ++r) any_far |= far[r] != 0;
+
+#pragma unroll 1
+    for (int pass = 0; pass < pixels; pass += items) {
+      // Of seven pixels the last is done twice.
+      const int of = min(pass + item, pixels - 1);
+      const TilePixel pixel = tile_pixel(p, w, o, batch * pixels + of);
+      float gradient[N];
+      load<T, N>(reinterpret_cast<const char*>(gradients) + (pixel.number * w.output_bytes + uint32_t(unit) * 16), gradient);
+      float* to = dots + of * dots_length<TAPS>();
+#pragma unroll 3
+      for (int k = 0; k < TAPS; ++k) {
+        const char* at = cells + places[of * odd(TAPS) + k];
+        float sums[kCorners] = {};
+#pragma unroll
+        for (int c = 0; c < kCorners; ++c) {
+          float corner[N];
+          load_shared<T, N>(at + c % 2 * cell_bytes + c / 2 * pitch_bytes, corner);
+#pragma unroll
+          for (int i = 0; i < N; ++i) sums[c] += gradient[i] * corner[i];
+        }
+        // Halves of the threads take the upper and the lower corners, halves of those the left and the right one.
+        const bool lower = (unit & (UNITS / 2)) != 0, right = (unit & (UNITS / 4)) != 0;
+        float two[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+          two[c] = (lower ? sums[2 + c] : sums[c]) + __shfl_xor_sync(0xffffffffu, lower ? sums[c] : sums[2 + c], UNITS / 2);
+        float one = (right ? two[1] : two[0]) + __shfl_xor_sync(0xffffffffu, right ? two[0] : two[1], UNITS / 4);
+        if (UNITS == 8) one += __shfl_xor_sync(0xffffffffu, one, 1);
+        if ((UNITS == 4 || unit % 2 == 0) && pass + item < pixels) to[k * kCorners + 2 * int(lower) + int(right)] = one;
+      }
+    }
+    __syncwarp();
+    if (any_far) {
+#pragma unroll 1
+      for (int of = 0; of < pixels; ++of)
+        dot_far<T, TAPS>(p, w, o, tile_pixel(p, w, o, batch * pixels + of), runs, map, gradients, int(p.D),
+                         far_taps<TAPS>(far, of), dots + of * dots_length<TAPS>());
+      __syncwarp();
+    }
+    write_gradients<T, TAPS, pixels>(p, w, o, batch, slots, taps, dots, image + o.g * 3 * TAPS);
+    __syncwarp();  // before the next taps take the place of these
+  }
+  write_padding<T, TAPS>(p, w, o, image);
+}
+
+// ---- By matrices.
+
+// Of a pixel of a batch, in words: places [odd tap][odd block][block / 2], of a ninth tap; rows of grad_output.
+constexpr int kBlocks = 4, kNinthPlace = 2 * kBlocks, kPlaceWords = 12;
+
+template <int HALVES, int TAPS>
+constexpr DCNV4_HD int64_t matrix_bytes() {
+  return kSlots / TAPS * (dots_length<TAPS>() * 4 + kPlaceWords * 4 + HALVES * 64);
+}
+
+// HALVES of 64 bytes a cell.
+template <class T, int HALVES, int TAPS>
+__global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotThreads, 2)
+    dot_matrix(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w, const T* __restrict__ value,
+               const T* __restrict__ offset_mask, const T* __restrict__ grad_output, T* __restrict__ grad_offset_mask) {
+  constexpr int pieces = 4 * HALVES, cell_bytes = 64 * HALVES;
+  constexpr int pixels = kSlots / TAPS, rounds = kSlots / kWarp;
+  const WindowOrigin o = window_origin(p, w, 1);
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp;
+  const int64_t first_output = o.n * p.Ho * p.Wo;
+  const T* runs = offset_mask + first_output * p.offset_mask_stride + o.g * 3 * TAPS;
+  const int channel = o.g * int(p.D);
+  const T* map = value + o.n * p.H * p.W * p.value_stride + channel;
+  const T* gradients = grad_output + first_output * p.output_stride + channel;
+  T* image = grad_offset_mask + first_output * p.grad_offset_mask_stride;
+
+  char* window = dynamic_shared();
+  const uint32_t pitch_bytes = uint32_t(w.pitch) * cell_bytes, nowhere = pitch_bytes * uint32_t(w.height);
+  char* gradient_rows = window + nowhere + pitch_bytes + 2 * cell_bytes + warp * matrix_bytes<HALVES, TAPS>();
+  float* dots = reinterpret_cast<float*>(gradient_rows + pixels * cell_bytes);
+  uint32_t* places = reinterpret_cast<uint32_t*>(dots + pixels * dots_length<TAPS>());
+  fetch_window<pieces>(p, w, o, map, window);
+  clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
+  TapSlot slots[rounds];
+#pragma unroll
+  for (int r = 0; r < rounds; ++r) slots[r] = tap_slot<T, TAPS>(p, w, r * kWarp + lane);
+  copy_async_wait();
+  __syncthreads();
+
+  // As a row of A: matrices 0 and 1 of a load are of an even and the next odd block at one piece of the channels, 2 and 3 at
+  // the next piece. A row begins `turn` pieces on.
+  const int row = lane % 8, matrix = lane / 8, turn = HALVES == 1 ? row / 2 : row;
+  const char* cells = window + row % 2 * cell_bytes + row / 2 % 2 * pitch_bytes;
+  const uint32_t* own_places = places + row / 4 * kBlocks + matrix % 2 * 2;
+  const int first_piece = matrix / 2 + turn, ninth_piece = matrix + turn;
+  // As a column of B: grad_output turned by as many pieces; two columns are the same where there are but four turns.
+  const int q = lane % 4, column = lane / 4;
+  const char* words = gradient_rows + q * 4;
+  // As a row of C: which lane holds the column that its row wants, in which number.
+  const int wanted = HALVES == 1 ? column / 2 : column;
+  const bool holds = wanted / 2 == q;
+
+  for (int batch = warp; batch * pixels < w.pixels; batch += warps) {
+    for (int i = lane; i < pixels * pieces; i += kWarp) {
+      const TilePixel pixel = tile_pixel(p, w, o, batch * pixels + i / pieces);
+      copy_async(gradient_rows + i * 16,  // where there is no pixel, another's
+                 reinterpret_cast<const char*>(gradients) + (pixel.number * w.output_bytes + uint32_t(i % pieces) * 16));
+    }
+    uint32_t far[rounds];
+    WindowTap taps[rounds] = {};
+    work_out_taps<T, TAPS, pixels>(p, w, o, runs, batch, slots, far, [&](int r, const TapSlot& slot, const WindowTap& tap) {
+      taps[r] = tap;
+      const int block = slot.k / 2,
+                at = TAPS == 9 && slot.k == 8 ? kNinthPlace : slot.k % 2 * kBlocks + block % 2 * 2 + block / 2;
+      places[slot.of * kPlaceWords + at] = tap.near ? uint32_t(tap.y) * pitch_bytes + uint32_t(tap.x) * cell_bytes : nowhere;
+    });
+    copy_async_wait();
+    __syncwarp();
+
+#pragma unroll(HALVES == 1 ? pixels : 1)  // more would not fit the registers
+    for (int of = 0; of < pixels; ++of) {
+      const uint2 at = *reinterpret_cast<const uint2*>(own_places + of * kPlaceWords);
+      const auto b = [&](int i) {
+        return *reinterpret_cast<const uint32_t*>(words + of * cell_bytes + (i + column) % pieces * 16);
+      };
+      float first[4] = {}, second[4] = {}, ninth[4] = {};  // of blocks 0 and 1, 2 and 3, and of a ninth tap
+#pragma unroll
+      for (int i = 0; i < pieces; i += 2) {
+        uint32_t a[4];
+        load_matrices<4, false>(cells + at.x + (first_piece + i) % pieces * 16, a);
+        const uint32_t b0 = b(i), b1 = b(i + 1);
+        multiply_matrices<T, 2>(first, a, b0, b1);
+        load_matrices<4, false>(cells + at.y + (first_piece + i) % pieces * 16, a);
+        multiply_matrices<T, 2>(second, a, b0, b1);
+      }
+      if (TAPS == 9) {
+#pragma unroll
+        for (int i = 0; i < pieces; i += 4) {
+          // Rows 4 to 7 repeat the four corners; of the products the upper eight rows alone are wanted.
+          uint32_t a[4];
+          load_matrices<4, false>(cells + places[of * kPlaceWords + kNinthPlace] + (ninth_piece + i) % pieces * 16, a);
+          multiply_matrices<T, 2>(ninth, {a[0], 0, a[1], 0}, b(i), b(i + 1));
+          multiply_matrices<T, 2>(ninth, {a[2], 0, a[3], 0}, b(i + 2), b(i + 3));
+        }
+      }
+      if (holds) {
+        const bool high = wanted % 2 != 0;
+        float* to = dots + of * dots_length<TAPS>() + column;
+        to[0] = high ? first[1] : first[0];
+        to[8] = high ? first[3] : first[2];
+        to[16] = high ? second[1] : second[0];
+        to[24] = high ? second[3] : second[2];
+        if (TAPS == 9 && column < kCorners) to[32] = high ? ninth[1] : ninth[0];
+      }
+    }
+    __syncwarp();
+    if ((far[0] | far[1]) != 0) {
+#pragma unroll 1
+      for (int of = 0; of < pixels; ++of)
+        dot_far<T, TAPS>(p, w, o, tile_pixel(p, w, o, batch * pixels + of), runs, map, gradients, int(p.D),
+                         far_taps<TAPS>(far, of), dots + of * dots_length<TAPS>());
+      __syncwarp();
+    }
+    write_gradients<T, TAPS, pixels>(p, w, o, batch, slots, taps, dots, image + o.g * 3 * TAPS);
+    __syncwarp();  // before the next taps take the place of these
+  }
+  write_padding<T, TAPS>(p, w, o, image);
+}
+
+template <class T>
+int32_t start(const BackwardCall& call, void (*kernel)(dcnv4_problem, Window, const T*, const T*, const T*, T*), int64_t cell,
+              int64_t warp, int64_t most_threads = kMostDotThreads) {
+  const dcnv4_problem& p = call.p;
+  WindowBytes bytes{cell, 0, warp, 2 * cell, 1};
+  bytes.most_threads = most_threads;
+  bytes.blocks = 2;
+  bytes.whole = sizeof(T) == 4;  // as forward does
+  const Window w = plan_window(p, 1, bytes, 1);
+  // With cells of 128 bytes by threads, fewer than three blocks a multiprocessor are slower than none.
+  if (w.blocks == 0 || (bytes.whole && 3 * (w.shared + 1024) > shared_total(p.device))) return DCNV4_NO_KERNEL;
+  return launch(kernel, w.blocks, w.threads, w.shared, call.stream, p, w, static_cast<const T*>(call.value),
+                static_cast<const T*>(call.offset_mask), static_cast<const T*>(call.grad_output),
+                static_cast<T*>(call.grad_offset_mask));
+}
+
+template <class T, int TAPS>
+int32_t run_taps(const BackwardCall& call) {
+  const int64_t bytes = call.p.D * int64_t(sizeof(T));
+  if constexpr (sizeof(T) == 2) {
+    // Before sm_80 threads would have to do what matrix units do.
+    if (attribute(cudaDevAttrComputeCapabilityMajor, call.p.device, 0) < 8) return DCNV4_NO_KERNEL;
+    if (bytes == 128) return start<T>(call, dot_matrix<T, 2, TAPS>, 128, matrix_bytes<2, TAPS>(), kMostWideDotThreads);
+    if (bytes == 64) return start<T>(call, dot_matrix<T, 1, TAPS>, 64, matrix_bytes<1, TAPS>());
+  } else {
+    if (bytes == 128) return start<T>(call, dot_window<T, 8, TAPS>, 128, thread_bytes<TAPS>());
+    if (bytes == 64) return start<T>(call, dot_window<T, 4, TAPS>, 64, thread_bytes<TAPS>());
+  }
+  return DCNV4_NO_KERNEL;
+}
+
+template <class T>
+int32_t run_type(const BackwardCall& call) {
+  const int taps = taps_of(call.p);
+  return taps == 9 ? run_taps<T, 9>(call) : taps == 8 ? run_taps<T, 8>(call) : int32_t(DCNV4_NO_KERNEL);
+}
+
+}  // namespace
+
+int32_t differentiate_window(const BackwardCall& call) {
+  const dcnv4_problem& p = call.p;
+  const int64_t element = element_bytes(p.dtype);
+  // Behind softmax every tap's gradient needs those of the others.
+  if (p.softmax || !aligned(call.value, p.value_stride, element, 16) ||
+      !aligned(call.grad_output, p.output_stride, element, 16))
+    return DCNV4_NO_KERNEL;
+  switch (p.dtype) {
+    case DCNV4_FLOAT32:
+      return run_type<float>(call);
+    case DCNV4_BFLOAT16:
+      return run_type<bf16>(call);
+    case DCNV4_FLOAT16:
+      return run_type<f16>(call);
+    default:
+      return DCNV4_NO_KERNEL;
+  }
+}
+
+}  // namespace dcnv4

@@ -1,0 +1,215 @@
+// The forward kernel for groups of a multiple of 32 bytes and 8 or 9 taps, out of a window in shared memory (window.h).
+//
+// A thread holds 16 bytes of one pixel's channels, of all four corners or of those on its side. Per tap it reads its weights
+// and two places from shared memory, then the corners: a warp reads 512 bytes of cells an instruction without bank conflicts.
+#include "forward.h"
+#include "window.h"
+
+namespace dcnv4 {
+namespace {
+
+// Adds a far tap's corners, read from global memory: add(weight, address of the corner's first channel), for corners with
+// x % 2 == side, or all where side < 0.
+template <int TAPS, class T, class Add>
+DCNV4_DEVICE void visit_far(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, const TilePixel& pixel,
+                            const T* runs, const T* map, uint32_t far, int side, Add add) {
+  while (far != 0) {
+    const int k = __ffs(int(far)) - 1;
+    far &= far - 1;
+    const WindowTap tap = window_tap<T, TAPS>(p, w, o, pixel, runs, tap_slot<T, TAPS>(p, w, k));
+    const Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.weight, 1.0f);
+    const float of_corner[4] = {weights.w00, weights.w01, weights.w10, weights.w11};
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int x = tap.x + o.x + c % 2, y = tap.y + o.y + c / 2;
+      if ((side >= 0 && c % 2 != side) || x < 0 || y < 0 || x >= int(p.W) || y >= int(p.H)) continue;
+      add(of_corner[c], at_pixel(map, uint32_t(y) * uint32_t(p.W) + uint32_t(x), p.value_stride));
+    }
+  }
+}
+
+// What a thread reads of a tap: weights of its corners, and where the upper and the lower row of them lie in the window.
+struct alignas(16) Side {
+  float top, bottom;
+  uint32_t at_top, at_bottom;
+};
+
+// Rows of a batch's taps have odd length, the second plane is half the banks away: threads that read a tap of several pixels
+// and both sides touch every bank once.
+template <int TAPS>
+constexpr DCNV4_HD int plane_length() {
+  return kBatch * odd(TAPS) + 4;
+}
+
+template <int UNITS, int SIDES, int TAPS>
+constexpr DCNV4_HD int64_t staged_bytes() {
+  return SIDES == 2 ? 2 * plane_length<TAPS>() * int64_t(sizeof(Side))
+                    : plane_length<TAPS>() * int64_t(sizeof(Four<float>) + sizeof(uint2));
+}
+
+template <class T, int UNITS, int SIDES, int TAPS>
+__global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
+    sample_window(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w, const T* __restrict__ value,
+                  const T* __restrict__ offset_mask, T* __restrict__ output) {
+  constexpr int N = 16 / int(sizeof(T)), lanes = UNITS * SIDES, items = kWarp / lanes, cell_bytes = UNITS * 16;
+  constexpr int rounds = (kBatch * TAPS + kWarp - 1) / kWarp;
+  const WindowOrigin o = window_origin(p, w, 1);
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp;
+  const int64_t first_output = o.n * p.Ho * p.Wo;
+  const T* runs = offset_mask + first_output * p.offset_mask_stride + o.g * 3 * TAPS;
+  const int channel = o.g * int(p.D) + o.slice * UNITS * N;
+  const T* map = value + o.n * p.H * p.W * p.value_stride + channel;
+  T* result = output + first_output * p.output_stride + channel;
+
+  // The window; behind it two rows whose first two cells are zeros, for taps that add nothing; then each warp's taps.
+  char* window = dynamic_shared();
+  const uint32_t pitch_bytes = uint32_t(w.pitch) * cell_bytes, nowhere = pitch_bytes * uint32_t(w.height);
+  char* staged = window + nowhere + pitch_bytes + 2 * cell_bytes + warp * staged_bytes<UNITS, SIDES, TAPS>();
+  fetch_window<UNITS>(p, w, o, map, window);
+  if (threadIdx.x < 4 * UNITS) {
+    const uint32_t row = threadIdx.x / (2 * UNITS), piece = threadIdx.x % (2 * UNITS);
+    *reinterpret_cast<uint4*>(window + nowhere + row * pitch_bytes + piece * 16) = make_uint4(0, 0, 0, 0);
+  }
+  TapSlot slots[rounds];
+#pragma unroll
+  for (int r = 0; r < rounds; ++r) slots[r] = tap_slot<T, TAPS>(p, w, r * kWarp + lane);
+  copy_async_wait();
+  __syncthreads();
+
+  const int item = lane / lanes, unit = lane % UNITS, side = SIDES == 2 ? lane / UNITS % 2 : 0;
+  const char* cells = window + side * cell_bytes + unit * 16;
+  for (int batch = warp; batch * kBatch < w.pixels; batch += warps) {
+    uint32_t far[rounds];
+    work_out_taps<T, TAPS, kBatch>(p, w, o, runs, batch, slots, far, [&](int, const TapSlot& slot, const WindowTap& tap) {
+      const Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.near ? tap.weight : 0, 1.0f);
+      const uint32_t at_top = tap.near ? uint32_t(tap.y * w.pitch + tap.x) * cell_bytes : nowhere;
+      const uint32_t at_bottom = at_top + pitch_bytes;
+      const int place = slot.of * odd(TAPS) + slot.k;
+      if constexpr (SIDES == 2) {
+        Side* to = reinterpret_cast<Side*>(staged) + place;
+        to[0] = {weights.w00, weights.w10, at_top, at_bottom};
+        to[plane_length<TAPS>()] = {weights.w01, weights.w11, at_top, at_bottom};
+      } else {
+        // Two pixels share the banks where a cell takes half of them: one reads cells of even number first, the other of odd.
+        const bool swap = UNITS == 4 && ((at_top / cell_bytes + uint32_t(slot.of)) & 1) != 0;
+        const uint32_t left = swap ? at_top + cell_bytes : at_top, right = swap ? at_top : at_top + cell_bytes;
+        Four<float>* to = reinterpret_cast<Four<float>*>(staged);
+        to[place] = {{swap ? weights.w01 : weights.w00, swap ? weights.w00 : weights.w01, swap ? weights.w11 : weights.w10,
+                      swap ? weights.w10 : weights.w11}};
+        reinterpret_cast<uint2*>(to + plane_length<TAPS>())[place] = make_uint2(left, right);
+      }
+    });
+    __syncwarp();
+    bool any_far = false;
+#pragma unroll
+    for (int r = 0; r < rounds; ++r) any_far |= far[r] != 0;
+
+#pragma unroll 1
+    for (int pass = 0; pass < kBatch; pass += items) {
+      float sums[N] = {};
+      const int row = (pass + item) * odd(TAPS);
+#pragma unroll(UNITS == 2 ? odd(TAPS) / 3 : TAPS)
+      for (int k = 0; k < TAPS; ++k) {
+        float corner[N];
+        const auto add = [&](float weight) {
+#pragma unroll
+          for (int i = 0; i < N; ++i) sums[i] += weight * corner[i];
+        };
+        if constexpr (SIDES == 2) {
+          const Side tap = reinterpret_cast<const Side*>(staged)[side * plane_length<TAPS>() + row + k];
+          load_shared<T, N>(cells + tap.at_top, corner);
+          add(tap.top);
+          load_shared<T, N>(cells + tap.at_bottom, corner);
+          add(tap.bottom);
+        } else {
+          const Four<float>* from = reinterpret_cast<const Four<float>*>(staged);
+          const Four<float> weights = from[row + k];
+          const uint2 at = reinterpret_cast<const uint2*>(from + plane_length<TAPS>())[row + k];
+          load_shared<T, N>(cells + at.x, corner);
+          add(weights.v[0]);
+          load_shared<T, N>(cells + at.y, corner);
+          add(weights.v[1]);
+          load_shared<T, N>(cells + at.x + pitch_bytes, corner);
+          add(weights.v[2]);
+          load_shared<T, N>(cells + at.y + pitch_bytes, corner);
+          add(weights.v[3]);
+        }
+      }
+
+      const TilePixel pixel = tile_pixel(p, w, o, batch * kBatch + pass + item);
+      if (any_far && pixel.live)
+        visit_far<TAPS>(p, w, o, pixel, runs, map + unit * N, far_taps<TAPS>(far, pass + item), SIDES == 2 ? side : -1,
+                        [&](float weight, const T* from) {
+                          float corner[N];
+                          load<T, N>(from, corner);
+#pragma unroll
+                          for (int i = 0; i < N; ++i) sums[i] += weight * corner[i];
+                        });
+
+      T* to = at_pixel(result, output_pixel(p, pixel.ho, pixel.wo), p.output_stride) + unit * N;
+      if constexpr (SIDES == 2) {
+        // Each side takes half of the channels.
+        float half[N / 2];
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) {
+          const float give = side ? sums[i] : sums[i + N / 2], keep = side ? sums[i + N / 2] : sums[i];
+          half[i] = keep + __shfl_xor_sync(0xffffffffu, give, UNITS);
+        }
+        if (pixel.live) store<T, N / 2>(to + side * (N / 2), half);
+      } else {
+        if (pixel.live) store<T, N>(to, sums);
+      }
+    }
+    __syncwarp();  // before the next taps take the place of these
+  }
+}
+
+template <class T, int UNITS, int SIDES, int TAPS>
+int32_t run(const ForwardCall& call, int64_t slices) {
+  const dcnv4_problem& p = call.p;
+  constexpr int64_t cell = UNITS * 16;
+  WindowBytes bytes{cell, 0, staged_bytes<UNITS, SIDES, TAPS>(), 2 * cell, 1};
+  bytes.whole = UNITS == 8;
+  const Window w = plan_window(p, slices, bytes, 1);
+  if (w.blocks == 0) return DCNV4_NO_KERNEL;
+  return launch(sample_window<T, UNITS, SIDES, TAPS>, w.blocks, w.threads, w.shared, call.stream, p, w,
+                static_cast<const T*>(call.value), static_cast<const T*>(call.offset_mask), static_cast<T*>(call.output));
+}
+
+template <class T, int TAPS>
+int32_t run_taps(const ForwardCall& call) {
+  const Slicing slicing = slicing_of(call.p);
+  // Cells of 128 bytes leave room for few warps beside the halo of a tile: worth while for whole maps.
+  if constexpr (sizeof(T) == 4)
+    if (slicing.bytes == 128) return run<T, 8, 1, TAPS>(call, slicing.slices);
+  if (slicing.bytes >= 64) return run<T, 4, 1, TAPS>(call, slicing.slices * slicing.bytes / 64);
+  if (slicing.bytes == 32) return run<T, 2, 2, TAPS>(call, slicing.slices);
+  return DCNV4_NO_KERNEL;
+}
+
+template <class T>
+int32_t run_type(const ForwardCall& call) {
+  const int taps = taps_of(call.p);
+  return taps == 9 ? run_taps<T, 9>(call) : taps == 8 ? run_taps<T, 8>(call) : int32_t(DCNV4_NO_KERNEL);
+}
+
+}  // namespace
+
+int32_t forward_window(const ForwardCall& call) {
+  const dcnv4_problem& p = call.p;
+  const int64_t element = element_bytes(p.dtype);
+  if (!aligned(call.value, p.value_stride, element, 16) || !aligned(call.output, p.output_stride, element, 16))
+    return DCNV4_NO_KERNEL;
+  switch (p.dtype) {
+    case DCNV4_FLOAT32:
+      return run_type<float>(call);
+    case DCNV4_BFLOAT16:
+      return run_type<bf16>(call);
+    case DCNV4_FLOAT16:
+      return run_type<f16>(call);
+    default:
+      return DCNV4_NO_KERNEL;
+  }
+}
+
+}  // namespace dcnv4

@@ -1,0 +1,244 @@
+// The gradient of `value` for groups of a multiple of 32 bytes and 8 or 9 taps, gathered by cells out of sorted taps.
+//
+// A block takes a tile of output pixels, one group and a slice of its channels. It sorts the corners of the tile's taps by
+// cell, counting; then every cell of the window (window.h) is owned by a few threads, which go through what falls on it,
+// multiply-adding rows of grad_output from shared memory, and write the sum once: to grad_value itself where the block has all
+// of the map, else as one reduction a cell and tile to `sums`. Taps beyond the window are reduced one by one.
+#include "backward.h"
+#include "window.h"
+
+namespace dcnv4 {
+namespace {
+
+constexpr int kSlots = 64;             // taps a warp works out at once: of 7 or 8 pixels
+constexpr int kMostBatches = 2;        // of a warp; what is known of their taps stays in registers while they are sorted
+constexpr int kMostSortThreads = 448;  // of a block; two have the registers they need
+
+// What a corner of a tap gives to its cell: `weight` times the row of grad_output that lies `row` bytes on.
+struct alignas(8) Entry {
+  float weight;
+  uint32_t row;
+};
+
+// Shared memory: rows of grad_output (pixels, UNITS pieces), entries by cell, where each cell's start, one number a warp, and
+// which taps of a batch are far. This much of it is not counted by cell or pixel.
+constexpr int64_t kFixedBytes =
+    (kMostSortThreads / kWarp + 2) * int64_t(sizeof(int)) + kMostSortThreads / kWarp * kMostBatches * int64_t(sizeof(uint2));
+
+// Adds what the taps of `far` give to their corners, by a whole warp, one reduction a corner and four channels.
+template <class T, int CHANNELS, int TAPS>
+DCNV4_DEVICE void add_far(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, const TilePixel& pixel, const T* runs,
+                          const char* gradients, uint32_t far, float* sums_map, int64_t sums_stride) {
+  for (; far != 0; far &= far - 1) {
+    const WindowTap tap = window_tap<T, TAPS>(p, w, o, pixel, runs, tap_slot<T, TAPS>(p, w, __ffs(int(far)) - 1));
+    const Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.weight, 1.0f);
+    for (int i = int(threadIdx.x) % kWarp; i < CHANNELS; i += kWarp) {
+      const int c = i % kCorners, channel = i / kCorners * 4, x = tap.x + o.x + c % 2, y = tap.y + o.y + c / 2;
+      const float weight = c == 0 ? weights.w00 : c == 1 ? weights.w01 : c == 2 ? weights.w10 : weights.w11;
+      float part[4];
+      load<T, 4>(gradients + (pixel.number * w.output_bytes + uint32_t(channel * int(sizeof(T)))), part);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) part[e] *= weight;
+      const bool inside = x >= 0 && y >= 0 && x < int(p.W) && y < int(p.H);
+      const uint32_t cell = inside ? uint32_t(y) * uint32_t(p.W) + uint32_t(x) : 0;
+      add_if(inside, sums_map + (uint64_t(cell) * uint64_t(sums_stride) + channel), part);
+    }
+  }
+}
+
+template <class T, int UNITS, int TAPS, bool WHOLE>
+__global__ void __launch_bounds__(kMostSortThreads, 2)
+    gather_sorted(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w, const T* __restrict__ offset_mask,
+                  const T* __restrict__ grad_output, T* __restrict__ grad_value, float* __restrict__ sums,
+                  int64_t sums_stride) {
+  constexpr int N = 16 / int(sizeof(T)), cell_bytes = UNITS * 16, pixels = kSlots / TAPS, rounds = kSlots / kWarp;
+  const WindowOrigin o = window_origin(p, w, 1);
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp;
+  const int64_t first_output = o.n * p.Ho * p.Wo;
+  const T* runs = offset_mask + first_output * p.offset_mask_stride + o.g * 3 * TAPS;
+  const int channel = o.g * int(p.D) + o.slice * UNITS * N;
+  const char* gradients = reinterpret_cast<const char*>(grad_output + first_output * p.output_stride + channel);
+  const int64_t first_cell = o.n * p.H * p.W;
+  float* sums_map = sums + first_cell * sums_stride + channel;
+
+  const int cells = w.width * w.height;
+  char* rows = dynamic_shared();
+  Entry* entries = reinterpret_cast<Entry*>(rows + w.pixels * cell_bytes);     // (pixels * TAPS * corners)
+  int* starts = reinterpret_cast<int*>(entries + w.pixels * TAPS * kCorners);  // (cells + 1)
+  int* counts = starts + cells + 1;                                            // (warps)
+  uint2* far_of =
+      reinterpret_cast<uint2*>(counts + warps + (cells + 1 + warps) % 2);  // (batches): a bit a tap beyond the window
+
+  for (int i = int(threadIdx.x); i < w.pixels * UNITS; i += int(blockDim.x)) {
+    const TilePixel pixel = tile_pixel(p, w, o, i / UNITS);
+    copy_async(rows + i * 16,
+               gradients + (pixel.number * w.output_bytes + uint32_t(i % UNITS) * 16));  // read by live taps alone
+  }
+  for (int i = int(threadIdx.x); i <= cells; i += int(blockDim.x)) starts[i] = 0;
+  TapSlot slots[rounds];
+#pragma unroll
+  for (int r = 0; r < rounds; ++r) slots[r] = tap_slot<T, TAPS>(p, w, r * kWarp + lane);
+  __syncthreads();
+
+  // Taps, their cells, and the number of each corner among those of its cell, from 1 on, two in a word; 0 for none.
+  float lx[kMostBatches][rounds], ly[kMostBatches][rounds], weight[kMostBatches][rounds];
+  int cell_of[kMostBatches][rounds];
+  uint32_t upper[kMostBatches][rounds], lower[kMostBatches][rounds];
+#pragma unroll
+  for (int b = 0; b < kMostBatches; ++b) {
+    const int batch = warp + b * warps;
+    uint32_t far[rounds] = {};
+#pragma unroll
+    for (int r = 0; r < rounds; ++r) upper[b][r] = lower[b][r] = 0;
+    if (batch * pixels >= w.pixels) continue;
+    work_out_taps<T, TAPS, pixels>(p, w, o, runs, batch, slots, far, [&](int r, const TapSlot&, const WindowTap& tap) {
+      lx[b][r] = tap.lx;
+      ly[b][r] = tap.ly;
+      weight[b][r] = tap.weight;
+      cell_of[b][r] = tap.y * w.width + tap.x;
+      if (!tap.near) return;
+      int* count = starts + cell_of[b][r];
+      const Inside inside(p, o, tap);
+      const auto number = [](bool live, int* of) { return live ? uint32_t(atomicAdd(of, 1) + 1) : 0u; };
+      upper[b][r] = number(inside.top && inside.left, count) | number(inside.top && inside.right, count + 1) << 16;
+      count += w.width;
+      lower[b][r] = number(inside.bottom && inside.left, count) | number(inside.bottom && inside.right, count + 1) << 16;
+    });
+    if (!WHOLE && lane == 0) far_of[batch] = make_uint2(far[0], far[1]);
+  }
+  __syncthreads();
+
+  // Where each cell's taps start: every thread sums a run of counts, the warps' totals follow.
+  const int run_length = (cells + int(blockDim.x)) / int(blockDim.x), first = int(threadIdx.x) * run_length;
+  int own = 0;
+  for (int i = first; i < min(first + run_length, cells); ++i) own += starts[i];
+  int before = own;
+#pragma unroll
+  for (int d = 1; d < kWarp; d *= 2) {
+    const int other = __shfl_sync(0xffffffffu, before, (lane - d) & 31);
+    if (lane >= d) before += other;
+  }
+  if (lane == kWarp - 1) counts[warp] = before;
+  before -= own;
+  __syncthreads();
+  for (int i = 0; i < warp; ++i) before += counts[i];
+  for (int i = first; i < min(first + run_length, cells + 1); ++i) {
+    const int count = starts[i];
+    starts[i] = before;
+    before += count;
+  }
+  __syncthreads();
+
+#pragma unroll
+  for (int b = 0; b < kMostBatches; ++b) {
+#pragma unroll
+    for (int r = 0; r < rounds; ++r) {
+      if ((upper[b][r] | lower[b][r]) == 0) continue;
+      const uint32_t row = uint32_t(((warp + b * warps) * pixels + slots[r].of) * cell_bytes);
+      const Corners<float> weights = corner_weights(lx[b][r], ly[b][r], weight[b][r], 1.0f);
+      const int* start = starts + cell_of[b][r];
+      const auto enter = [&](uint32_t number, int first_entry, float share) {
+        if (number != 0) entries[first_entry + int(number) - 1] = {share, row};
+      };
+      enter(upper[b][r] & 0xffffu, start[0], weights.w00);
+      enter(upper[b][r] >> 16, start[1], weights.w01);
+      enter(lower[b][r] & 0xffffu, start[w.width], weights.w10);
+      enter(lower[b][r] >> 16, start[w.width + 1], weights.w11);
+    }
+  }
+  copy_async_wait();
+  __syncthreads();
+
+  const int unit = lane % UNITS;
+  const char* own_rows = rows + unit * 16;
+  for (int cell = int(threadIdx.x) / UNITS; cell < cells; cell += int(blockDim.x) / UNITS) {
+    const int cell_y = w.by_width.quotient(cell), x = o.x + cell - cell_y * w.width, y = o.y + cell_y;
+    const int begin = starts[cell], end = starts[cell + 1];
+    if (WHOLE ? x < 0 || y < 0 || x >= int(p.W) || y >= int(p.H) : begin == end) continue;
+    float total[N] = {};
+#pragma unroll 2
+    for (const Entry* entry = entries + begin; entry < entries + end; ++entry) {
+      const Entry one = *entry;
+      float gradient[N];
+      load_shared<T, N>(own_rows + one.row, gradient);
+#pragma unroll
+      for (int i = 0; i < N; ++i) total[i] += one.weight * gradient[i];
+    }
+    const uint32_t number = uint32_t(y) * uint32_t(p.W) + uint32_t(x);
+    if (WHOLE) {
+      store<T, N>(grad_value + (first_cell + number) * p.grad_value_stride + channel + unit * N, total);
+    } else {
+      add_if(true, sums_map + (uint64_t(number) * uint64_t(sums_stride) + unit * N), total);
+    }
+  }
+
+  for (int batch = warp; !WHOLE && batch * pixels < w.pixels; batch += warps) {
+    const uint2 bits = far_of[batch];
+    const uint32_t far[rounds] = {bits.x, bits.y};
+    if ((far[0] | far[1]) == 0) continue;
+#pragma unroll 1
+    for (int of = 0; of < pixels; ++of)
+      add_far<T, UNITS * N, TAPS>(p, w, o, tile_pixel(p, w, o, batch * pixels + of), runs, gradients, far_taps<TAPS>(far, of),
+                                  sums_map, sums_stride);
+  }
+}
+
+Window plan_sorted(const dcnv4_problem& p, int taps, const Slicing& slicing) {
+  WindowBytes bytes{sizeof(int), slicing.bytes + taps * kCorners * int64_t(sizeof(Entry)), 0, kFixedBytes, 0};
+  bytes.most_threads = kMostSortThreads;
+  bytes.blocks = 2;
+  bytes.most_pixels_a_warp = kSlots / taps * kMostBatches;
+  return plan_window(p, slicing.slices, bytes, 1);
+}
+
+template <class T, int UNITS, int TAPS>
+int32_t run(const BackwardCall& call, const Window& w, float* sums, int64_t sums_stride) {
+  const dcnv4_problem& p = call.p;
+  const auto start = [&](auto kernel) {
+    return launch(kernel, w.blocks, w.threads, w.shared, call.stream, p, w, static_cast<const T*>(call.offset_mask),
+                  static_cast<const T*>(call.grad_output), static_cast<T*>(call.grad_value), sums, sums_stride);
+  };
+  return sums ? start(gather_sorted<T, UNITS, TAPS, false>) : start(gather_sorted<T, UNITS, TAPS, true>);
+}
+
+template <class T, int TAPS>
+int32_t run_units(const BackwardCall& call, const Slicing& slicing, const Window& w, float* sums, int64_t sums_stride) {
+  if (slicing.bytes == 128) return run<T, 8, TAPS>(call, w, sums, sums_stride);
+  if (slicing.bytes == 64) return run<T, 4, TAPS>(call, w, sums, sums_stride);
+  return run<T, 2, TAPS>(call, w, sums, sums_stride);
+}
+
+template <class T>
+int32_t run_type(const BackwardCall& call, const Slicing& slicing, const Window& w, float* sums, int64_t sums_stride) {
+  return taps_of(call.p) == 9 ? run_units<T, 9>(call, slicing, w, sums, sums_stride)
+                              : run_units<T, 8>(call, slicing, w, sums, sums_stride);
+}
+
+}  // namespace
+
+Sorted can_scatter_sorted(const dcnv4_problem& p) {
+  const int taps = taps_of(p);
+  const Slicing slicing = slicing_of(p);
+  if ((taps != 8 && taps != 9) || slicing.bytes == 0 || p.dtype == DCNV4_FLOAT64) return Sorted::no;
+  const Window w = plan_sorted(p, taps, slicing);
+  if (w.blocks == 0) return Sorted::no;
+  const bool whole = w.tiles_x.divisor == 1 && w.tiles_y.divisor == 1 && w.width >= p.W + 2 && w.height >= p.H + 2;
+  return whole ? Sorted::whole : Sorted::tiles;
+}
+
+int32_t scatter_sorted(const BackwardCall& call, float* sums, int64_t sums_stride) {
+  const Slicing slicing = slicing_of(call.p);
+  const Window w = plan_sorted(call.p, taps_of(call.p), slicing);
+  switch (call.p.dtype) {
+    case DCNV4_FLOAT32:
+      return run_type<float>(call, slicing, w, sums, sums_stride);
+    case DCNV4_BFLOAT16:
+      return run_type<bf16>(call, slicing, w, sums, sums_stride);
+    case DCNV4_FLOAT16:
+      return run_type<f16>(call, slicing, w, sums, sums_stride);
+    default:
+      return DCNV4_NO_KERNEL;
+  }
+}
+
+}  // namespace dcnv4
