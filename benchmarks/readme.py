@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,14 @@ def ablations_speed(results: dict[str, Any]) -> str:
     return markdown(rows)
 
 
-def operators(results: dict[str, Any]) -> str:
+def operators(results: dict[str, Any], dtypes: Sequence[str] = (), leave_out: Sequence[str] = ()) -> str:
     """How many times as long as dcnv4 the peers take, at the operator level; a dash where one was not measured."""
     from eval.operators import PEERS, geometric_mean
 
     records = [r for r in results["measurements"] if r["level"] == "op" and r["sigma"] == 2]
+    records = [r for r in records if not dtypes or r["dtype"] in dtypes]
     names = [name for name in PEERS if name != "dcnv4" and any(name in r["times"] for r in records)]
+    names = [name for name in names if name not in leave_out]
     rows = [["", "", *(PEERS[name].label for name in names)]]
     for dtype, direction in operator_kinds(records):
         chosen = [r for r in records if (r["dtype"], r["direction"]) == (dtype, direction)]
@@ -138,6 +141,11 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "ablations": study,
     "ablations_speed": ablations_speed,
     "operators_cpu": operators,
+    "operators_nvidia_h200": partial(
+        operators,
+        dtypes=("bfloat16", "float32"),
+        leave_out=("attention_math", "depthwise_native", "dcnv3_rule"),
+    ),
     "photographs_compare": scores,
     "full_size_cpu": full_size,
 }

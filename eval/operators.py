@@ -616,6 +616,8 @@ def run(options: argparse.Namespace) -> int:
                 left_over = len(missing) - index
                 break
             record = measure(plan, stopwatch, device, bandwidth)
+            if stopwatch.cuda:
+                stopwatch.recover()  # what graphs and failed captures held, before it adds up
             known[plan.key()] = record
             content["measurements"] = list(known.values())
             if options.json:

@@ -178,13 +178,20 @@ def test_every_element_is_written() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strided_inputs(dtype: torch.dtype) -> None:
-    """Column slices of one Linear's output, aligned and not, give what contiguous copies give."""
+    """Column slices of one Linear's output give what contiguous copies give: where vectors can read them the same bits, else the
+    sums of another kernel."""
     for gap in (0, 3):
         both = torch.randn(2, 11, 13, 64 + gap + 56, device="cuda").to(dtype)
         value, offset_mask = both[..., :64], both[..., 64 + gap :]
-        assert torch.equal(
-            dcnv4(value, offset_mask, groups=2), dcnv4(value.contiguous(), offset_mask.contiguous(), groups=2)
-        )
+        strided = dcnv4(value, offset_mask, groups=2)
+        contiguous = dcnv4(value.contiguous(), offset_mask.contiguous(), groups=2)
+        if gap == 0:
+            assert torch.equal(strided, contiguous)
+        else:
+            rounding = torch.finfo(dtype).eps
+            torch.testing.assert_close(
+                strided, contiguous, rtol=2 * rounding, atol=20 * min(rounding, 2**-23)
+            )
 
 
 def test_empty_batch() -> None:

@@ -413,6 +413,32 @@ def test_networks_are_measured_once_each_and_go_on(gpu, monkeypatch, tmp_path, c
     assert "left out needs packages that are not there: ModuleNotFoundError" in capsys.readouterr().out
 
 
+def test_the_operators_are_measured_a_type_a_process_and_go_on(gpu, monkeypatch, tmp_path, capsys) -> None:
+    """The main spread of all types before anything else, each in a process of its own, all into one file."""
+    commands: list[list[str]] = []
+    codes = [0, 3, *[0] * 6]
+
+    def run(self, command: list[str], limit: float, log: str, **extra: str) -> int | None:
+        commands.append(command[3:])
+        return codes[len(commands) - 1]
+
+    monkeypatch.setattr(gpu.Session, "run", run)
+    assert gpu.main(["--stages", "benchmark"]) == 1  # the second has no time
+    assert "benchmark: unfinished" in capsys.readouterr().out and len(commands) == 2
+    assert gpu.main(["--stages", "benchmark"]) == 0
+    assert len(commands) == 8
+    done = commands[2:]
+    assert [c[c.index("--dtype") + 1] for c in done] == [*gpu.TYPES, *gpu.TYPES]
+    assert ["--sigma" in c for c in done] == [True] * 3 + [False] * 3
+    assert all("--resume" in c for c in done) and len({c[c.index("--json") + 1] for c in done}) == 1
+    codes.extend([0] * 6)
+    assert gpu.main(["--stages", "benchmark", "--again"]) == 0
+    assert ["--resume" in c for c in commands[8:]] == [False] + [True] * 5
+    monkeypatch.setattr("eval.operators.run", lambda options: options)
+    for command in commands:
+        operators.main(command)
+
+
 def test_commands_of_the_gpu_stages_are_understood(gpu, monkeypatch, tmp_path) -> None:
     """Every option exists and every config is there: nobody should learn otherwise on a GPU that is paid for."""
     from eval import throughput

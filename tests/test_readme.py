@@ -60,6 +60,7 @@ def test_the_report_is_of_all_results(readme: ModuleType) -> None:
         "digits_dcn_loop.json",
         "digits_unet_loop.json",
         "full_size_cpu.json",
+        "gpu.json",
         "times.json",
     ]
 
@@ -122,6 +123,61 @@ def test_what_is_said_of_the_operators_speed_is_in_the_json(readme: ModuleType) 
             for r in forward
         ]
         assert f"{statistics.median(costs):.1f} times its forward in {name}" in text, costs
+
+
+def test_what_is_said_of_the_operator_on_a_gpu_is_in_the_json(readme: ModuleType) -> None:
+    """Ahead of which peers in how many rows, where the official operator fails, how far from the floor."""
+    content = json.loads((readme.RESULTS / "operators_nvidia_h200.json").read_text(encoding="utf-8"))
+    assert content["identity"]["device"] == "NVIDIA H200"
+    text = " ".join(EVIDENCE.split())
+
+    def rows(dtype: str, direction: str) -> list[dict]:
+        return [r for r in content["measurements"] if (r["dtype"], r["direction"]) == (dtype, direction)]
+
+    def ahead(dtype: str, direction: str, peer: str) -> tuple[int, int, str]:
+        ratios = [readme.times_as_long(r, peer) for r in rows(dtype, direction) if peer in r["times"]]
+        return sum(q >= 1 for q in ratios), len(ratios), f"{statistics.geometric_mean(ratios):.2f}"
+
+    def said(dtype: str, direction: str, peer: str) -> str:
+        won, count, mean = ahead(dtype, direction, peer)
+        return f"in {won} of {count} {{}}in {dict(bfloat16='bf16', float32='fp32')[dtype]} ({mean})"
+
+    assert said("bfloat16", "forward", "official").format("rows ") in text
+    assert said("float32", "forward", "official").format("") in text
+    assert "backward " + said("float32", "backward", "official").format("") in text
+    assert said("bfloat16", "forward", "depthwise_cudnn").format("rows ") in text
+    for kind in (("float32", "forward"), ("bfloat16", "backward"), ("float32", "backward")):
+        assert said(*kind, "depthwise_cudnn").format("") in text, kind
+    for direction, sentence in (
+        ("forward", "bf16 forward in {} rows of 14"),
+        ("backward", "backward in {}."),
+    ):
+        won, count, _ = ahead("bfloat16", direction, "conv3x3")
+        assert sentence.format(count - won) in text
+    floors = [
+        f"{statistics.geometric_mean(r['times']['dcnv4']['median'] / r['floor'] for r in rows(dtype, direction)):.1f}"
+        for dtype in ("bfloat16", "float32")
+        for direction in ("forward", "backward")
+    ]
+    assert (
+        "{} times what moving its bytes once would in bf16 forward and {} backward ({} and {} in fp32)".format(
+            *floors
+        )
+        in text
+    )
+    different = {
+        r["shape"]
+        for r in content["measurements"]
+        if "official" in r["times"] and (r["times"]["official"]["difference"] or 0) > 0.5
+    }
+    assert different == {"64x14x14x512", "64x7x7x1024"}
+    assert all("BFloat16" in r["skipped"]["official"] for r in rows("bfloat16", "backward"))
+    failing = {r["shape"] for r in rows("float32", "backward") if "official" in r["skipped"]}
+    assert failing == {"64x8x8x1280", "64x4x4x1280"}
+    stages = json.loads((readme.RESULTS / "gpu.json").read_text(encoding="utf-8"))
+    assert stages["known"]["device"] == "NVIDIA H200"
+    for stage in ("correctness", "memcheck", "racecheck"):
+        assert stages["stages"][stage]["status"] == "passed"
 
 
 def test_times_of_the_commands_are_those_of_the_json(readme: ModuleType) -> None:

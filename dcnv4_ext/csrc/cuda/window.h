@@ -72,7 +72,11 @@ inline Window plan_window(const dcnv4_problem& p, int64_t slices, const WindowBy
     const Span y = span_of(tile_h, p.stride_h, p.dilation_h, p.kernel_h, scale, p.H, around);
     const int64_t tiles_x = divide_up(p.Wo, tile_w), tiles_y = divide_up(p.Ho, tile_h);
     const int64_t batches = divide_up(pixels, kBatch), blocks = tiles_x * tiles_y * p.N * p.G * slices;
-    if (bytes.whole && (tiles_x * tiles_y > 1 || x.cells < p.W + 2 * around || y.cells < p.H + 2 * around)) continue;
+    if (bytes.whole) {
+      if (tiles_x * tiles_y > 1 || x.cells < p.W + 2 * around || y.cells < p.H + 2 * around) continue;
+      // A few blocks with much to do each: the kernels without a window spread it further.
+      if (blocks < processors && pixels > 256 && !forced(p, kForceWindow)) continue;
+    }
     if (x.cells >= most / bytes.cell / y.cells || blocks > INT32_MAX) continue;
     const int64_t pitch = round_up(x.cells, 2), cells = pitch * y.cells;
     // Worth it where fetching a cell is shared by several of the reads it saves.
