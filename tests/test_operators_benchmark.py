@@ -494,3 +494,36 @@ def test_tools_are_found_beside_python_and_in_cudas_folder(gpu, monkeypatch, tmp
     for name in ("cmake", "nvcc", "compute-sanitizer"):
         assert Path(gpu.find_program(name)).is_relative_to(tmp_path)
     assert gpu.find_program("no-such-program") is None
+
+
+def test_variants_of_the_cuda_library_are_compared(capsys) -> None:
+    """benchmarks/variants.py, rehearsed with the emulated library: every kind runs, equal results make no remark."""
+    from emulation.build import NoCompiler, build
+
+    try:
+        library = str(build())
+    except NoCompiler as missing:
+        pytest.skip(str(missing))
+    spec = importlib.util.spec_from_file_location("variants", ROOT / "benchmarks" / "variants.py")
+    variants = importlib.util.module_from_spec(spec)
+    sys.modules["variants"] = variants
+    spec.loader.exec_module(variants)
+    assert variants.main([library]) == (2 if not torch.cuda.is_available() else 0)
+    variants.MOST_SETS = 2
+    arguments = [
+        library,
+        f"{library}:16",
+        "--device",
+        "cpu",
+        "--rows",
+        "1x5x6x64",
+        "--rounds",
+        "1",
+        "--kinds",
+        *variants.KINDS,
+    ]
+    assert variants.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "differs" not in printed and "status" not in printed and "nan" not in printed
+    for kind in variants.KINDS:
+        assert printed.count(f" {kind} ") == 4, kind  # a row and a mean of two types
