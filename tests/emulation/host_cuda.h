@@ -403,7 +403,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
-  if (bytes > host_cuda::settings.shared_limit) return cudaErrorInvalidValue;
+  // A smaller one would take back what another thread has just allowed.
+  if (bytes != host_cuda::settings.shared_limit) return cudaErrorInvalidValue;
   host_cuda::settings.shared_allowed[reinterpret_cast<void*>(kernel)] = bytes;
   return cudaSuccess;
 }

@@ -205,6 +205,8 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
                const T* __restrict__ offset_mask, const T* __restrict__ grad_output, T* __restrict__ grad_offset_mask) {
   constexpr int pieces = 4 * HALVES, cell_bytes = 64 * HALVES;
   constexpr int pixels = kSlots / TAPS, rounds = kSlots / kWarp;
+  // More would not fit the registers; where threads stand in for matrix units it would be long.
+  constexpr int unrolled = HALVES == 1 && DCNV4_MATRIX_UNITS ? pixels : 1;
   const WindowOrigin o = window_origin(p, w, 1);
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp;
   const int64_t first_output = o.n * p.Ho * p.Wo;
@@ -257,7 +259,7 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
     copy_async_wait();
     __syncwarp();
 
-#pragma unroll(HALVES == 1 ? pixels : 1)  // more would not fit the registers
+#pragma unroll(unrolled)
     for (int of = 0; of < pixels; ++of) {
       const uint2 at = *reinterpret_cast<const uint2*>(own_places + of * kPlaceWords);
       const auto b = [&](int i) {

@@ -81,7 +81,13 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
   for (int batch = warp; batch * kBatch < w.pixels; batch += warps) {
     uint32_t far[rounds];
     work_out_taps<T, TAPS, kBatch>(p, w, o, runs, batch, slots, far, [&](int, const TapSlot& slot, const WindowTap& tap) {
-      const Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.near ? tap.weight : 0, 1.0f);
+      Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.near ? tap.weight : 0, 1.0f);
+      // The zeros outside the map do not make a weight of infinity harmless.
+      const Inside inside(p, o, tap);
+      if (!inside.left) weights.w00 = weights.w10 = 0;
+      if (!inside.right) weights.w01 = weights.w11 = 0;
+      if (!inside.top) weights.w00 = weights.w01 = 0;
+      if (!inside.bottom) weights.w10 = weights.w11 = 0;
       const uint32_t at_top = tap.near ? uint32_t(tap.y * w.pitch + tap.x) * cell_bytes : nowhere;
       const uint32_t at_bottom = at_top + pitch_bytes;
       const int place = slot.of * odd(TAPS) + slot.k;

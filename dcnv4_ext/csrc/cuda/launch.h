@@ -63,7 +63,11 @@ int32_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64
   if (blocks == 0) return DCNV4_OK;
   if (blocks > INT32_MAX) return DCNV4_BAD_PROBLEM;
   if (shared > kSharedBytes) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    // Always the same number: what one thread allows its launch, another must not take back before it.
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_limit(device)));
     if (error != cudaSuccess) return status_of(error);
   }
   cudaLaunchConfig_t config = {};

@@ -265,7 +265,7 @@ DCNV4_DEVICE void multiply_matrices(float (&c)[4], const uint32_t (&a)[4], uint3
 #else
   const int lane = int(threadIdx.x) % 32, q = lane % 4, g = lane / 4;
   const auto both = [](uint32_t low, uint32_t high) { return uint64_t(low) | uint64_t(high) << 32; };
-#pragma unroll
+#pragma unroll 1  // never in a hurry, and a compiler would be busy for a minute
   for (int j = 0; j < 4; ++j) {
     uint64_t left[EIGHTS], right[2];
 #pragma unroll

@@ -16,7 +16,7 @@ namespace dcnv4 {
 constexpr int kCorners = 4;                                 // of a tap
 constexpr int kBatch = 8;                                   // pixels whose taps a warp works out at once, at most
 constexpr int kMostWindowThreads = 512, kWindowBlocks = 2;  // of a block; blocks of so many that have the registers they need
-constexpr int kMargin = 6;                                  // cells beyond the reach of zero offsets, on each side
+constexpr int kMargin = 6;  // cells beyond the reach of zero offsets, on each side; more where offsets are scaled up
 
 struct Window {
   int32_t tile_w, tile_h, pixels;  // of the output
@@ -40,8 +40,9 @@ inline Span span_of(int64_t pixels, int64_t stride, int64_t dilation, int64_t ke
                     int64_t around) {
   const double low = double(-(dilation * (kernel - 1) / 2)) * scale;
   const double high = double(dilation * (kernel - 1) - dilation * (kernel - 1) / 2) * scale;
-  const int64_t first = int64_t(std::floor(std::min(low, high))) - kMargin;
-  const int64_t last = (pixels - 1) * stride + int64_t(std::ceil(std::max(low, high))) + 1 + kMargin;
+  const int64_t margin = int64_t(std::ceil(kMargin * std::max(1.0, std::fabs(scale))));
+  const int64_t first = int64_t(std::floor(std::min(low, high))) - margin;
+  const int64_t last = (pixels - 1) * stride + int64_t(std::ceil(std::max(low, high))) + 1 + margin;
   return {first, std::min(last - first + 1, size + 2 * around)};
 }
 
