@@ -8,26 +8,6 @@
 namespace dcnv4 {
 namespace {
 
-// Adds a far tap's corners, read from global memory: add(weight, address of the corner's first channel), for corners with
-// x % 2 == side, or all where side < 0.
-template <int TAPS, class T, class Add>
-DCNV4_DEVICE void visit_far(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, const TilePixel& pixel,
-                            const T* runs, const T* map, uint32_t far, int side, Add add) {
-  while (far != 0) {
-    const int k = __ffs(int(far)) - 1;
-    far &= far - 1;
-    const WindowTap tap = window_tap<T, TAPS>(p, w, o, pixel, runs, tap_slot<T, TAPS>(p, w, k));
-    const Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.weight, 1.0f);
-    const float of_corner[4] = {weights.w00, weights.w01, weights.w10, weights.w11};
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int x = tap.x + o.x + c % 2, y = tap.y + o.y + c / 2;
-      if ((side >= 0 && c % 2 != side) || x < 0 || y < 0 || x >= int(p.W) || y >= int(p.H)) continue;
-      add(of_corner[c], at_pixel(map, uint32_t(y) * uint32_t(p.W) + uint32_t(x), p.value_stride));
-    }
-  }
-}
-
 // What a thread reads of a tap: weights of its corners, and where the upper and the lower row of them lie in the window.
 struct alignas(16) Side {
   float top, bottom;
@@ -53,6 +33,7 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
                   const T* __restrict__ offset_mask, T* __restrict__ output) {
   constexpr int N = 16 / int(sizeof(T)), lanes = UNITS * SIDES, items = kWarp / lanes, cell_bytes = UNITS * 16;
   constexpr int rounds = (kBatch * TAPS + kWarp - 1) / kWarp;
+  constexpr int unrolled = UNITS > 2 ? TAPS : sizeof(T) == 4 ? 1 : odd(TAPS) / 3;  // as far as registers allow
   const WindowOrigin o = window_origin(p, w, 1);
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp;
   const int64_t first_output = o.n * p.Ho * p.Wo;
@@ -81,28 +62,32 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
   for (int batch = warp; batch * kBatch < w.pixels; batch += warps) {
     uint32_t far[rounds];
     work_out_taps<T, TAPS, kBatch>(p, w, o, runs, batch, slots, far, [&](int, const TapSlot& slot, const WindowTap& tap) {
-      Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.near ? tap.weight : 0, 1.0f);
+      Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.weight, 1.0f);
       // The zeros outside the map do not make a weight of infinity harmless.
       const Inside inside(p, o, tap);
       if (!inside.left) weights.w00 = weights.w10 = 0;
       if (!inside.right) weights.w01 = weights.w11 = 0;
       if (!inside.top) weights.w00 = weights.w01 = 0;
       if (!inside.bottom) weights.w10 = weights.w11 = 0;
+      // Of a far tap, its cell in the map instead of places in the window.
+      const bool far_tap = tap.used && !tap.near;
       const uint32_t at_top = tap.near ? uint32_t(tap.y * w.pitch + tap.x) * cell_bytes : nowhere;
-      const uint32_t at_bottom = at_top + pitch_bytes;
+      const uint32_t far_x = uint32_t(tap.x + o.x), far_y = uint32_t(tap.y + o.y);
       const int place = slot.of * odd(TAPS) + slot.k;
       if constexpr (SIDES == 2) {
         Side* to = reinterpret_cast<Side*>(staged) + place;
-        to[0] = {weights.w00, weights.w10, at_top, at_bottom};
-        to[plane_length<TAPS>()] = {weights.w01, weights.w11, at_top, at_bottom};
+        const uint32_t upper = far_tap ? far_x : at_top, lower = far_tap ? far_y : at_top + pitch_bytes;
+        to[0] = {weights.w00, weights.w10, upper, lower};
+        to[plane_length<TAPS>()] = {weights.w01, weights.w11, upper, lower};
       } else {
         // Two pixels share the banks where a cell takes half of them: one reads cells of even number first, the other of odd.
-        const bool swap = UNITS == 4 && ((at_top / cell_bytes + uint32_t(slot.of)) & 1) != 0;
+        const bool swap = UNITS == 4 && !far_tap && ((at_top / cell_bytes + uint32_t(slot.of)) & 1) != 0;
         const uint32_t left = swap ? at_top + cell_bytes : at_top, right = swap ? at_top : at_top + cell_bytes;
         Four<float>* to = reinterpret_cast<Four<float>*>(staged);
         to[place] = {{swap ? weights.w01 : weights.w00, swap ? weights.w00 : weights.w01, swap ? weights.w11 : weights.w10,
                       swap ? weights.w10 : weights.w11}};
-        reinterpret_cast<uint2*>(to + plane_length<TAPS>())[place] = make_uint2(left, right);
+        reinterpret_cast<uint2*>(to + plane_length<TAPS>())[place] =
+            make_uint2(far_tap ? far_x : left, far_tap ? far_y : right);
       }
     });
     __syncwarp();
@@ -114,43 +99,58 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
     for (int pass = 0; pass < kBatch; pass += items) {
       float sums[N] = {};
       const int row = (pass + item) * odd(TAPS);
-#pragma unroll(UNITS == 2 ? odd(TAPS) / 3 : TAPS)
-      for (int k = 0; k < TAPS; ++k) {
-        float corner[N];
-        const auto add = [&](float weight) {
+      const auto add = [&](float weight, const float (&corner)[N]) {
 #pragma unroll
-          for (int i = 0; i < N; ++i) sums[i] += weight * corner[i];
-        };
+        for (int i = 0; i < N; ++i) sums[i] += weight * corner[i];
+      };
+      // A corner of a far tap, from global memory.
+      const auto add_far = [&](float weight, int x, int y) {
+        if (x < 0 || y < 0 || x >= int(p.W) || y >= int(p.H)) return;
+        float corner[N];
+        load<T, N>(at_pixel(map + unit * N, uint32_t(y) * uint32_t(p.W) + uint32_t(x), p.value_stride), corner);
+        add(weight, corner);
+      };
+      const auto add_tap = [&](int k, bool from_map) {
+        float corner[N];
         if constexpr (SIDES == 2) {
           const Side tap = reinterpret_cast<const Side*>(staged)[side * plane_length<TAPS>() + row + k];
+          if (from_map) {
+            add_far(tap.top, int(tap.at_top) + side, int(tap.at_bottom));
+            add_far(tap.bottom, int(tap.at_top) + side, int(tap.at_bottom) + 1);
+            return;
+          }
           load_shared<T, N>(cells + tap.at_top, corner);
-          add(tap.top);
+          add(tap.top, corner);
           load_shared<T, N>(cells + tap.at_bottom, corner);
-          add(tap.bottom);
+          add(tap.bottom, corner);
         } else {
           const Four<float>* from = reinterpret_cast<const Four<float>*>(staged);
           const Four<float> weights = from[row + k];
           const uint2 at = reinterpret_cast<const uint2*>(from + plane_length<TAPS>())[row + k];
-          load_shared<T, N>(cells + at.x, corner);
-          add(weights.v[0]);
-          load_shared<T, N>(cells + at.y, corner);
-          add(weights.v[1]);
-          load_shared<T, N>(cells + at.x + pitch_bytes, corner);
-          add(weights.v[2]);
-          load_shared<T, N>(cells + at.y + pitch_bytes, corner);
-          add(weights.v[3]);
-        }
-      }
-
-      const TilePixel pixel = tile_pixel(p, w, o, batch * kBatch + pass + item);
-      if (any_far && pixel.live)
-        visit_far<TAPS>(p, w, o, pixel, runs, map + unit * N, far_taps<TAPS>(far, pass + item), SIDES == 2 ? side : -1,
-                        [&](float weight, const T* from) {
-                          float corner[N];
-                          load<T, N>(from, corner);
+          if (from_map) {
 #pragma unroll
-                          for (int i = 0; i < N; ++i) sums[i] += weight * corner[i];
-                        });
+            for (int c = 0; c < kCorners; ++c) add_far(weights.v[c], int(at.x) + c % 2, int(at.y) + c / 2);
+            return;
+          }
+          load_shared<T, N>(cells + at.x, corner);
+          add(weights.v[0], corner);
+          load_shared<T, N>(cells + at.y, corner);
+          add(weights.v[1], corner);
+          load_shared<T, N>(cells + at.x + pitch_bytes, corner);
+          add(weights.v[2], corner);
+          load_shared<T, N>(cells + at.y + pitch_bytes, corner);
+          add(weights.v[3], corner);
+        }
+      };
+      const TilePixel pixel = tile_pixel(p, w, o, batch * kBatch + pass + item);
+      if (!any_far) {
+#pragma unroll(unrolled)
+        for (int k = 0; k < TAPS; ++k) add_tap(k, false);
+      } else {
+        const uint32_t far_bits = far_taps<TAPS>(far, pass + item);
+#pragma unroll 1
+        for (int k = 0; k < TAPS; ++k) add_tap(k, (far_bits >> k & 1) != 0);
+      }
 
       T* to = at_pixel(result, output_pixel(p, pixel.ho, pixel.wo), p.output_stride) + unit * N;
       if constexpr (SIDES == 2) {
