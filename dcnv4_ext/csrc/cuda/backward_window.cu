@@ -17,7 +17,6 @@ namespace {
 
 // Two blocks of so many threads have the registers they need.
 constexpr int kMostDotThreads = 384, kMostWideDotThreads = 256;
-constexpr int kSlots = 64;  // taps a warp works out at once: of 7 or 8 pixels
 
 // Where the dot products of a pixel of a batch lie, in floats: a row of four a tap, in odd number.
 template <int TAPS>
@@ -87,15 +86,6 @@ DCNV4_DEVICE void dot_far(const dcnv4_problem& p, const Window& w, const WindowO
   }
 }
 
-// Zeros in the first two cells of the two rows behind the window, for taps that look nowhere.
-template <int CELL>
-DCNV4_DEVICE void clear_nowhere(char* nowhere, uint32_t pitch_bytes) {
-  constexpr uint32_t pieces = 2 * CELL / 16;
-  if (threadIdx.x < 2 * pieces)
-    *reinterpret_cast<uint4*>(nowhere + threadIdx.x / pieces * pitch_bytes + threadIdx.x % pieces * 16) =
-        make_uint4(0, 0, 0, 0);
-}
-
 // ---- By threads.
 
 template <int TAPS>
@@ -109,7 +99,7 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
                const T* __restrict__ offset_mask, const T* __restrict__ grad_output, T* __restrict__ grad_offset_mask) {
   constexpr int N = 16 / int(sizeof(T)), items = kWarp / UNITS, cell_bytes = UNITS * 16;
   constexpr int pixels = kSlots / TAPS, rounds = kSlots / kWarp;
-  const WindowOrigin o = window_origin(p, w, 1);
+  const WindowOrigin o = window_origin(p, w);
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp;
   const int64_t first_output = o.n * p.Ho * p.Wo;
   const T* runs = offset_mask + first_output * p.offset_mask_stride + o.g * 3 * TAPS;
@@ -207,7 +197,7 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
   constexpr int pixels = kSlots / TAPS, rounds = kSlots / kWarp;
   // More would not fit the registers; where threads stand in for matrix units it would be long.
   constexpr int unrolled = HALVES == 1 && DCNV4_MATRIX_UNITS ? pixels : 1;
-  const WindowOrigin o = window_origin(p, w, 1);
+  const WindowOrigin o = window_origin(p, w);
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp;
   const int64_t first_output = o.n * p.Ho * p.Wo;
   const T* runs = offset_mask + first_output * p.offset_mask_stride + o.g * 3 * TAPS;
@@ -317,7 +307,7 @@ int32_t start(const BackwardCall& call, void (*kernel)(dcnv4_problem, Window, co
   bytes.most_threads = most_threads;
   bytes.blocks = 2;
   bytes.whole = sizeof(T) == 4;  // as forward does
-  const Window w = plan_window(p, 1, bytes, 1);
+  const Window w = plan_window(p, 1, bytes);
   // With cells of 128 bytes by threads, fewer than three blocks a multiprocessor are slower than none.
   if (w.blocks == 0 || (bytes.whole && 3 * (w.shared + 1024) > shared_total(p.device))) return DCNV4_NO_KERNEL;
   return launch(kernel, w.blocks, w.threads, w.shared, call.stream, p, w, static_cast<const T*>(call.value),

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
   constexpr int N = 16 / int(sizeof(T)), lanes = UNITS * SIDES, items = kWarp / lanes, cell_bytes = UNITS * 16;
   constexpr int rounds = (kBatch * TAPS + kWarp - 1) / kWarp;
   constexpr int unrolled = UNITS > 2 ? TAPS : sizeof(T) == 4 ? 1 : odd(TAPS) / 3;  // as far as registers allow
-  const WindowOrigin o = window_origin(p, w, 1);
+  const WindowOrigin o = window_origin(p, w);
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp;
   const int64_t first_output = o.n * p.Ho * p.Wo;
   const T* runs = offset_mask + first_output * p.offset_mask_stride + o.g * 3 * TAPS;
@@ -47,10 +47,7 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
   const uint32_t pitch_bytes = uint32_t(w.pitch) * cell_bytes, nowhere = pitch_bytes * uint32_t(w.height);
   char* staged = window + nowhere + pitch_bytes + 2 * cell_bytes + warp * staged_bytes<UNITS, SIDES, TAPS>();
   fetch_window<UNITS>(p, w, o, map, window);
-  if (threadIdx.x < 4 * UNITS) {
-    const uint32_t row = threadIdx.x / (2 * UNITS), piece = threadIdx.x % (2 * UNITS);
-    *reinterpret_cast<uint4*>(window + nowhere + row * pitch_bytes + piece * 16) = make_uint4(0, 0, 0, 0);
-  }
+  clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
   TapSlot slots[rounds];
 #pragma unroll
   for (int r = 0; r < rounds; ++r) slots[r] = tap_slot<T, TAPS>(p, w, r * kWarp + lane);
@@ -176,7 +173,7 @@ int32_t run(const ForwardCall& call, int64_t slices) {
   constexpr int64_t cell = UNITS * 16;
   WindowBytes bytes{cell, 0, staged_bytes<UNITS, SIDES, TAPS>(), 2 * cell, 1};
   bytes.whole = UNITS == 8;
-  const Window w = plan_window(p, slices, bytes, 1);
+  const Window w = plan_window(p, slices, bytes);
   if (w.blocks == 0) return DCNV4_NO_KERNEL;
   return launch(sample_window<T, UNITS, SIDES, TAPS>, w.blocks, w.threads, w.shared, call.stream, p, w,
                 static_cast<const T*>(call.value), static_cast<const T*>(call.offset_mask), static_cast<T*>(call.output));

@@ -10,7 +10,6 @@
 namespace dcnv4 {
 namespace {
 
-constexpr int kSlots = 64;             // taps a warp works out at once: of 7 or 8 pixels
 constexpr int kMostBatches = 2;        // of a warp; what is known of their taps stays in registers while they are sorted
 constexpr int kMostSortThreads = 448;  // of a block; two have the registers they need
 
@@ -52,7 +51,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
                   const T* __restrict__ grad_output, T* __restrict__ grad_value, float* __restrict__ sums,
                   int64_t sums_stride) {
   constexpr int N = 16 / int(sizeof(T)), cell_bytes = UNITS * 16, pixels = kSlots / TAPS, rounds = kSlots / kWarp;
-  const WindowOrigin o = window_origin(p, w, 1);
+  const WindowOrigin o = window_origin(p, w);
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp;
   const int64_t first_output = o.n * p.Ho * p.Wo;
   const T* runs = offset_mask + first_output * p.offset_mask_stride + o.g * 3 * TAPS;
@@ -188,7 +187,7 @@ Window plan_sorted(const dcnv4_problem& p, int taps, const Slicing& slicing) {
   bytes.most_threads = kMostSortThreads;
   bytes.blocks = 2;
   bytes.most_pixels_a_warp = kSlots / taps * kMostBatches;
-  return plan_window(p, slicing.slices, bytes, 1);
+  return plan_window(p, slicing.slices, bytes);
 }
 
 template <class T, int UNITS, int TAPS>

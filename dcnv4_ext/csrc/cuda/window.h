@@ -16,6 +16,8 @@ namespace dcnv4 {
 constexpr int kCorners = 4;                                 // of a tap
 constexpr int kBatch = 8;                                   // pixels whose taps a warp works out at once, at most
 constexpr int kMostWindowThreads = 512, kWindowBlocks = 2;  // of a block; blocks of so many that have the registers they need
+constexpr int kSlots = 64;                                  // taps that backward's warps work out at once: of 7 or 8 pixels
+constexpr int kAround = 1;                                  // cells of zeros on each side of the map
 constexpr int kMargin = 6;  // cells beyond the reach of zero offsets, on each side; more where offsets are scaled up
 
 struct Window {
@@ -36,14 +38,13 @@ struct Span {
   int64_t reach, cells;
 };
 
-inline Span span_of(int64_t pixels, int64_t stride, int64_t dilation, int64_t kernel, double scale, int64_t size,
-                    int64_t around) {
+inline Span span_of(int64_t pixels, int64_t stride, int64_t dilation, int64_t kernel, double scale, int64_t size) {
   const double low = double(-(dilation * (kernel - 1) / 2)) * scale;
   const double high = double(dilation * (kernel - 1) - dilation * (kernel - 1) / 2) * scale;
   const int64_t margin = int64_t(std::ceil(kMargin * std::max(1.0, std::fabs(scale))));
   const int64_t first = int64_t(std::floor(std::min(low, high))) - margin;
   const int64_t last = (pixels - 1) * stride + int64_t(std::ceil(std::max(low, high))) + 1 + margin;
-  return {first, std::min(last - first + 1, size + 2 * around)};
+  return {first, std::min(last - first + 1, size + 2 * kAround)};
 }
 
 // What a kernel keeps in shared memory: bytes a cell, a pixel, a warp, and once; rows of cells behind the window.
@@ -54,8 +55,8 @@ struct WindowBytes {
   int64_t most_threads = kMostWindowThreads, blocks = kWindowBlocks;  // of a block; blocks of so many that have the registers
 };
 
-// The tile and the block that cost least; blocks = 0 where no window is worth while. `around`: cells of zeros on each side.
-inline Window plan_window(const dcnv4_problem& p, int64_t slices, const WindowBytes& bytes, int64_t around) {
+// The tile and the block that cost least; blocks = 0 where no window is worth while.
+inline Window plan_window(const dcnv4_problem& p, int64_t slices, const WindowBytes& bytes) {
   Window best{};
   const double scale = p.offset_scale;
   if (!(std::fabs(scale) <= 16)) return best;
@@ -69,12 +70,12 @@ inline Window plan_window(const dcnv4_problem& p, int64_t slices, const WindowBy
   double least = 0;
   for (const int64_t edge : {64, 32, 16, 8, 4}) {
     const int64_t tile_w = even_edge(p.Wo, edge), tile_h = even_edge(p.Ho, edge), pixels = tile_w * tile_h;
-    const Span x = span_of(tile_w, p.stride_w, p.dilation_w, p.kernel_w, scale, p.W, around);
-    const Span y = span_of(tile_h, p.stride_h, p.dilation_h, p.kernel_h, scale, p.H, around);
+    const Span x = span_of(tile_w, p.stride_w, p.dilation_w, p.kernel_w, scale, p.W);
+    const Span y = span_of(tile_h, p.stride_h, p.dilation_h, p.kernel_h, scale, p.H);
     const int64_t tiles_x = divide_up(p.Wo, tile_w), tiles_y = divide_up(p.Ho, tile_h);
     const int64_t batches = divide_up(pixels, kBatch), blocks = tiles_x * tiles_y * p.N * p.G * slices;
     if (bytes.whole) {
-      if (tiles_x * tiles_y > 1 || x.cells < p.W + 2 * around || y.cells < p.H + 2 * around) continue;
+      if (tiles_x * tiles_y > 1 || x.cells < p.W + 2 * kAround || y.cells < p.H + 2 * kAround) continue;
       // A few blocks with much to do each: the kernels without a window spread it further.
       if (blocks < processors && pixels > 256 && !forced(p, kForceWindow)) continue;
     }
@@ -130,7 +131,7 @@ inline Window plan_window(const dcnv4_problem& p, int64_t slices, const WindowBy
   return best;
 }
 
-// Which tile, group, slice and image a block has, and where its window lies: inside the map and `around` cells beyond.
+// Which tile, group, slice and image a block has, and where its window lies: inside the map and kAround cells beyond.
 struct WindowOrigin {
   int64_t n;
   int g, slice;
@@ -138,7 +139,7 @@ struct WindowOrigin {
   int x, y;            // first cell
 };
 
-DCNV4_DEVICE WindowOrigin window_origin(const dcnv4_problem& p, const Window& w, int around) {
+DCNV4_DEVICE WindowOrigin window_origin(const dcnv4_problem& p, const Window& w) {
   const uint32_t above_x = w.tiles_x.quotient(blockIdx.x), above_y = w.tiles_y.quotient(above_x);
   const uint32_t above_slice = w.by_slices.quotient(above_y);
   WindowOrigin o;
@@ -147,8 +148,8 @@ DCNV4_DEVICE WindowOrigin window_origin(const dcnv4_problem& p, const Window& w,
   o.slice = int(above_y - above_slice * w.by_slices.divisor);
   o.tile_x = int(blockIdx.x - above_x * w.tiles_x.divisor) * w.tile_w;
   o.tile_y = int(above_x - above_y * w.tiles_y.divisor) * w.tile_h;
-  o.x = int(max(int64_t(-around), min(base_x(p, o.tile_x) + w.reach_x, p.W + around - w.width)));
-  o.y = int(max(int64_t(-around), min(base_y(p, o.tile_y) + w.reach_y, p.H + around - w.height)));
+  o.x = int(max(int64_t(-kAround), min(base_x(p, o.tile_x) + w.reach_x, p.W + kAround - w.width)));
+  o.y = int(max(int64_t(-kAround), min(base_y(p, o.tile_y) + w.reach_y, p.H + kAround - w.height)));
   return o;
 }
 
@@ -170,6 +171,15 @@ DCNV4_DEVICE void fetch_window(const dcnv4_problem& p, const Window& w, const Wi
         *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
     }
   }
+}
+
+// Zeros in the first two cells of the two rows behind the window, for taps that look nowhere.
+template <int CELL>
+DCNV4_DEVICE void clear_nowhere(char* nowhere, uint32_t pitch_bytes) {
+  constexpr uint32_t pieces = 2 * CELL / 16;
+  if (threadIdx.x < 2 * pieces)
+    *reinterpret_cast<uint4*>(nowhere + threadIdx.x / pieces * pitch_bytes + threadIdx.x % pieces * 16) =
+        make_uint4(0, 0, 0, 0);
 }
 
 // Pixel `index` of the tile; where there is none, the tile's first instead.
