@@ -24,28 +24,37 @@ constexpr DCNV4_HD int dots_length() {
   return odd(TAPS) * kCorners;
 }
 
+// What is left of a tap until its dot products are known: a bit for each corner inside the map.
+struct DotTap {
+  float lx, ly, weight;
+  uint32_t inside;
+  uint32_t pixel;  // in the output map
+};
+constexpr uint32_t kNoPixel = ~uint32_t(0);
+DCNV4_DEVICE DotTap dot_tap(const dcnv4_problem& p, const WindowOrigin& o, const TilePixel& pixel, const WindowTap& tap) {
+  const Inside inside(p, o, tap);
+  const uint32_t columns = uint32_t(inside.left) | uint32_t(inside.right) << 1;
+  const uint32_t corners = (inside.top ? columns : 0) | (inside.bottom ? columns << 2 : 0);
+  return {tap.lx, tap.ly, tap.weight, tap.near || tap.far ? corners : 0, pixel.live ? pixel.number : kNoPixel};
+}
+
 // The gradients of a batch's taps from the dot products at `dots`, by the threads that worked the taps out.
-template <class T, int TAPS, int PIXELS, int ROUNDS>
-DCNV4_DEVICE void write_gradients(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, int batch,
-                                  const TapSlot (&slots)[ROUNDS], const WindowTap (&taps)[ROUNDS], const float* dots, T* rows) {
-  const int lane = int(threadIdx.x) % kWarp;
+template <class T, int TAPS>
+DCNV4_DEVICE void write_gradients(const dcnv4_problem& p, const Window& w, const TapSlot<T> (&slots)[kSlotRounds],
+                                  const DotTap (&taps)[kSlotRounds], const float* dots, T* rows) {
 #pragma unroll
-  for (int r = 0; r < ROUNDS; ++r) {
-    const TapSlot& slot = slots[r];
-    const TilePixel pixel = tile_pixel(p, w, o, batch * PIXELS + slot.of);
-    if (((r + 1) * kWarp > PIXELS * TAPS && r * kWarp + lane >= PIXELS * TAPS) || !pixel.live) continue;
+  for (int r = 0; r < kSlotRounds; ++r) {
+    const TapSlot<T>& slot = slots[r];
+    if (taps[r].pixel == kNoPixel) continue;
     const Four<float> of = *reinterpret_cast<const Four<float>*>(dots + slot.of * dots_length<TAPS>() + slot.k * kCorners);
-    // A corner outside the map counts as zero, whatever grad_output is.
-    const Inside inside(p, o, taps[r]);
-    const Corners<float> inner{inside.top && inside.left ? of.v[0] : 0, inside.top && inside.right ? of.v[1] : 0,
-                               inside.bottom && inside.left ? of.v[2] : 0, inside.bottom && inside.right ? of.v[3] : 0};
-    TapGradient<float> gradient = tap_gradient(inner, taps[r].lx, taps[r].ly, taps[r].weight, w.scale);
-    if (!taps[r].used) gradient = {};
-    char* run =
-        reinterpret_cast<char*>(rows) + uint64_t(pixel.number) * uint32_t(p.grad_offset_mask_stride * int64_t(sizeof(T)));
-    reinterpret_cast<T*>(run + slot.offsets)[0] = round_one<T>(gradient.x);
-    reinterpret_cast<T*>(run + slot.offsets)[1] = round_one<T>(gradient.y);
-    *reinterpret_cast<T*>(run + slot.weight) = round_one<T>(gradient.weight);
+    // A corner outside the map counts as zero, whatever grad_output is; all four of a tap that is not used do.
+    const auto inner = [&](int corner) { return (taps[r].inside >> corner & 1) != 0 ? of.v[corner] : 0; };
+    const TapGradient<float> gradient =
+        tap_gradient(Corners<float>{inner(0), inner(1), inner(2), inner(3)}, taps[r].lx, taps[r].ly, taps[r].weight, w.scale);
+    T* run = at_pixel(rows, taps[r].pixel, p.grad_offset_mask_stride);
+    run[2 * slot.k] = round_one<T>(gradient.x);
+    run[2 * slot.k + 1] = round_one<T>(gradient.y);
+    run[2 * TAPS + slot.k] = round_one<T>(gradient.weight);
   }
 }
 
@@ -65,12 +74,12 @@ DCNV4_DEVICE void write_padding(const dcnv4_problem& p, const Window& w, const W
 // Dot products of a far tap's corners by a whole warp, from global memory. `gradients`: grad_output of the image's first pixel
 // and this group, `map` likewise; `channels` of the group.
 template <class T, int TAPS>
-DCNV4_DEVICE void dot_far(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, const TilePixel& pixel, const T* runs,
-                          const T* map, const T* gradients, int channels, uint32_t far, float* dots) {
-  const int lane = int(threadIdx.x) % kWarp;
+DCNV4_DEVICE void dot_far(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, const TilePixel& pixel,
+                          const T* offset_mask, const T* map, const T* gradients, int channels, uint32_t far, float* dots) {
+  const int lane = int(threadIdx.x % kWarp);
   for (; far != 0; far &= far - 1) {
     const int k = __ffs(int(far)) - 1;
-    const WindowTap tap = window_tap<T, TAPS>(p, w, o, pixel, runs, tap_slot<T, TAPS>(p, w, k));
+    const WindowTap tap = slot_tap<T, TAPS, false>(p, w, o, pixel, tap_slot<T, TAPS>(w, o, offset_mask, k));
     const T* row = at_pixel(gradients, pixel.number, p.output_stride);
     for (int c = 0; c < kCorners; ++c) {
       const int x = tap.x + o.x + c % 2, y = tap.y + o.y + c / 2;
@@ -98,14 +107,13 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
     dot_window(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w, const T* __restrict__ value,
                const T* __restrict__ offset_mask, const T* __restrict__ grad_output, T* __restrict__ grad_offset_mask) {
   constexpr int N = 16 / int(sizeof(T)), items = kWarp / UNITS, cell_bytes = UNITS * 16;
-  constexpr int pixels = kSlots / TAPS, rounds = kSlots / kWarp;
+  constexpr int pixels = kSlots / TAPS;
   const WindowOrigin o = window_origin(p, w);
-  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp;
-  const int64_t first_output = o.n * p.Ho * p.Wo;
-  const T* runs = offset_mask + first_output * p.offset_mask_stride + o.g * 3 * TAPS;
+  const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp), warps = int(blockDim.x / kWarp);
+  const int64_t first_output = int64_t(o.n) * p.Ho * p.Wo;
   const int channel = o.g * int(p.D);
-  const T* map = value + o.n * p.H * p.W * p.value_stride + channel;
-  const T* gradients = grad_output + first_output * p.output_stride + channel;
+  const T* map = image_of(value, o, w.value_image) + channel;
+  const T* gradients = image_of(grad_output, o, w.output_image) + channel;
   T* image = grad_offset_mask + first_output * p.grad_offset_mask_stride;
 
   char* window = dynamic_shared();
@@ -114,25 +122,24 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
   uint32_t* places = reinterpret_cast<uint32_t*>(dots + pixels * dots_length<TAPS>());
   fetch_window<UNITS>(p, w, o, map, window);
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
-  TapSlot slots[rounds];
+  TapSlot<T> slots[kSlotRounds];
 #pragma unroll
-  for (int r = 0; r < rounds; ++r) slots[r] = tap_slot<T, TAPS>(p, w, r * kWarp + lane);
+  for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<T, TAPS>(w, o, offset_mask, r * kWarp + lane);
   copy_async_wait();
   __syncthreads();
 
   const int item = lane / UNITS, unit = lane % UNITS;
   const char* cells = window + unit * 16;
   for (int batch = warp; batch * pixels < w.pixels; batch += warps) {
-    uint32_t far[rounds];
-    WindowTap taps[rounds] = {};
-    work_out_taps<T, TAPS, pixels>(p, w, o, runs, batch, slots, far, [&](int r, const TapSlot& slot, const WindowTap& tap) {
-      taps[r] = tap;
-      places[slot.of * odd(TAPS) + slot.k] = tap.near ? uint32_t(tap.y * w.pitch + tap.x) * cell_bytes : nowhere;
+    uint32_t far[kSlotRounds];
+    DotTap taps[kSlotRounds];
+#pragma unroll
+    for (int r = 0; r < kSlotRounds; ++r) taps[r].pixel = kNoPixel;
+    work_out_slots<T, TAPS, false>(p, w, o, batch, slots, far, [&](int r, const TilePixel& pixel, const WindowTap& tap) {
+      taps[r] = dot_tap(p, o, pixel, tap);
+      places[slots[r].of * odd(TAPS) + slots[r].k] = tap.near ? uint32_t(tap.y * w.pitch + tap.x) * cell_bytes : nowhere;
     });
     __syncwarp();
-    bool any_far = false;
-#pragma unroll
-    for (int r = 0; r < rounds; ++r) any_far |= far[r] != 0;
 
 #pragma unroll 1
     for (int pass = 0; pass < pixels; pass += items) {
@@ -165,14 +172,14 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
       }
     }
     __syncwarp();
-    if (any_far) {
+    if ((far[0] | far[1]) != 0) {
 #pragma unroll 1
       for (int of = 0; of < pixels; ++of)
-        dot_far<T, TAPS>(p, w, o, tile_pixel(p, w, o, batch * pixels + of), runs, map, gradients, int(p.D),
-                         far_taps<TAPS>(far, of), dots + of * dots_length<TAPS>());
+        dot_far<T, TAPS>(p, w, o, tile_pixel(p, w, o, batch * pixels + of), offset_mask, map, gradients, int(p.D),
+                         far_slots<TAPS>(far, of), dots + of * dots_length<TAPS>());
       __syncwarp();
     }
-    write_gradients<T, TAPS, pixels>(p, w, o, batch, slots, taps, dots, image + o.g * 3 * TAPS);
+    write_gradients<T, TAPS>(p, w, slots, taps, dots, image + o.g * 3 * TAPS);
     __syncwarp();  // before the next taps take the place of these
   }
   write_padding<T, TAPS>(p, w, o, image);
@@ -194,16 +201,15 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
     dot_matrix(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w, const T* __restrict__ value,
                const T* __restrict__ offset_mask, const T* __restrict__ grad_output, T* __restrict__ grad_offset_mask) {
   constexpr int pieces = 4 * HALVES, cell_bytes = 64 * HALVES;
-  constexpr int pixels = kSlots / TAPS, rounds = kSlots / kWarp;
+  constexpr int pixels = kSlots / TAPS;
   // More would not fit the registers; where threads stand in for matrix units it would be long.
   constexpr int unrolled = HALVES == 1 && DCNV4_MATRIX_UNITS ? pixels : 1;
   const WindowOrigin o = window_origin(p, w);
-  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp;
-  const int64_t first_output = o.n * p.Ho * p.Wo;
-  const T* runs = offset_mask + first_output * p.offset_mask_stride + o.g * 3 * TAPS;
+  const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp), warps = int(blockDim.x / kWarp);
+  const int64_t first_output = int64_t(o.n) * p.Ho * p.Wo;
   const int channel = o.g * int(p.D);
-  const T* map = value + o.n * p.H * p.W * p.value_stride + channel;
-  const T* gradients = grad_output + first_output * p.output_stride + channel;
+  const T* map = image_of(value, o, w.value_image) + channel;
+  const T* gradients = image_of(grad_output, o, w.output_image) + channel;
   T* image = grad_offset_mask + first_output * p.grad_offset_mask_stride;
 
   char* window = dynamic_shared();
@@ -213,9 +219,9 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
   uint32_t* places = reinterpret_cast<uint32_t*>(dots + pixels * dots_length<TAPS>());
   fetch_window<pieces>(p, w, o, map, window);
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
-  TapSlot slots[rounds];
+  TapSlot<T> slots[kSlotRounds];
 #pragma unroll
-  for (int r = 0; r < rounds; ++r) slots[r] = tap_slot<T, TAPS>(p, w, r * kWarp + lane);
+  for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<T, TAPS>(w, o, offset_mask, r * kWarp + lane);
   copy_async_wait();
   __syncthreads();
 
@@ -238,10 +244,13 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
       copy_async(gradient_rows + i * 16,  // where there is no pixel, another's
                  reinterpret_cast<const char*>(gradients) + (pixel.number * w.output_bytes + uint32_t(i % pieces) * 16));
     }
-    uint32_t far[rounds];
-    WindowTap taps[rounds] = {};
-    work_out_taps<T, TAPS, pixels>(p, w, o, runs, batch, slots, far, [&](int r, const TapSlot& slot, const WindowTap& tap) {
-      taps[r] = tap;
+    uint32_t far[kSlotRounds];
+    DotTap taps[kSlotRounds];
+#pragma unroll
+    for (int r = 0; r < kSlotRounds; ++r) taps[r].pixel = kNoPixel;
+    work_out_slots<T, TAPS, false>(p, w, o, batch, slots, far, [&](int r, const TilePixel& pixel, const WindowTap& tap) {
+      taps[r] = dot_tap(p, o, pixel, tap);
+      const TapSlot<T>& slot = slots[r];
       const int block = slot.k / 2,
                 at = TAPS == 9 && slot.k == 8 ? kNinthPlace : slot.k % 2 * kBlocks + block % 2 * 2 + block / 2;
       places[slot.of * kPlaceWords + at] = tap.near ? uint32_t(tap.y) * pitch_bytes + uint32_t(tap.x) * cell_bytes : nowhere;
@@ -289,11 +298,11 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
     if ((far[0] | far[1]) != 0) {
 #pragma unroll 1
       for (int of = 0; of < pixels; ++of)
-        dot_far<T, TAPS>(p, w, o, tile_pixel(p, w, o, batch * pixels + of), runs, map, gradients, int(p.D),
-                         far_taps<TAPS>(far, of), dots + of * dots_length<TAPS>());
+        dot_far<T, TAPS>(p, w, o, tile_pixel(p, w, o, batch * pixels + of), offset_mask, map, gradients, int(p.D),
+                         far_slots<TAPS>(far, of), dots + of * dots_length<TAPS>());
       __syncwarp();
     }
-    write_gradients<T, TAPS, pixels>(p, w, o, batch, slots, taps, dots, image + o.g * 3 * TAPS);
+    write_gradients<T, TAPS>(p, w, slots, taps, dots, image + o.g * 3 * TAPS);
     __syncwarp();  // before the next taps take the place of these
   }
   write_padding<T, TAPS>(p, w, o, image);

@@ -8,20 +8,26 @@
 namespace dcnv4 {
 namespace {
 
+constexpr int kBatch = 8;                // pixels whose taps a warp works out at once
+constexpr int kQuad = 4;                 // threads of each: q works out taps q and q + 4
+constexpr int kRow = odd(2 * kQuad);     // of a pixel's taps in memory
+constexpr int kNinths = kWarp / kBatch;  // batches of a warp whose ninth taps are worked out at once
+constexpr int kEights = kBatch * kRow;   // where those begin
+
 // What a thread reads of a tap: weights of its corners, and where the upper and the lower row of them lie in the window.
 struct alignas(16) Side {
   float top, bottom;
   uint32_t at_top, at_bottom;
 };
 
-// Rows of a batch's taps have odd length, the second plane is half the banks away: threads that read a tap of several pixels
-// and both sides touch every bank once.
+// Rows have odd length, the second plane is half the banks away: threads that read a tap of several pixels and both sides
+// touch every bank once.
 template <int TAPS>
 constexpr DCNV4_HD int plane_length() {
-  return kBatch * odd(TAPS) + 4;
+  return kEights + (TAPS == 9 ? kNinths * kBatch : 0) + 4;
 }
 
-template <int UNITS, int SIDES, int TAPS>
+template <int SIDES, int TAPS>
 constexpr DCNV4_HD int64_t staged_bytes() {
   return SIDES == 2 ? 2 * plane_length<TAPS>() * int64_t(sizeof(Side))
                     : plane_length<TAPS>() * int64_t(sizeof(Four<float>) + sizeof(uint2));
@@ -32,70 +38,79 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
     sample_window(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w, const T* __restrict__ value,
                   const T* __restrict__ offset_mask, T* __restrict__ output) {
   constexpr int N = 16 / int(sizeof(T)), lanes = UNITS * SIDES, items = kWarp / lanes, cell_bytes = UNITS * 16;
-  constexpr int rounds = (kBatch * TAPS + kWarp - 1) / kWarp;
+  constexpr int plane = plane_length<TAPS>();
   constexpr int unrolled = UNITS > 2 ? TAPS : sizeof(T) == 4 ? 1 : odd(TAPS) / 3;  // as far as registers allow
   const WindowOrigin o = window_origin(p, w);
-  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp;
-  const int64_t first_output = o.n * p.Ho * p.Wo;
-  const T* runs = offset_mask + first_output * p.offset_mask_stride + o.g * 3 * TAPS;
+  const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp), warps = int(blockDim.x / kWarp);
   const int channel = o.g * int(p.D) + o.slice * UNITS * N;
-  const T* map = value + o.n * p.H * p.W * p.value_stride + channel;
-  T* result = output + first_output * p.output_stride + channel;
+  const T* map = image_of(value, o, w.value_image) + channel;
 
   // The window; behind it two rows whose first two cells are zeros, for taps that add nothing; then each warp's taps.
   char* window = dynamic_shared();
   const uint32_t pitch_bytes = uint32_t(w.pitch) * cell_bytes, nowhere = pitch_bytes * uint32_t(w.height);
-  char* staged = window + nowhere + pitch_bytes + 2 * cell_bytes + warp * staged_bytes<UNITS, SIDES, TAPS>();
+  char* staged = window + nowhere + pitch_bytes + 2 * cell_bytes + warp * staged_bytes<SIDES, TAPS>();
   fetch_window<UNITS>(p, w, o, map, window);
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
-  TapSlot slots[rounds];
-#pragma unroll
-  for (int r = 0; r < rounds; ++r) slots[r] = tap_slot<T, TAPS>(p, w, r * kWarp + lane);
+  const int q = lane % kQuad;
+  const T *offsets = offsets_of<T, TAPS>(w, o, offset_mask, q), *ninth_offsets = offsets_of<T, TAPS>(w, o, offset_mask, 8);
+  const float grid_x[2] = {w.grid_x[q], w.grid_x[q + kQuad]}, grid_y[2] = {w.grid_y[q], w.grid_y[q + kQuad]};
   copy_async_wait();
   __syncthreads();
 
+  const auto stage = [&](int place, int of, const WindowTap& tap) {
+    const Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.weight, 1.0f);
+    const uint32_t at = tap.near ? uint32_t(tap.y * w.pitch + tap.x) * cell_bytes : nowhere;
+    // Of a far tap, its cell in the map instead of places in the window.
+    if constexpr (SIDES == 2) {
+      Side* to = reinterpret_cast<Side*>(staged) + place;
+      const uint32_t upper = tap.far ? uint32_t(tap.x + o.x) : at, lower = tap.far ? uint32_t(tap.y + o.y) : at + pitch_bytes;
+      to[0] = {weights.w00, weights.w10, upper, lower};
+      to[plane] = {weights.w01, weights.w11, upper, lower};
+    } else {
+      // Two pixels share the banks where a cell takes half of them: one reads cells of even number first, the other of odd.
+      const bool swap = UNITS == 4 && !tap.far && ((at / cell_bytes + uint32_t(of)) & 1) != 0;
+      const uint32_t right = swap ? cell_bytes : 0;
+      Four<float>* to = reinterpret_cast<Four<float>*>(staged) + place;
+      *to = {{swap ? weights.w01 : weights.w00, swap ? weights.w00 : weights.w01, swap ? weights.w11 : weights.w10,
+              swap ? weights.w10 : weights.w11}};
+      uint2* places = reinterpret_cast<uint2*>(reinterpret_cast<Four<float>*>(staged) + plane) + place;
+      *places = make_uint2(at + right, at + cell_bytes - right);
+      if (tap.far) *places = make_uint2(uint32_t(tap.x + o.x), uint32_t(tap.y + o.y));
+    }
+  };
+
   const int item = lane / lanes, unit = lane % UNITS, side = SIDES == 2 ? lane / UNITS % 2 : 0;
   const char* cells = window + side * cell_bytes + unit * 16;
-  for (int batch = warp; batch * kBatch < w.pixels; batch += warps) {
-    uint32_t far[rounds];
-    work_out_taps<T, TAPS, kBatch>(p, w, o, runs, batch, slots, far, [&](int, const TapSlot& slot, const WindowTap& tap) {
-      Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.weight, 1.0f);
-      // The zeros outside the map do not make a weight of infinity harmless.
-      const Inside inside(p, o, tap);
-      if (!inside.left) weights.w00 = weights.w10 = 0;
-      if (!inside.right) weights.w01 = weights.w11 = 0;
-      if (!inside.top) weights.w00 = weights.w01 = 0;
-      if (!inside.bottom) weights.w10 = weights.w11 = 0;
-      // Of a far tap, its cell in the map instead of places in the window.
-      const bool far_tap = tap.used && !tap.near;
-      const uint32_t at_top = tap.near ? uint32_t(tap.y * w.pitch + tap.x) * cell_bytes : nowhere;
-      const uint32_t far_x = uint32_t(tap.x + o.x), far_y = uint32_t(tap.y + o.y);
-      const int place = slot.of * odd(TAPS) + slot.k;
-      if constexpr (SIDES == 2) {
-        Side* to = reinterpret_cast<Side*>(staged) + place;
-        const uint32_t upper = far_tap ? far_x : at_top, lower = far_tap ? far_y : at_top + pitch_bytes;
-        to[0] = {weights.w00, weights.w10, upper, lower};
-        to[plane_length<TAPS>()] = {weights.w01, weights.w11, upper, lower};
-      } else {
-        // Two pixels share the banks where a cell takes half of them: one reads cells of even number first, the other of odd.
-        const bool swap = UNITS == 4 && !far_tap && ((at_top / cell_bytes + uint32_t(slot.of)) & 1) != 0;
-        const uint32_t left = swap ? at_top + cell_bytes : at_top, right = swap ? at_top : at_top + cell_bytes;
-        Four<float>* to = reinterpret_cast<Four<float>*>(staged);
-        to[place] = {{swap ? weights.w01 : weights.w00, swap ? weights.w00 : weights.w01, swap ? weights.w11 : weights.w10,
-                      swap ? weights.w10 : weights.w11}};
-        reinterpret_cast<uint2*>(to + plane_length<TAPS>())[place] =
-            make_uint2(far_tap ? far_x : left, far_tap ? far_y : right);
-      }
-    });
-    __syncwarp();
-    bool any_far = false;
+  T* result = image_of(output, o, w.output_image) + channel;
+  uint32_t far_ninths = 0;
+#pragma unroll 1
+  for (int batch = warp, step = 0; batch * kBatch < w.pixels; batch += warps, ++step) {
+    const int ninths = kEights + step % kNinths * kBatch;
+    if (TAPS == 9 && step % kNinths == 0) {
+      // Of this batch and the warp's next.
+      const int of = lane % kBatch;
+      const PixelTaps<T> taps =
+          pixel_taps<T, TAPS, true>(p, w, tile_pixel(p, w, o, (batch + lane / kBatch * warps) * kBatch + of), ninth_offsets, 8);
+      const WindowTap tap = window_tap<true>(w, o, taps, 0, w.grid_x[kMostTaps - 1], w.grid_y[kMostTaps - 1]);
+      far_ninths = __ballot_sync(0xffffffffu, tap.far);
+      stage(kEights + lane, of, tap);
+    }
+    const int of = lane / kQuad;
+    const TilePixel own = tile_pixel(p, w, o, batch * kBatch + of);
+    const PixelTaps<T> taps = pixel_taps<T, TAPS, true>(p, w, own, offsets, q);
+    uint32_t far[2];
 #pragma unroll
-    for (int r = 0; r < rounds; ++r) any_far |= far[r] != 0;
+    for (int r = 0; r < 2; ++r) {
+      const WindowTap tap = window_tap<true>(w, o, taps, r * kQuad, grid_x[r], grid_y[r]);
+      far[r] = __ballot_sync(0xffffffffu, tap.far);
+      stage(of * kRow + q + r * kQuad, of, tap);
+    }
+    __syncwarp();
 
 #pragma unroll 1
     for (int pass = 0; pass < kBatch; pass += items) {
       float sums[N] = {};
-      const int row = (pass + item) * odd(TAPS);
+      const int of_pass = pass + item, row = of_pass * kRow, ninth = ninths + of_pass;
       const auto add = [&](float weight, const float (&corner)[N]) {
 #pragma unroll
         for (int i = 0; i < N; ++i) sums[i] += weight * corner[i];
@@ -108,9 +123,10 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
         add(weight, corner);
       };
       const auto add_tap = [&](int k, bool from_map) {
+        const int place = k == 8 ? ninth : row + k;
         float corner[N];
         if constexpr (SIDES == 2) {
-          const Side tap = reinterpret_cast<const Side*>(staged)[side * plane_length<TAPS>() + row + k];
+          const Side tap = reinterpret_cast<const Side*>(staged)[side * plane + place];
           if (from_map) {
             add_far(tap.top, int(tap.at_top) + side, int(tap.at_bottom));
             add_far(tap.bottom, int(tap.at_top) + side, int(tap.at_bottom) + 1);
@@ -122,8 +138,8 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
           add(tap.bottom, corner);
         } else {
           const Four<float>* from = reinterpret_cast<const Four<float>*>(staged);
-          const Four<float> weights = from[row + k];
-          const uint2 at = reinterpret_cast<const uint2*>(from + plane_length<TAPS>())[row + k];
+          const Four<float> weights = from[place];
+          const uint2 at = reinterpret_cast<const uint2*>(from + plane)[place];
           if (from_map) {
 #pragma unroll
             for (int c = 0; c < kCorners; ++c) add_far(weights.v[c], int(at.x) + c % 2, int(at.y) + c / 2);
@@ -139,17 +155,19 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
           add(weights.v[3], corner);
         }
       };
-      const TilePixel pixel = tile_pixel(p, w, o, batch * kBatch + pass + item);
-      if (!any_far) {
+      const uint32_t far_here = far_ninths >> (step % kNinths * kBatch) & 0xffu;
+      if ((far[0] | far[1] | far_here) == 0) {
 #pragma unroll(unrolled)
         for (int k = 0; k < TAPS; ++k) add_tap(k, false);
       } else {
-        const uint32_t far_bits = far_taps<TAPS>(far, pass + item);
+        const uint32_t far_bits =
+            (far[0] >> (of_pass * kQuad) & 0xfu) | (far[1] >> (of_pass * kQuad) & 0xfu) << 4 | (far_here >> of_pass & 1) << 8;
 #pragma unroll 1
         for (int k = 0; k < TAPS; ++k) add_tap(k, (far_bits >> k & 1) != 0);
       }
 
-      T* to = at_pixel(result, output_pixel(p, pixel.ho, pixel.wo), p.output_stride) + unit * N;
+      const TilePixel pixel = items == kBatch ? own : tile_pixel(p, w, o, batch * kBatch + of_pass);
+      T* to = at_pixel(result, pixel.number, p.output_stride) + unit * N;
       if constexpr (SIDES == 2) {
         // Each side takes half of the channels.
         float half[N / 2];
@@ -171,7 +189,7 @@ template <class T, int UNITS, int SIDES, int TAPS>
 int32_t run(const ForwardCall& call, int64_t slices) {
   const dcnv4_problem& p = call.p;
   constexpr int64_t cell = UNITS * 16;
-  WindowBytes bytes{cell, 0, staged_bytes<UNITS, SIDES, TAPS>(), 2 * cell, 1};
+  WindowBytes bytes{cell, 0, staged_bytes<SIDES, TAPS>(), 2 * cell, 1};
   bytes.whole = UNITS == 8;
   const Window w = plan_window(p, slices, bytes);
   if (w.blocks == 0) return DCNV4_NO_KERNEL;

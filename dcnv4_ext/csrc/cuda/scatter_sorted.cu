@@ -26,12 +26,12 @@ constexpr int64_t kFixedBytes =
 
 // Adds what the taps of `far` give to their corners, by a whole warp, one reduction a corner and four channels.
 template <class T, int CHANNELS, int TAPS>
-DCNV4_DEVICE void add_far(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, const TilePixel& pixel, const T* runs,
-                          const char* gradients, uint32_t far, float* sums_map, int64_t sums_stride) {
+DCNV4_DEVICE void add_far(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, const TilePixel& pixel,
+                          const T* offset_mask, const char* gradients, uint32_t far, float* sums_map, int64_t sums_stride) {
   for (; far != 0; far &= far - 1) {
-    const WindowTap tap = window_tap<T, TAPS>(p, w, o, pixel, runs, tap_slot<T, TAPS>(p, w, __ffs(int(far)) - 1));
+    const WindowTap tap = slot_tap<T, TAPS, true>(p, w, o, pixel, tap_slot<T, TAPS>(w, o, offset_mask, __ffs(int(far)) - 1));
     const Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.weight, 1.0f);
-    for (int i = int(threadIdx.x) % kWarp; i < CHANNELS; i += kWarp) {
+    for (int i = int(threadIdx.x % kWarp); i < CHANNELS; i += kWarp) {
       const int c = i % kCorners, channel = i / kCorners * 4, x = tap.x + o.x + c % 2, y = tap.y + o.y + c / 2;
       const float weight = c == 0 ? weights.w00 : c == 1 ? weights.w01 : c == 2 ? weights.w10 : weights.w11;
       float part[4];
@@ -50,14 +50,12 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
     gather_sorted(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w, const T* __restrict__ offset_mask,
                   const T* __restrict__ grad_output, T* __restrict__ grad_value, float* __restrict__ sums,
                   int64_t sums_stride) {
-  constexpr int N = 16 / int(sizeof(T)), cell_bytes = UNITS * 16, pixels = kSlots / TAPS, rounds = kSlots / kWarp;
+  constexpr int N = 16 / int(sizeof(T)), cell_bytes = UNITS * 16, pixels = kSlots / TAPS;
   const WindowOrigin o = window_origin(p, w);
-  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp;
-  const int64_t first_output = o.n * p.Ho * p.Wo;
-  const T* runs = offset_mask + first_output * p.offset_mask_stride + o.g * 3 * TAPS;
+  const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp), warps = int(blockDim.x / kWarp);
   const int channel = o.g * int(p.D) + o.slice * UNITS * N;
-  const char* gradients = reinterpret_cast<const char*>(grad_output + first_output * p.output_stride + channel);
-  const int64_t first_cell = o.n * p.H * p.W;
+  const char* gradients = reinterpret_cast<const char*>(image_of(grad_output, o, w.output_image) + channel);
+  const int64_t first_cell = int64_t(o.n) * p.H * p.W;
   float* sums_map = sums + first_cell * sums_stride + channel;
 
   const int cells = w.width * w.height;
@@ -74,23 +72,23 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
                gradients + (pixel.number * w.output_bytes + uint32_t(i % UNITS) * 16));  // read by live taps alone
   }
   for (int i = int(threadIdx.x); i <= cells; i += int(blockDim.x)) starts[i] = 0;
-  TapSlot slots[rounds];
+  TapSlot<T> slots[kSlotRounds];
 #pragma unroll
-  for (int r = 0; r < rounds; ++r) slots[r] = tap_slot<T, TAPS>(p, w, r * kWarp + lane);
+  for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<T, TAPS>(w, o, offset_mask, r * kWarp + lane);
   __syncthreads();
 
   // Taps, their cells, and the number of each corner among those of its cell, from 1 on, two in a word; 0 for none.
-  float lx[kMostBatches][rounds], ly[kMostBatches][rounds], weight[kMostBatches][rounds];
-  int cell_of[kMostBatches][rounds];
-  uint32_t upper[kMostBatches][rounds], lower[kMostBatches][rounds];
+  float lx[kMostBatches][kSlotRounds], ly[kMostBatches][kSlotRounds], weight[kMostBatches][kSlotRounds];
+  int cell_of[kMostBatches][kSlotRounds];
+  uint32_t upper[kMostBatches][kSlotRounds], lower[kMostBatches][kSlotRounds];
 #pragma unroll
   for (int b = 0; b < kMostBatches; ++b) {
     const int batch = warp + b * warps;
-    uint32_t far[rounds] = {};
+    uint32_t far[kSlotRounds] = {};
 #pragma unroll
-    for (int r = 0; r < rounds; ++r) upper[b][r] = lower[b][r] = 0;
+    for (int r = 0; r < kSlotRounds; ++r) upper[b][r] = lower[b][r] = 0;
     if (batch * pixels >= w.pixels) continue;
-    work_out_taps<T, TAPS, pixels>(p, w, o, runs, batch, slots, far, [&](int r, const TapSlot&, const WindowTap& tap) {
+    work_out_slots<T, TAPS, true>(p, w, o, batch, slots, far, [&](int r, const TilePixel&, const WindowTap& tap) {
       lx[b][r] = tap.lx;
       ly[b][r] = tap.ly;
       weight[b][r] = tap.weight;
@@ -131,7 +129,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
 #pragma unroll
   for (int b = 0; b < kMostBatches; ++b) {
 #pragma unroll
-    for (int r = 0; r < rounds; ++r) {
+    for (int r = 0; r < kSlotRounds; ++r) {
       if ((upper[b][r] | lower[b][r]) == 0) continue;
       const uint32_t row = uint32_t(((warp + b * warps) * pixels + slots[r].of) * cell_bytes);
       const Corners<float> weights = corner_weights(lx[b][r], ly[b][r], weight[b][r], 1.0f);
@@ -173,12 +171,12 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
 
   for (int batch = warp; !WHOLE && batch * pixels < w.pixels; batch += warps) {
     const uint2 bits = far_of[batch];
-    const uint32_t far[rounds] = {bits.x, bits.y};
+    const uint32_t far[kSlotRounds] = {bits.x, bits.y};
     if ((far[0] | far[1]) == 0) continue;
 #pragma unroll 1
     for (int of = 0; of < pixels; ++of)
-      add_far<T, UNITS * N, TAPS>(p, w, o, tile_pixel(p, w, o, batch * pixels + of), runs, gradients, far_taps<TAPS>(far, of),
-                                  sums_map, sums_stride);
+      add_far<T, UNITS * N, TAPS>(p, w, o, tile_pixel(p, w, o, batch * pixels + of), offset_mask, gradients,
+                                  far_slots<TAPS>(far, of), sums_map, sums_stride);
   }
 }
 

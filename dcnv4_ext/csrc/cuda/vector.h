@@ -56,9 +56,17 @@ struct Access {
   using type = typename Word<word>::type;
 };
 
-// Two bf16 are the upper halves of two floats.
+#if defined(__CUDACC__)
+// A number that the compiler does not know: what is multiplied by it is not shifted.
+static __constant__ uint32_t kTwoTo16 = 0x10000u;
+#else
+constexpr uint32_t kTwoTo16 = 0x10000u;
+#endif
+
+// Two bf16 are the upper halves of two floats. By a shift and a mask all of it would fall to the integer units, which do half
+// as much a cycle as those for multiply-adds; the multiplication is one of the latter.
 DCNV4_DEVICE void unpack(bf16, uint32_t pair, float& low, float& high) {
-  low = bits_to_float(pair << 16);
+  low = bits_to_float(pair * kTwoTo16);
   high = bits_to_float(pair & 0xffff0000u);
 }
 DCNV4_DEVICE void unpack(f16, uint32_t pair, float& low, float& high) {
@@ -117,6 +125,26 @@ DCNV4_DEVICE void load_shared(const void* address, Real (&values)[N]) {
   spread<T>(words, values);
 }
 
+// One instruction, which the compiler does not always make of a plain assignment.
+template <class Word>
+DCNV4_DEVICE void store_word(Word* address, const Word& word) {
+  *address = word;
+}
+#if defined(__CUDA_ARCH__)
+template <>
+DCNV4_DEVICE void store_word<uint4>(uint4* address, const uint4& word) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(word.x), "r"(word.y),
+               "r"(word.z), "r"(word.w)
+               : "memory");
+}
+template <>
+DCNV4_DEVICE void store_word<uint2>(uint2* address, const uint2& word) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(address)), "r"(word.x), "r"(word.y)
+               : "memory");
+}
+#endif
+
+// To global memory.
 template <class T, int N, class Real>
 DCNV4_DEVICE void store(void* address, const Real (&values)[N]) {
   using A = Access<T, N>;
@@ -133,7 +161,7 @@ DCNV4_DEVICE void store(void* address, const Real (&values)[N]) {
     memcpy(words, elements, sizeof elements);
   }
 #pragma unroll
-  for (int i = 0; i < A::words; ++i) static_cast<typename A::type*>(address)[i] = words[i];
+  for (int i = 0; i < A::words; ++i) store_word(static_cast<typename A::type*>(address) + i, words[i]);
 }
 
 // One number, by the processor's own instruction where it has one.
@@ -153,16 +181,18 @@ DCNV4_DEVICE typename compute_of<T>::type load_one(const T* address) {
 }
 
 // ---- From global to shared memory, 16 bytes at a time, past the registers: started by one function, waited for by the other
-// (by each thread for its own, a barrier then tells the others).
-DCNV4_DEVICE void copy_async(char* to, const void* from) {
+// (by each thread for its own, a barrier then tells the others). Where `use` does not hold zeros are written, and `from` is
+// not read.
+DCNV4_DEVICE void copy_async_or_zero(bool use, char* to, const void* from) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   const uint32_t shared = uint32_t(__cvta_generic_to_shared(to));
   const uint64_t global = __cvta_generic_to_global(from);
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(use ? 16 : 0) : "memory");
 #else
-  *reinterpret_cast<uint4*>(to) = __ldg(static_cast<const uint4*>(from));
+  *reinterpret_cast<uint4*>(to) = use ? __ldg(static_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
 #endif
 }
+DCNV4_DEVICE void copy_async(char* to, const void* from) { copy_async_or_zero(true, to, from); }
 DCNV4_DEVICE void copy_async_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");

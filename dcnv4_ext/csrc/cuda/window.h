@@ -18,6 +18,8 @@ constexpr int kBatch = 8;                                   // pixels whose taps
 constexpr int kMostWindowThreads = 512, kWindowBlocks = 2;  // of a block; blocks of so many that have the registers they need
 constexpr int kSlots = 64;                                  // taps that backward's warps work out at once: of 7 or 8 pixels
 constexpr int kAround = 1;                                  // cells of zeros on each side of the map
+constexpr int kMostTaps = 9;
+constexpr int64_t kMostEdge = int64_t(1) << 21;  // of a map: split_position holds for twice that
 constexpr int kMargin = 6;  // cells beyond the reach of zero offsets, on each side; more where offsets are scaled up
 
 struct Window {
@@ -25,12 +27,15 @@ struct Window {
   int32_t width, height, pitch;    // cells; of a row in memory an even number
   int32_t slices;                  // of a group's channels
   int32_t threads;
-  int64_t reach_x, reach_y;  // first cell relative to the base of the tile's first pixel
-  int64_t blocks, shared;    // of the launch; shared memory in bytes
-  int32_t base_x, base_y;    // of output pixel 0
+  int64_t blocks, shared;                          // of the launch; shared memory in bytes
+  int32_t base_x, base_y;                          // of output pixel 0
+  int32_t first_x, first_y, last_x, last_y;        // first cell of the first tile's window, were there no edge; of any window
+  uint64_t value_image, mask_image, output_image;  // bytes
   float scale, limit_x, limit_y;
+  float grid_x[kMostTaps], grid_y[kMostTaps];     // of each tap
   uint32_t run_bytes, value_bytes, output_bytes;  // of a pixel of offset_mask, of value, of the output
-  Divisor by_tile_w, by_width, by_kernel_h, tiles_x, tiles_y, by_slices, groups;
+  uint32_t row_bytes;                             // of a row of value
+  Divisor by_tile_w, by_width, tiles_x, tiles_y, by_slices, groups;
 };
 
 // The window of a tile of `pixels` along one axis: from `reach` on, `cells` long.
@@ -59,9 +64,13 @@ struct WindowBytes {
 inline Window plan_window(const dcnv4_problem& p, int64_t slices, const WindowBytes& bytes) {
   Window best{};
   const double scale = p.offset_scale;
-  if (!(std::fabs(scale) <= 16)) return best;
+  if (!(std::fabs(scale) <= 16) || p.H > kMostEdge || p.W > kMostEdge) return best;
   // Within an image these kernels count bytes in 32 bits.
   const int64_t element = element_bytes(p.dtype), farthest = UINT32_MAX / element;
+  constexpr int64_t far_off = int64_t(1) << 30;  // positions are 32-bit numbers
+  const int64_t first_x = base_x(p, 0), first_y = base_y(p, 0);
+  if (std::abs(first_x) > far_off || std::abs(first_y) > far_off || p.Wo > far_off / p.stride_w || p.Ho > far_off / p.stride_h)
+    return best;
   if (p.value_stride > farthest / (p.H * p.W) || p.offset_mask_stride > farthest / (p.Ho * p.Wo) ||
       p.output_stride > farthest / (p.Ho * p.Wo))
     return best;
@@ -105,8 +114,8 @@ inline Window plan_window(const dcnv4_problem& p, int64_t slices, const WindowBy
       best.height = int32_t(y.cells);
       best.pitch = int32_t(pitch);
       best.threads = int32_t(warps * kWarp);
-      best.reach_x = x.reach;
-      best.reach_y = y.reach;
+      best.first_x = int32_t(first_x + x.reach);
+      best.first_y = int32_t(first_y + y.reach);
       best.blocks = blocks;
       best.shared = shared;
       best.tiles_x = divisor_of(tiles_x);
@@ -118,14 +127,25 @@ inline Window plan_window(const dcnv4_problem& p, int64_t slices, const WindowBy
   best.scale = float(scale);
   best.limit_x = float(int(p.W));
   best.limit_y = float(int(p.H));
+  for (int k = 0; k < std::min(taps_of(p), kMostTaps); ++k) {
+    int x, y;
+    tap_grid(p, k, x, y);
+    best.grid_x[k] = float(x);
+    best.grid_y[k] = float(y);
+  }
   best.run_bytes = uint32_t(p.offset_mask_stride * element);
   best.value_bytes = uint32_t(p.value_stride * element);
+  best.row_bytes = uint32_t(p.W * p.value_stride * element);
   best.output_bytes = uint32_t(p.output_stride * element);
-  best.base_x = int32_t(base_x(p, 0));
-  best.base_y = int32_t(base_y(p, 0));
+  best.base_x = int32_t(first_x);
+  best.base_y = int32_t(first_y);
+  best.last_x = int32_t(p.W + kAround - best.width);
+  best.last_y = int32_t(p.H + kAround - best.height);
+  best.value_image = uint64_t(p.H * p.W * p.value_stride * element);
+  best.mask_image = uint64_t(p.Ho * p.Wo * p.offset_mask_stride * element);
+  best.output_image = uint64_t(p.Ho * p.Wo * p.output_stride * element);
   best.by_tile_w = divisor_of(best.tile_w);
   best.by_width = divisor_of(best.width);
-  best.by_kernel_h = divisor_of(p.kernel_h);
   best.by_slices = divisor_of(slices);
   best.groups = divisor_of(p.G);
   return best;
@@ -133,7 +153,7 @@ inline Window plan_window(const dcnv4_problem& p, int64_t slices, const WindowBy
 
 // Which tile, group, slice and image a block has, and where its window lies: inside the map and kAround cells beyond.
 struct WindowOrigin {
-  int64_t n;
+  uint32_t n;
   int g, slice;
   int tile_x, tile_y;  // first output pixel
   int x, y;            // first cell
@@ -144,32 +164,46 @@ DCNV4_DEVICE WindowOrigin window_origin(const dcnv4_problem& p, const Window& w)
   const uint32_t above_slice = w.by_slices.quotient(above_y);
   WindowOrigin o;
   o.n = w.groups.quotient(above_slice);
-  o.g = int(above_slice - uint32_t(o.n) * w.groups.divisor);
+  o.g = int(above_slice - o.n * w.groups.divisor);
   o.slice = int(above_y - above_slice * w.by_slices.divisor);
   o.tile_x = int(blockIdx.x - above_x * w.tiles_x.divisor) * w.tile_w;
   o.tile_y = int(above_x - above_y * w.tiles_y.divisor) * w.tile_h;
-  o.x = int(max(int64_t(-kAround), min(base_x(p, o.tile_x) + w.reach_x, p.W + kAround - w.width)));
-  o.y = int(max(int64_t(-kAround), min(base_y(p, o.tile_y) + w.reach_y, p.H + kAround - w.height)));
+  o.x = max(-kAround, min(o.tile_x * p.stride_w + w.first_x, w.last_x));
+  o.y = max(-kAround, min(o.tile_y * p.stride_h + w.first_y, w.last_y));
   return o;
 }
 
-// Starts fetching the window: UNITS pieces of 16 bytes a cell from `map` on.
+// The image of a block: `bytes` each.
+template <class T>
+DCNV4_DEVICE T* image_of(T* first, const WindowOrigin& o, uint64_t bytes) {
+  using Bytes = typename std::conditional<std::is_const<T>::value, const char, char>::type;
+  return reinterpret_cast<T*>(reinterpret_cast<Bytes*>(first) + o.n * bytes);
+}
+
+// Starts fetching the window: UNITS pieces of 16 bytes a cell from `map` on. A warp takes rows; outside the map its pointers
+// are off the tensor, and not read. They are carried along, for the compiler would work them out anew in every row.
 template <int UNITS>
 DCNV4_DEVICE void fetch_window(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, const void* map, char* window) {
-  const int lane = int(threadIdx.x) % kWarp, warps = int(blockDim.x) / kWarp;
-  for (int row = int(threadIdx.x) / kWarp; row < w.height; row += warps) {
-    const int y = o.y + row;
-    const bool row_inside = y >= 0 && y < int(p.H);
-    char* to = window + (row * w.pitch * UNITS + lane) * 16;
-    const char* from = static_cast<const char*>(map) + (uint32_t(row_inside ? y : 0) * uint32_t(p.W) * w.value_bytes);
-#pragma unroll 1  // a remainder of a longer step would cost as much as the row
-    for (int i = lane; i < w.width * UNITS; i += kWarp, to += kWarp * 16) {
-      const int x = o.x + i / UNITS;
-      if (row_inside && uint32_t(x) < uint32_t(p.W))
-        copy_async(to, from + (uint32_t(x) * w.value_bytes + uint32_t(i % UNITS) * 16));
-      else
-        *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+  constexpr int step = kWarp / UNITS, copies = 4;  // cells a copy; copies at once
+  const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp), warps = int(blockDim.x / kWarp);
+  const int first = o.x + lane / UNITS, end = o.x + w.width, last_row = o.y + w.height;
+  const char* from_row = static_cast<const char*>(map) + (int64_t(first) * int64_t(w.value_bytes) +
+                                                          int64_t(o.y + warp) * int64_t(w.row_bytes) + lane % UNITS * 16);
+  char* to_row = window + (warp * w.pitch * UNITS + lane) * 16;
+#pragma unroll 1
+  for (int y = o.y + warp; y < last_row; y += warps) {
+    const bool inside = uint32_t(y) < uint32_t(p.H);
+    const char* from = from_row;
+    char* to = to_row;
+#pragma unroll 1
+    for (int x = first; x < end; x += copies * step, to += copies * kWarp * 16) {
+#pragma unroll
+      for (int i = 0; i < copies; ++i, from += step * w.value_bytes)
+        if (x + i * step < end)
+          copy_async_or_zero(inside & (uint32_t(x + i * step) < uint32_t(p.W)), to + i * kWarp * 16, from);
     }
+    from_row += uint64_t(uint32_t(warps)) * w.row_bytes;
+    to_row += warps * w.pitch * UNITS * 16;
   }
 }
 
@@ -197,31 +231,27 @@ DCNV4_DEVICE TilePixel tile_pixel(const dcnv4_problem& p, const Window& w, const
   return pixel;
 }
 
-// What a thread that works out taps needs to know of its own, whatever the batch: which pixel of it, which tap, where that one
-// lies in the grid, where its numbers lie in the pixel's (in bytes).
-struct TapSlot {
-  int of, k;
-  float grid_x, grid_y;
-  uint32_t offsets, weight;
-};
-template <class T, int TAPS>
-DCNV4_DEVICE TapSlot tap_slot(const dcnv4_problem& p, const Window& w, int slot) {
-  TapSlot found;
-  found.of = slot / TAPS;
-  found.k = slot - found.of * TAPS;
-  const int index = tap_index(p, found.k), column = w.by_kernel_h.quotient(index);
-  found.grid_x = float(column_grid(p, column));
-  found.grid_y = float(row_grid(p, index - column * p.kernel_h));
-  found.offsets = uint32_t(2 * found.k * int(sizeof(T)));
-  found.weight = uint32_t((2 * TAPS + found.k) * int(sizeof(T)));
-  return found;
+// The cell of a position, relative to cell `first`, and the place inside of it, by additions alone: beside 1.5 * 2^23 a float
+// has no fraction, and its lowest bits count. For positions from -1 to 2^22; of greater ones the cell is beyond every window,
+// of the rest and of NaN anything.
+DCNV4_DEVICE void split_position(float position, int first, int& cell, float& place) {
+#if defined(__CUDA_ARCH__)
+  constexpr float whole = 12582912.0f;
+  const float below = __fadd_rd(position, whole);
+  cell = int(float_to_bits(below) - (0x4b400000u + uint32_t(first)));
+  place = position - (below - whole);
+#else
+  const float below = floorf(position);
+  cell = below >= -1.0f && below < float(2 * kMostEdge) ? int(below) - first : INT32_MAX;
+  place = position - below;
+#endif
 }
 
-// A tap of a batch, as the thread that works it out sees it.
+// A tap, as the thread that works it out sees it.
 struct WindowTap {
-  float lx, ly, weight;
-  int x, y;         // cell in the window
-  bool used, near;  // near: its four corners lie in the window
+  float lx, ly, weight;  // zero where nothing is looked at
+  int x, y;              // cell in the window
+  bool near, far;        // near: its four corners lie in the window; far: they do not, and some lie in the map
 };
 
 // Which of a tap's corners lie in the map.
@@ -236,62 +266,96 @@ struct Inside {
   }
 };
 
-// The tap of a pixel; `runs` is where the numbers of the image's first pixel and this group start. The same arithmetic as
-// read_tap's.
+// The offsets of tap k and this group, of the image's first pixel.
 template <class T, int TAPS>
-DCNV4_DEVICE WindowTap window_tap(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, const TilePixel& pixel,
-                                  const T* runs, const TapSlot& slot) {
-  const char* bytes = reinterpret_cast<const char*>(runs);
-  const uint32_t run = pixel.number * w.run_bytes;
-  const T* offsets = reinterpret_cast<const T*>(bytes + (run + slot.offsets));
-  const float x = float(pixel.wo * p.stride_w + w.base_x) + (slot.grid_x + load_one(offsets)) * w.scale;
-  const float y = float(pixel.ho * p.stride_h + w.base_y) + (slot.grid_y + load_one(offsets + 1)) * w.scale;
+DCNV4_DEVICE const T* offsets_of(const Window& w, const WindowOrigin& o, const T* offset_mask, int k) {
+  return image_of(offset_mask, o, w.mask_image) + (o.g * 3 * TAPS + 2 * k);
+}
+
+// What a thread knows of a pixel: where its taps look without offsets, where the numbers of the thread's first tap lie.
+template <class T>
+struct PixelTaps {
+  float x, y;
+  bool live, softmax;
+  const T *offsets, *weight;
+  SoftmaxNorm<float> norm;
+};
+// `offsets` is of the image's first pixel.
+template <class T, int TAPS, bool SOFTMAX>
+DCNV4_DEVICE PixelTaps<T> pixel_taps(const dcnv4_problem& p, const Window& w, const TilePixel& pixel, const T* offsets, int k) {
+  PixelTaps<T> taps;
+  taps.x = float(pixel.wo * p.stride_w + w.base_x);
+  taps.y = float(pixel.ho * p.stride_h + w.base_y);
+  taps.live = pixel.live;
+  taps.softmax = SOFTMAX && p.softmax;
+  taps.offsets = reinterpret_cast<const T*>(reinterpret_cast<const char*>(offsets) + uint64_t(pixel.number) * w.run_bytes);
+  taps.weight = taps.offsets + (2 * TAPS - k);
+  taps.norm = {};
+  if (taps.softmax) taps.norm = softmax_norm(taps.offsets - 2 * k, TAPS);
+  return taps;
+}
+
+// The tap `ahead` of the thread's first one; the same arithmetic as read_tap's. With FINITE a tap whose weight is not is
+// called far: zeros that stand for the outside of the map do not make it harmless.
+template <bool FINITE, class T>
+DCNV4_DEVICE WindowTap window_tap(const Window& w, const WindowOrigin& o, const PixelTaps<T>& pixel, int ahead, float grid_x,
+                                  float grid_y) {
+  const float x = pixel.x + (grid_x + load_one(pixel.offsets + 2 * ahead)) * w.scale;
+  const float y = pixel.y + (grid_y + load_one(pixel.offsets + 2 * ahead + 1)) * w.scale;
   WindowTap tap;
-  tap.weight = load_one(reinterpret_cast<const T*>(bytes + (run + slot.weight)));
-  if (p.softmax) {
-    const SoftmaxNorm<float> norm = softmax_norm(reinterpret_cast<const T*>(bytes + run), TAPS);
-    tap.weight = exp(tap.weight - norm.peak) * norm.scale;
-  }
-  tap.used = pixel.live && x > -1.0f && y > -1.0f && x < w.limit_x && y < w.limit_y;
-  const float x_floor = floorf(x), y_floor = floorf(y);
-  tap.lx = x - x_floor;
-  tap.ly = y - y_floor;
-#if defined(__CUDA_ARCH__)
-  tap.x = __float2int_rd(x) - o.x;  // of anything: what is out of range is not used
-  tap.y = __float2int_rd(y) - o.y;
-#else
-  tap.x = tap.used ? int(x_floor) - o.x : 0;
-  tap.y = tap.used ? int(y_floor) - o.y : 0;
-#endif
-  tap.near = tap.used && uint32_t(tap.x) < uint32_t(w.width - 1) && uint32_t(tap.y) < uint32_t(w.height - 1);
+  tap.weight = load_one(pixel.weight + ahead);
+  if (pixel.softmax) tap.weight = exp(tap.weight - pixel.norm.peak) * pixel.norm.scale;
+  split_position(x, o.x, tap.x, tap.lx);
+  split_position(y, o.y, tap.y, tap.ly);
+  // No branches: what is compared in vain costs less.
+  const bool above = pixel.live & (x > -1.0f) & (y > -1.0f), used = above & (x < w.limit_x) & (y < w.limit_y);
+  tap.near = above & (uint32_t(tap.x) < uint32_t(w.width - 1)) & (uint32_t(tap.y) < uint32_t(w.height - 1));
+  if (FINITE) tap.near = tap.near & (fabsf(tap.weight) < bits_to_float(0x7f800000u));
+  tap.far = used & !tap.near;
+  if (!used) tap.lx = tap.ly = tap.weight = 0;
   return tap;
 }
 
-// The taps of a batch of PIXELS pixels, 32 at a time, by the threads of a warp: visit(round, slot, tap), where an unused tap
-// has a weight of zero. What has left the window gets a bit in `far`, in the order of the taps.
-template <class T, int TAPS, int PIXELS, int ROUNDS, class Visit>
-DCNV4_DEVICE void work_out_taps(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, const T* runs, int batch,
-                                const TapSlot (&slots)[ROUNDS], uint32_t (&far)[ROUNDS], Visit visit) {
-  static_assert(ROUNDS == (PIXELS * TAPS + kWarp - 1) / kWarp, "every tap has a thread");
-  const int lane = int(threadIdx.x) % kWarp;
+// Tap `slot % TAPS` of pixel `slot / TAPS` of a batch.
+template <class T>
+struct TapSlot {
+  int of, k;
+  const T* offsets;  // of the image's first pixel
+};
+template <class T, int TAPS>
+DCNV4_DEVICE TapSlot<T> tap_slot(const Window& w, const WindowOrigin& o, const T* offset_mask, int slot) {
+  const int of = slot / TAPS, k = slot - of * TAPS;
+  return {of, k, offsets_of<T, TAPS>(w, o, offset_mask, k)};
+}
+template <class T, int TAPS, bool SOFTMAX>
+DCNV4_DEVICE WindowTap slot_tap(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, const TilePixel& pixel,
+                                const TapSlot<T>& slot) {
+  const PixelTaps<T> taps = pixel_taps<T, TAPS, SOFTMAX>(p, w, pixel, slot.offsets, slot.k);
+  return window_tap<false>(w, o, taps, 0, w.grid_x[slot.k], w.grid_y[slot.k]);
+}
+
+// The taps of a batch of kSlots / TAPS pixels, one after the other, by the threads of a warp: visit(round, pixel, tap),
+// where an unused tap has a weight of zero. A far tap gets a bit in `far`, in the order of the taps.
+constexpr int kSlotRounds = kSlots / kWarp;
+template <class T, int TAPS, bool SOFTMAX, class Visit>
+DCNV4_DEVICE void work_out_slots(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, int batch,
+                                 const TapSlot<T> (&slots)[kSlotRounds], uint32_t (&far)[kSlotRounds], Visit visit) {
+  constexpr int pixels = kSlots / TAPS;
+  const int lane = int(threadIdx.x % kWarp);
 #pragma unroll
-  for (int r = 0; r < ROUNDS; ++r) {
-    const bool whole = (r + 1) * kWarp <= PIXELS * TAPS, has_slot = whole || r * kWarp + lane < PIXELS * TAPS;
-    const TilePixel pixel = tile_pixel(p, w, o, batch * PIXELS + slots[r].of);
-    WindowTap tap = window_tap<T, TAPS>(p, w, o, pixel, runs, slots[r]);
-    far[r] = __ballot_sync(0xffffffffu, has_slot && tap.used && !tap.near);
-    if (!tap.used) tap.lx = tap.ly = tap.weight = 0;
-    if (has_slot) visit(r, slots[r], tap);
+  for (int r = 0; r < kSlotRounds; ++r) {
+    const bool has_slot = (r + 1) * kWarp <= pixels * TAPS || r * kWarp + lane < pixels * TAPS;
+    const TilePixel pixel = tile_pixel(p, w, o, batch * pixels + slots[r].of);
+    const WindowTap tap = slot_tap<T, TAPS, SOFTMAX>(p, w, o, pixel, slots[r]);
+    far[r] = __ballot_sync(0xffffffffu, has_slot && tap.far);
+    if (has_slot) visit(r, pixel, tap);
   }
 }
 
 // The far taps of pixel `of`, from bit 0 on.
-template <int TAPS, int ROUNDS>
-DCNV4_DEVICE uint32_t far_taps(const uint32_t (&far)[ROUNDS], int of) {
-  const int first = of * TAPS;
-  uint64_t bits = uint64_t(far[1]) << 32 | far[0];
-  if (ROUNDS > 2 && first >= kWarp) bits = uint64_t(far[ROUNDS - 1]) << 32 | far[1];
-  return uint32_t(bits >> (ROUNDS > 2 && first >= kWarp ? first - kWarp : first)) & ((1u << TAPS) - 1);
+template <int TAPS>
+DCNV4_DEVICE uint32_t far_slots(const uint32_t (&far)[kSlotRounds], int of) {
+  return uint32_t((uint64_t(far[1]) << 32 | far[0]) >> (of * TAPS)) & ((1u << TAPS) - 1);
 }
 
 // How kernels whose threads hold 16 bytes each cut a group's channels: slices of `bytes`, of 128, 64 or 32; 0 where D does not
