@@ -3,7 +3,8 @@
 // A block takes a tile of output pixels, one group and a slice of its channels. It sorts the corners of the tile's taps by
 // cell, counting; then every cell of the window (window.h) is owned by a few threads, which go through what falls on it,
 // multiply-adding rows of grad_output from shared memory, and write the sum once: to grad_value itself where the block has all
-// of the map, else as one reduction a cell and tile to `sums`. Taps beyond the window are reduced one by one.
+// of the map, else as one reduction a cell and tile to `sums`. Cells are taken in the order of how much falls on them, so that
+// those of one warp are done together. Taps beyond the window are reduced one by one.
 #include "backward.h"
 #include "window.h"
 
@@ -12,6 +13,7 @@ namespace {
 
 constexpr int kMostBatches = 2;        // of a warp; what is known of their taps stays in registers while they are sorted
 constexpr int kMostSortThreads = 448;  // of a block; two have the registers they need
+constexpr int kLengths = 64;           // cells are told apart by how much falls on them, up to this
 
 // What a corner of a tap gives to its cell: `weight` times the row of grad_output that lies `row` bytes on.
 struct alignas(8) Entry {
@@ -19,10 +21,19 @@ struct alignas(8) Entry {
   uint32_t row;
 };
 
-// Shared memory: rows of grad_output (pixels, UNITS pieces), entries by cell, where each cell's start, one number a warp, and
-// which taps of a batch are far. This much of it is not counted by cell or pixel.
-constexpr int64_t kFixedBytes =
-    (kMostSortThreads / kWarp + 2) * int64_t(sizeof(int)) + kMostSortThreads / kWarp * kMostBatches * int64_t(sizeof(uint2));
+// Shared memory: rows of grad_output (pixels, UNITS pieces), entries by cell, where each cell's start, one number a warp, cells
+// of each length, which taps of a batch are far, and the cells in order. This much of it is not counted by cell or pixel.
+constexpr int64_t kCellBytes = sizeof(int) + sizeof(uint16_t);
+constexpr int64_t kFixedBytes = (kMostSortThreads / kWarp + kLengths + 3) * int64_t(sizeof(int)) +
+                                kMostSortThreads / kWarp * kMostBatches * int64_t(sizeof(uint2));
+
+// Which cells a block has to write: all of the map's where it has the whole of it, else those that anything falls on.
+template <bool WHOLE>
+DCNV4_DEVICE bool has_to_write(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, int cell, int length) {
+  if (!WHOLE) return length != 0;
+  const int row = w.by_width.quotient(cell), x = o.x + cell - row * w.width, y = o.y + row;
+  return uint32_t(x) < uint32_t(p.W) && uint32_t(y) < uint32_t(p.H);
+}
 
 // Adds what the taps of `far` give to their corners, by a whole warp, one reduction a corner and four channels.
 template <class T, int CHANNELS, int TAPS>
@@ -63,8 +74,10 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
   Entry* entries = reinterpret_cast<Entry*>(rows + w.pixels * cell_bytes);     // (pixels * TAPS * corners)
   int* starts = reinterpret_cast<int*>(entries + w.pixels * TAPS * kCorners);  // (cells + 1)
   int* counts = starts + cells + 1;                                            // (warps)
+  int* lengths = counts + warps;                                               // (kLengths + 1): cells of each, then where
   uint2* far_of =
-      reinterpret_cast<uint2*>(counts + warps + (cells + 1 + warps) % 2);  // (batches): a bit a tap beyond the window
+      reinterpret_cast<uint2*>(lengths + kLengths + 1 + (cells + warps) % 2);    // (batches): a bit a tap beyond the window
+  uint16_t* order = reinterpret_cast<uint16_t*>(far_of + kMostBatches * warps);  // (cells)
 
   for (int i = int(threadIdx.x); i < w.pixels * UNITS; i += int(blockDim.x)) {
     const TilePixel pixel = tile_pixel(p, w, o, i / UNITS);
@@ -72,6 +85,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
                gradients + (pixel.number * w.output_bytes + uint32_t(i % UNITS) * 16));  // read by live taps alone
   }
   for (int i = int(threadIdx.x); i <= cells; i += int(blockDim.x)) starts[i] = 0;
+  for (int i = int(threadIdx.x); i <= kLengths; i += int(blockDim.x)) lengths[i] = 0;
   TapSlot<T> slots[kSlotRounds];
 #pragma unroll
   for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<T, TAPS>(w, o, offset_mask, r * kWarp + lane);
@@ -119,13 +133,35 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
   before -= own;
   __syncthreads();
   for (int i = 0; i < warp; ++i) before += counts[i];
+  const auto length_of = [](int count) { return min(count, kLengths - 1); };
   for (int i = first; i < min(first + run_length, cells + 1); ++i) {
     const int count = starts[i];
     starts[i] = before;
     before += count;
+    if (i < cells && has_to_write<WHOLE>(p, w, o, i, count)) atomicAdd(lengths + length_of(count), 1);
   }
   __syncthreads();
 
+  // Where the cells of each length begin in the order, the longest first; behind them how many there are.
+  if (warp == 0) {
+    constexpr int each = kLengths / kWarp;
+    int of[each], above = 0;
+#pragma unroll
+    for (int i = 0; i < each; ++i) above += of[i] = lengths[kLengths - 1 - (lane * each + i)];
+    const int mine = above;
+#pragma unroll
+    for (int d = 1; d < kWarp; d *= 2) {
+      const int other = __shfl_sync(0xffffffffu, above, (lane - d) & 31);
+      if (lane >= d) above += other;
+    }
+    if (lane == kWarp - 1) lengths[kLengths] = above;
+    above -= mine;
+#pragma unroll
+    for (int i = 0; i < each; ++i) {
+      lengths[kLengths - 1 - (lane * each + i)] = above;
+      above += of[i];
+    }
+  }
 #pragma unroll
   for (int b = 0; b < kMostBatches; ++b) {
 #pragma unroll
@@ -143,15 +179,20 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
       enter(lower[b][r] >> 16, start[w.width + 1], weights.w11);
     }
   }
+  __syncthreads();
+  for (int i = int(threadIdx.x); i < cells; i += int(blockDim.x)) {
+    const int count = starts[i + 1] - starts[i];
+    if (has_to_write<WHOLE>(p, w, o, i, count)) order[atomicAdd(lengths + length_of(count), 1)] = uint16_t(i);
+  }
   copy_async_wait();
   __syncthreads();
 
-  const int unit = lane % UNITS;
+  const int unit = lane % UNITS, used = lengths[kLengths];
   const char* own_rows = rows + unit * 16;
-  for (int cell = int(threadIdx.x) / UNITS; cell < cells; cell += int(blockDim.x) / UNITS) {
+  for (int i = int(threadIdx.x / UNITS); i < used; i += int(blockDim.x / UNITS)) {
+    const int cell = order[i];
     const int cell_y = w.by_width.quotient(cell), x = o.x + cell - cell_y * w.width, y = o.y + cell_y;
     const int begin = starts[cell], end = starts[cell + 1];
-    if (WHOLE ? x < 0 || y < 0 || x >= int(p.W) || y >= int(p.H) : begin == end) continue;
     float total[N] = {};
 #pragma unroll 2
     for (const Entry* entry = entries + begin; entry < entries + end; ++entry) {
@@ -181,7 +222,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
 }
 
 Window plan_sorted(const dcnv4_problem& p, int taps, const Slicing& slicing) {
-  WindowBytes bytes{sizeof(int), slicing.bytes + taps * kCorners * int64_t(sizeof(Entry)), 0, kFixedBytes, 0};
+  WindowBytes bytes{kCellBytes, slicing.bytes + taps * kCorners * int64_t(sizeof(Entry)), 0, kFixedBytes, 0};
   bytes.most_threads = kMostSortThreads;
   bytes.blocks = 2;
   bytes.most_pixels_a_warp = kSlots / taps * kMostBatches;
