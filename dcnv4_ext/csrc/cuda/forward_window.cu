@@ -200,9 +200,14 @@ int32_t run(const ForwardCall& call, int64_t slices) {
 template <class T, int TAPS>
 int32_t run_taps(const ForwardCall& call) {
   const Slicing slicing = slicing_of(call.p);
-  // Cells of 128 bytes leave room for few warps beside the halo of a tile: worth while for whole maps.
-  if constexpr (sizeof(T) == 4)
-    if (slicing.bytes == 128) return run<T, 8, 1, TAPS>(call, slicing.slices);
+  // Cells of 128 bytes leave room for few warps beside the halo of a tile: worth while for whole maps. In halves of 64 bytes
+  // every tap is worked out twice.
+  if constexpr (sizeof(T) == 4) {
+    if (slicing.bytes == 128) {
+      const int32_t status = run<T, 8, 1, TAPS>(call, slicing.slices);
+      if (status != DCNV4_NO_KERNEL || !forced(call.p, kForceWindow)) return status;
+    }
+  }
   if (slicing.bytes >= 64) return run<T, 4, 1, TAPS>(call, slicing.slices * slicing.bytes / 64);
   if (slicing.bytes == 32) return run<T, 2, 2, TAPS>(call, slicing.slices);
   return DCNV4_NO_KERNEL;
