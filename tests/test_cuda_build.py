@@ -197,6 +197,19 @@ def test_windows_are_read_16_bytes_at_a_time(kernels, architecture):
             assert not any(op.startswith(("LDL", "STL")) for op in operations), kernel
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", ["forward", "forward_window", "backward", "scatter_sorted"])
+def test_results_are_stored_in_one_piece(kernels, source, architecture):
+    """16 bytes a thread, 8 where two threads share them: the compiler made four stores of one where it did not see through."""
+    instructions = kernels(source, architecture).instructions()
+    for kernel in FAST[source]:
+        if kernel[0] == "differentiate" or (kernel[0] == "gather_sorted" and kernel[-1] == 0):
+            continue  # offsets are stored one by one, tiles are reduced
+        stores = [name for name in instructions[kernel] if name.startswith("STG")]
+        width = ".64" if kernel[0] == "sample_window" and kernel[3] == 2 else ".128"
+        assert stores and all(width in name for name in stores), (kernel, stores)
+
+
 @pytest.mark.parametrize("source", ["scatter_tiled", "scatter_sorted"])
 def test_gradients_are_added_four_at_a_time(kernels, source):
     for kernel, operations in kernels(source, MAIN).instructions().items():

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
                   const T* __restrict__ offset_mask, T* __restrict__ output) {
   constexpr int N = 16 / int(sizeof(T)), lanes = UNITS * SIDES, items = kWarp / lanes, cell_bytes = UNITS * 16;
   constexpr int plane = plane_length<TAPS>();
-  constexpr int unrolled = UNITS > 2 ? TAPS : sizeof(T) == 4 ? 1 : odd(TAPS) / 3;  // as far as registers allow
+  constexpr int unrolled = UNITS == 4 ? 8 : sizeof(T) == 4 ? 2 : 4;  // as far as registers allow
   const WindowOrigin o = window_origin(p, w);
   const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp), warps = int(blockDim.x / kWarp);
   const int channel = o.g * int(p.D) + o.slice * UNITS * N;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
   fetch_window<UNITS>(p, w, o, map, window);
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
   const int q = lane % kQuad;
-  const T *offsets = offsets_of<T, TAPS>(w, o, offset_mask, q), *ninth_offsets = offsets_of<T, TAPS>(w, o, offset_mask, 8);
+  const T* offsets = offsets_of<T, TAPS>(w, o, offset_mask, q);
   const float grid_x[2] = {w.grid_x[q], w.grid_x[q + kQuad]}, grid_y[2] = {w.grid_y[q], w.grid_y[q + kQuad]};
   copy_async_wait();
   __syncthreads();
@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
     if (TAPS == 9 && step % kNinths == 0) {
       // Of this batch and the warp's next.
       const int of = lane % kBatch;
-      const PixelTaps<T> taps =
-          pixel_taps<T, TAPS, true>(p, w, tile_pixel(p, w, o, (batch + lane / kBatch * warps) * kBatch + of), ninth_offsets, 8);
+      const PixelTaps<T> taps = pixel_taps<T, TAPS, true>(
+          p, w, tile_pixel(p, w, o, (batch + lane / kBatch * warps) * kBatch + of), offsets + 2 * (8 - q), 8);
       const WindowTap tap = window_tap<true>(w, o, taps, 0, w.grid_x[kMostTaps - 1], w.grid_y[kMostTaps - 1]);
       far_ninths = __ballot_sync(0xffffffffu, tap.far);
       stage(kEights + lane, of, tap);
@@ -122,8 +122,7 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
         load<T, N>(at_pixel(map + unit * N, uint32_t(y) * uint32_t(p.W) + uint32_t(x), p.value_stride), corner);
         add(weight, corner);
       };
-      const auto add_tap = [&](int k, bool from_map) {
-        const int place = k == 8 ? ninth : row + k;
+      const auto add_tap = [&](int place, bool from_map) {
         float corner[N];
         if constexpr (SIDES == 2) {
           const Side tap = reinterpret_cast<const Side*>(staged)[side * plane + place];
@@ -158,12 +157,13 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
       const uint32_t far_here = far_ninths >> (step % kNinths * kBatch) & 0xffu;
       if ((far[0] | far[1] | far_here) == 0) {
 #pragma unroll(unrolled)
-        for (int k = 0; k < TAPS; ++k) add_tap(k, false);
+        for (int k = 0; k < 2 * kQuad; ++k) add_tap(row + k, false);
+        if (TAPS == 9) add_tap(ninth, false);
       } else {
         const uint32_t far_bits =
             (far[0] >> (of_pass * kQuad) & 0xfu) | (far[1] >> (of_pass * kQuad) & 0xfu) << 4 | (far_here >> of_pass & 1) << 8;
 #pragma unroll 1
-        for (int k = 0; k < TAPS; ++k) add_tap(k, (far_bits >> k & 1) != 0);
+        for (int k = 0; k < TAPS; ++k) add_tap(k == 8 ? ninth : row + k, (far_bits >> k & 1) != 0);
       }
 
       const TilePixel pixel = items == kBatch ? own : tile_pixel(p, w, o, batch * kBatch + of_pass);
