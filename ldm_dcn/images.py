@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import UserError
@@ -141,9 +141,8 @@ class Images(ABC):
                 io.BytesIO(file) if isinstance(file, bytes) else file, self.image_size, self.image_channels
             )
         except _UNREADABLE as error:
-            reason = _STREAM.sub("the file", " ".join(str(error).replace(path, "the file").split()))
             empty = os.path.exists(path) and not os.path.getsize(path)
-            return BadImage(path, "empty file" if empty else reason or type(error).__name__)
+            return BadImage(path, "empty file" if empty else _reason(error, path))
 
     # ------------------------------------------------------------------------------------------ many
 
@@ -221,6 +220,16 @@ class Images(ABC):
         raise UserError(
             f"{self.source} has no captions; --captions {CLASS_NAMES} takes the names of the classes"
         )
+
+
+def _reason(error: BaseException, path: str) -> str:
+    """Why the picture at `path` cannot be read; the path itself stands beside it."""
+    if isinstance(error, UnidentifiedImageError):  # its text is the name of the file, or an address in memory
+        return "not an image, or of a format that Pillow does not know"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).replace(path, "the file").split())
+    return _STREAM.sub("the file", text) or type(error).__name__
 
 
 def name_bad(bad: dict[int, BadImage]) -> str:

@@ -330,13 +330,16 @@ def test_broken_images_are_named_and_left_out_up_to_a_limit(broken: Path, tmp_pa
         fill(broken, tmp_path / "none")
     text = str(caught.value)
     assert "5 of 18 images" in text and "--max-bad 5" in text and "and 2 more" in text and "cut.jpg" in text
+    assert "the file" not in text and str(broken / "page.jpg") in text
     with pytest.raises(UserError, match="5 of 18"):
         fill(broken, tmp_path / "c", max_bad=4)
     identity = fill(broken, tmp_path / "c", max_bad=5)
     assert fill(broken, tmp_path / "share", max_bad=0.3) == identity
     lines = [json.loads(line) for line in (tmp_path / "c" / "bad.jsonl").read_text().splitlines()]
     assert {line["path"] for line in lines} == bad and all(line["reason"] for line in lines)
-    assert next(line["reason"] for line in lines if line["path"] == "zero.png") == "empty file"
+    reasons = {line["path"]: line["reason"] for line in lines}
+    assert reasons["zero.png"] == "empty file"
+    assert reasons["page.jpg"] == "not an image, or of a format that Pillow does not know"
     latents = LatentCache.open(tmp_path / "c")
     assert len(latents) == 13 and latents.bad == 5
     names = [open_dataset(broken).name(i) for i in latents.source_indices().tolist()]
