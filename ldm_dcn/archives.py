@@ -237,7 +237,7 @@ class SavedDataset(Images):
         except ImportError:
             raise UserError(
                 f"{source} is a Hugging Face data set, which needs the package datasets; "
-                "run `pip install datasets`"
+                "run `pip install -c constraints.txt datasets`"
             ) from None
         try:
             rows = datasets.load_from_disk(source)

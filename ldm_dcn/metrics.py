@@ -105,7 +105,7 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if not here[name]():
             raise UserError(
-                f"train.trackers names {name}, which is not installed; run `pip install {name}`, or leave it out"
+                f"train.trackers names {name}, which is not installed; run `pip install -c constraints.txt {name}`, or leave it out"
             )
 
 

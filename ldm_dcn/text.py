@@ -99,7 +99,7 @@ def load_text_encoder(
         import transformers
     except ImportError:
         raise UserError(
-            f"text encoder {spec} needs the package transformers; run `pip install transformers`"
+            f"text encoder {spec} needs the package transformers; run `pip install -c constraints.txt transformers`"
         ) from None
     local = os.path.isdir(spec)
     if not local and (spec.count("/") != 1 or spec.startswith((".", "/"))):

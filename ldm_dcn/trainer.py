@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from . import diffusion, randomness
+from .checkpoint import saved_steps
 from .config import Config, TrainConfig
 from .errors import UserError
 from .launch import REQUEUE, StopSignals, leaving_on_requeue
@@ -167,6 +168,12 @@ def _not_taken(run: Run, loss: float) -> float | None:
         return math.nan
     raise NonFinite(
         f"step {state.step + 1}: the loss is {loss} and the gradient's norm {run.gradient_norm}{tried}; the weights "
-        f"were not touched and the last checkpoint is good; the batch is written to {where}; lower train.lr, set "
+        f"were not touched by it, and {_last_checkpoint(run)}; the batch is written to {where}; lower train.lr, set "
         f"train.gradient_clip=1.0, {'set train.precision=bf16, ' if tried else ''}look at those samples, or leave a few such batches out with train.skip_non_finite"
     )
+
+
+def _last_checkpoint(run: Run) -> str:
+    """Where the same command goes on."""
+    steps = saved_steps(run.config.folder / "checkpoints")
+    return f"the last checkpoint is step-{steps[0]}" if steps else "there is no checkpoint to go on from yet"

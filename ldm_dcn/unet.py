@@ -123,7 +123,7 @@ def set_attention(unet: nn.Module, backend: str) -> Iterator[None]:
             unet.enable_xformers_memory_efficient_attention()
         except (ImportError, ModuleNotFoundError) as error:
             raise UserError(
-                f"train.attention=xformers: {_one_line(error)}; run `pip install xformers`, or use train.attention=sdpa"
+                f"train.attention=xformers: {_one_line(error)}; run `pip install -c constraints.txt xformers`, or use train.attention=sdpa"
             ) from None
     if backend != "flash":
         yield

@@ -29,7 +29,8 @@ def import_deepspeed(device: torch.device) -> ModuleType:
         import deepspeed
     except ImportError as error:
         raise UserError(
-            f"train.parallel=zero needs DeepSpeed ({error}); pip install deepspeed, or set train.parallel=fsdp"
+            f"train.parallel=zero needs DeepSpeed ({error}); run `pip install -c constraints.txt deepspeed`, or set "
+            "train.parallel=fsdp"
         ) from None
     return deepspeed
 

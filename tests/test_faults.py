@@ -329,6 +329,16 @@ def test_ctrl_c_saves_and_leaves_with_130(tmp_path: Path, monkeypatch: pytest.Mo
 # ------------------------------------------------------------------------------------------- NaN
 
 
+def test_nan_before_the_first_save_claims_no_checkpoint(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "train.lr=1e30", "train.warmup_steps=0", "train.save_every=0")
+    with pytest.raises(
+        NonFinite, match=r"step \d: .*not touched by it, and there is no checkpoint to go on from yet"
+    ):
+        train(config)
+    assert not (config.folder / "checkpoints").exists()
+    assert train(tiny_config(tmp_path)) == 0  # with a sane rate, from step 0
+
+
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 def test_nan_stops_before_the_weights_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: str
@@ -344,7 +354,8 @@ def test_nan_stops_before_the_weights_change(
         else:
             run.denoiser.class_embedding.weight.register_hook(lambda gradient: gradient * float("inf"))
         with pytest.raises(
-            NonFinite, match=r"step 4: the loss is .*; the weights were not touched.*; lower train.lr"
+            NonFinite,
+            match=r"step 4: the loss is .*; the weights were not touched.*checkpoint is step-3; .*; lower train.lr",
         ):
             trainer.training_step(run, StopSignals())
         assert all(torch.equal(p, before[name]) for name, p in run.denoiser.named_parameters())

@@ -495,7 +495,9 @@ def test_train_scores_with_the_extractor_asked_for(
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
     if importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed")
-    with pytest.raises(UserError, match="wandb, which is not installed; run `pip install wandb`"):
+    with pytest.raises(
+        UserError, match="wandb, which is not installed; run `pip install -c constraints.txt wandb`"
+    ):
         train(tiny_config(tmp_path, "train.trackers=[wandb]"))
 
 
@@ -541,7 +543,7 @@ def test_attention_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
     expected = {"flash": "this PyTorch was built without it; use train.attention=sdpa"}
     if not importlib.util.find_spec("xformers"):
-        expected["xformers"] = "run `pip install xformers`, or use train.attention=sdpa"
+        expected["xformers"] = "run `pip install -c constraints.txt xformers`, or use train.attention=sdpa"
     for backend, mend in expected.items():
         with (
             pytest.raises(UserError, match=f"train.attention={backend}: .*{mend}"),
