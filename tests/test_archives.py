@@ -221,7 +221,7 @@ def test_without_the_package_the_mend_is_named(tmp_path: Path, monkeypatch: pyte
     for name in ("state.json", "dataset_info.json"):
         (tmp_path / name).write_text("{}")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(UserError, match="`pip install -c constraints.txt datasets`"):
+    with pytest.raises(UserError, match=r"`pip install -c constraints\.txt datasets`"):
         open_dataset(tmp_path)
 
 

@@ -330,7 +330,6 @@ def test_broken_images_are_named_and_left_out_up_to_a_limit(broken: Path, tmp_pa
         fill(broken, tmp_path / "none")
     text = str(caught.value)
     assert "5 of 18 images" in text and "--max-bad 5" in text and "and 2 more" in text and "cut.jpg" in text
-    assert "the file" not in text and str(broken / "page.jpg") in text
     with pytest.raises(UserError, match="5 of 18"):
         fill(broken, tmp_path / "c", max_bad=4)
     identity = fill(broken, tmp_path / "c", max_bad=5)

@@ -93,7 +93,9 @@ def test_what_is_missing_is_said_before_models_are_fetched(
     config = ROOT / "configs" / "digits_unet.yaml"
     assert "python -m ldm_dcn.encode" in line(launch_train(config, f"data.source={nowhere}", here))
     monkeypatch.setattr("accelerate.utils.is_tensorboard_available", lambda: False)
-    assert "`pip install -c constraints.txt tensorboard`" in line(launch_train(config, "train.trackers=[tensorboard]", here))
+    assert "`pip install -c constraints.txt tensorboard`" in line(
+        launch_train(config, "train.trackers=[tensorboard]", here)
+    )
     assert "use one of dpm++, ddim, euler" in line(lambda: sample.main([str(tmp_path), "--sampler", "dpmpp"]))
 
 

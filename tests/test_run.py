@@ -496,7 +496,7 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
     if importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed")
     with pytest.raises(
-        UserError, match="wandb, which is not installed; run `pip install -c constraints.txt wandb`"
+        UserError, match=r"wandb, which is not installed; run `pip install -c constraints\.txt wandb`"
     ):
         train(tiny_config(tmp_path, "train.trackers=[wandb]"))
 

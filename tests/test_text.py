@@ -139,7 +139,7 @@ def test_encoders_that_cannot_be_had_are_named(clip: Path, tmp_path: Path) -> No
 
 def test_without_the_package_the_mend_is_named(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match="`pip install -c constraints.txt transformers`"):
+    with pytest.raises(UserError, match=r"`pip install -c constraints\.txt transformers`"):
         load_text_encoder(clip)
 
 

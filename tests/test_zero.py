@@ -56,7 +56,9 @@ def test_without_deepspeed_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(UserError, match=r"train.parallel=zero needs DeepSpeed .*`pip install -c constraints.txt deepspeed`"):
+    with pytest.raises(
+        UserError, match=r"train.parallel=zero needs DeepSpeed .*`pip install -c constraints.txt deepspeed`"
+    ):
         train(tiny_config(tmp_path, ZERO))
 
 
