@@ -9,7 +9,9 @@ import yaml
 from pydantic import ValidationError
 
 from ldm_dcn.config import (
+    OTHER_NAMES,
     Config,
+    check_keys,
     check_same_run,
     config_hash,
     flat,
@@ -161,6 +163,33 @@ def test_a_misspelt_key_names_itself_and_the_right_one(key: str) -> None:
 def test_a_key_without_its_section_finds_it() -> None:
     assert "batch_size: unknown setting; did you mean train.batch_size?" in refusal("batch_size=3")
     assert "lr: unknown setting; did you mean train.lr?" in refusal("lr=3")
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("train.checkpoint_every", "did you mean train.save_every?"),
+        ("train.num_steps", "did you mean train.steps?"),
+        ("train.max_grad_norm", "did you mean train.gradient_clip?"),
+        ("train.warmup", "did you mean train.warmup_steps?"),
+        ("train.checkpoint", "did you mean train.gradient_checkpointing or train.keep_checkpoints?"),
+        ("sampel.stesp", "did you mean sample.steps?"),
+        ("train.workers", "there are seed, steps, batch_size, lr, "),  # not trackers
+        ("sample.eta", "there are sampler, steps, guidance, "),  # not steps
+        ("model.path", "there are preset, unet, pretrained, swap"),
+    ],
+)
+def test_what_is_only_a_little_alike_is_not_what_was_meant(key: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_keys("--allow-change", [key])
+    assert f"'{key}': unknown setting; {expected}" in str(caught.value)
+
+
+def test_other_names_lead_to_settings_and_hide_none() -> None:
+    sections = set(Config.model_fields)
+    for name, key in OTHER_NAMES.items():
+        assert key in KEYS and name not in KEYS and name not in sections
+        assert "." in name or name not in {own.rsplit(".", 1)[-1] for own in KEYS}
 
 
 def test_a_mistake_is_looked_for_where_it_was_made(tmp_path: Path) -> None:
