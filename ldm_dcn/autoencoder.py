@@ -211,7 +211,7 @@ class KLAutoencoder(Autoencoder):
         if not bool(torch.isfinite(y).all()):
             raise UserError(
                 f"autoencoder {self.spec} gives NaN or infinity in {str(self.dtype).removeprefix('torch.')}; "
-                "use float32 or bfloat16, or look at its weights"
+                "use float32 or bfloat16, or look at its weights and at what it was given"
             )
         return y
 

@@ -15,7 +15,7 @@ export/
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,24 @@ class Model:
         """(len(prompts), T, D) tokens for `generate`; `spec` says where the text encoder lies on this machine."""
         if self.text_encoder is None:
             raise UserError(f"{self.name} takes no prompts; it knows {self.num_classes} classes")
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise UserError(f"prompts are {prompts!r}; give texts in a list")
+        prompts = list(prompts)
+        for prompt in prompts:
+            if not isinstance(prompt, str) or not _is_unicode(prompt):
+                raise UserError(f"prompt {prompt!r} is no text; give a string")
         if self._encoder is None:
             self._encoder = load_text_encoder(spec or self.text_encoder["spec"], device=self.denoiser.device)
             self._encoder.check(self.text_encoder)
         return self._encoder.encode(prompts)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half a character, as of a file name that is no UTF-8
+        return False
+    return True
 
 
 def check_export_place(folder: Path, mend: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,21 @@ from .device import choose_device
 from .errors import UserError
 from .export import Model, load_model
 from .pictures import to_pil
-from .sampling import generate
+from .sampling import check_labels, generate, is_whole
+from .swap import nearest
+
+MOST = 10**6  # images of one call, which lie in memory together
+SETTINGS = [name for name, p in inspect.signature(generate).parameters.items() if p.kind is p.KEYWORD_ONLY]
 
 
 class LatentDiffusion:
     """Draws images with the averaged weights of a run (`runs/NAME`), an export folder or a hub repository."""
 
     def __init__(self, model: Model) -> None:
+        if not isinstance(model, Model):
+            raise UserError(
+                f"LatentDiffusion takes a loaded model, not {model!r}; write LatentDiffusion.from_pretrained({str(model)!r})"
+            )
         self.model = model
 
     @classmethod
@@ -33,19 +42,38 @@ class LatentDiffusion:
     def __call__(
         self,
         *,
-        labels: Sequence[int] | None = None,
-        prompts: Sequence[str] | None = None,
+        labels: int | Iterable[int] | torch.Tensor | None = None,
+        prompts: str | Sequence[str] | None = None,
         count: int | None = None,
         seed: int = 0,
         **settings: Any,
     ) -> list[Image.Image]:
         """One picture for each label or prompt, from the seeds seed, seed + 1, ...; or `count` without a condition.
 
+        labels     classes; one alone needs no list, nor does a prompt
         settings   of `ldm_dcn.sampling.generate`: sampler, steps, guidance, guidance_interval, batch_size, progress
+
+        Raises `UserError` for what the model does not know, and for arguments that mean nothing.
         """
-        if [labels, prompts, count].count(None) != 2:
+        for name in settings.keys() - set(SETTINGS):
+            hint = nearest(name, (*SETTINGS, "labels", "prompts", "count", "seed"))
+            raise UserError(f"unknown setting {name!r}{hint}; there are {', '.join(SETTINGS)}")
+        if [value is None for value in (labels, prompts, count)].count(True) != 2:
             raise UserError("give exactly one of labels, prompts and count")
-        conditions = labels if prompts is None else self.model.encode_prompts(prompts)
+        if not is_whole(seed):
+            raise UserError(f"seed {seed!r} is no whole number; give the first picture's seed, 0 or more")
+        conditions = self._labels(labels) if labels is not None else None
+        if prompts is not None:
+            conditions = self.model.encode_prompts([prompts] if isinstance(prompts, str) else prompts)
+        if count is not None and not (is_whole(count) and 1 <= count <= MOST):
+            raise UserError(f"count {count!r}: ask for 1 to {MOST:,} pictures, a whole number")
         number = count if conditions is None else len(conditions)
         images = generate(self.model, conditions, range(seed, seed + number), **settings)
         return [to_pil(image) for image in images]
+
+    def _labels(self, labels: int | Iterable[int] | torch.Tensor) -> torch.Tensor:
+        if self.model.text_encoder is not None:
+            raise UserError(f"{self.model.name} takes prompts, not labels; give prompts=[...]")
+        if isinstance(labels, torch.Tensor) and labels.ndim == 0:
+            labels = labels.item()
+        return check_labels(self.model, [labels] if is_whole(labels) else labels)

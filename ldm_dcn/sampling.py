@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,7 +57,7 @@ PREDICTION_TYPES = {"noise": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 def check_sampler(name: str) -> None:
     """Raise `UserError` for an unknown sampler."""
-    if name not in SAMPLERS:
+    if not isinstance(name, str) or name not in SAMPLERS:
         raise UserError(f"sampler '{name}' is unknown; use one of {', '.join(SAMPLERS)}")
 
 
@@ -131,8 +132,7 @@ def sample_latents(
     contains the guidance.
     """
     scheduler = build_scheduler(sampler, schedule, **options)
-    if not 1 <= steps <= schedule.num_steps:
-        raise UserError(f"{steps} sampling steps were asked for; use 1 to {schedule.num_steps}")
+    check_steps(steps, schedule)
     scheduler.set_timesteps(timesteps=sampling_times(schedule.num_steps, steps))
     table = levels(schedule)
     x = randomness.normal(shape, 0, "image", seeds).to(device) * scheduler.init_noise_sigma
@@ -188,21 +188,29 @@ def generate(
 ) -> torch.Tensor:
     """Draw uint8 images (N, c, H, W) on the CPU; image i depends on seeds[i], conditions[i] and settings only.
 
-    conditions         (N,) classes, or (N, T, D) text tokens (`Model.encode_prompts`); None draws without a condition
+    conditions         (N,) classes, whole numbers, or (N, T, D) text tokens (`Model.encode_prompts`); None draws without a condition
     guidance           s in u + s (c - u); 1 is no guidance
     guidance_interval  shares of the times, 0 being the data's end, between which it works (`guided`)
     batch_size         images at once: changes memory and speed, not the images
     progress           called after each batch with the number of images it made
 
-    Raises `UserError` for a label the model does not know, and for settings that mean nothing.
+    Raises `UserError` for a label the model does not know, for settings that mean nothing, and where there is nothing to draw.
     """
     check_guidance(guidance, guidance_interval)
-    if batch_size < 1:
-        raise UserError(f"batch size {batch_size}: draw at least one image at once")
-    seeds = _whole_numbers(seeds, "seed")
-    conditions = _checked_conditions(model, conditions, len(seeds))
-    if len(seeds) and int(seeds.min()) < 0:
+    check_sampler(sampler)
+    check_steps(steps, model.schedule)
+    if not is_whole(batch_size) or batch_size < 1:
+        raise UserError(f"batch size {batch_size!r}: draw at least one image at once, a whole number")
+    if progress is not None and not callable(progress):
+        raise UserError(
+            f"progress {progress!r} cannot be called; give a function of the number of images made"
+        )
+    seeds = whole_numbers(seeds, "seed")
+    if not len(seeds):
+        raise UserError("there is nothing to draw; ask for at least one image")
+    if int(seeds.min()) < 0:
         raise UserError(f"seed {int(seeds.min())} is negative; use 0 or more")
+    conditions = _checked_conditions(model, conditions, len(seeds))
     denoiser = model.denoiser
     was_training = denoiser.training
     denoiser.eval()
@@ -224,6 +232,11 @@ def generate(
                 steps=steps,
                 device=denoiser.device,
             )
+            if not bool(torch.isfinite(latents).all()):
+                raise UserError(
+                    f"{model.name} draws NaN or infinity at guidance {guidance}; use a smaller one, or look whether its training "
+                    "diverged"
+                )
             images.append(to_uint8(model.autoencoder.decode(latents)).cpu())
             if progress is not None:
                 progress(len(some_seeds))
@@ -236,18 +249,46 @@ def generate(
 
 def check_guidance(scale: float, interval: tuple[float, float]) -> None:
     """Raise `UserError` for a guidance, or an interval of times for it, that means nothing."""
+    if not _is_number(scale):
+        raise UserError(f"guidance {scale!r} is no number; give such as 1.5; 1 is none")
     if not (math.isfinite(scale) and scale >= 0):
         raise UserError(f"guidance {scale}: guidance must be finite and not negative; 1 is none")
+    mend = "give two shares of the times, 0 to 1, the smaller first"
+    if not isinstance(interval, Sequence) or len(interval) != 2 or not all(map(_is_number, interval)):
+        raise UserError(f"guidance interval {interval!r}: {mend}")
     low, high = interval
     if not 0 <= low <= high <= 1:
+        raise UserError(f"guidance interval {low} to {high}: {mend}")
+
+
+def check_steps(steps: int, schedule: Schedule) -> None:
+    """Raise `UserError` for a number of sampling steps that the schedule has no times for."""
+    if not is_whole(steps) or not 1 <= steps <= schedule.num_steps:
         raise UserError(
-            f"guidance interval {low} to {high}: give two shares of the times, 0 to 1, the smaller first"
+            f"{steps!r} sampling steps were asked for; use 1 to {schedule.num_steps}, a whole number"
         )
 
 
-def _whole_numbers(values: Sequence[int] | torch.Tensor, what: str) -> torch.Tensor:
+def is_whole(value: object) -> bool:
+    """Whether `value` is a whole number, of Python or numpy; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def whole_numbers(values: Iterable[int] | torch.Tensor, what: str) -> torch.Tensor:
+    """`values` as (N,) int64 on the CPU. Raises `UserError`, naming the first that is no whole number; `what` one of them is."""
+    if isinstance(values, torch.Tensor):
+        values = values.tolist()
+    if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable):
+        raise UserError(f"{what}s are {values!r}; give whole numbers in a list, such as [3, 7]")
+    values = list(values)
+    if wrong := [value for value in values if not is_whole(value)]:
+        raise UserError(f"{what} {wrong[0]!r} is no whole number; give such as [3, 7]")
     try:
-        return torch.as_tensor(values, dtype=torch.int64).reshape(-1)
+        return torch.tensor([int(value) for value in values], dtype=torch.int64)
     except (OverflowError, ValueError, RuntimeError):  # which of them depends on torch's version
         raise UserError(f"every {what} must be a whole number of at most {2**63 - 1}") from None
 
@@ -259,7 +300,7 @@ def _checked_conditions(
     if conditions is None:
         return denoiser.null_condition(count).cpu()
     if denoiser.takes_text:
-        return _checked_tokens(model, torch.as_tensor(conditions), count)
+        return _checked_tokens(model, conditions, count)
     labels = check_labels(model, conditions)
     if len(labels) != count:
         raise ValueError(f"{len(labels)} labels came with {count} seeds; give one label a seed")
@@ -268,7 +309,7 @@ def _checked_conditions(
 
 def check_labels(model: Model, values: Sequence[int] | torch.Tensor) -> torch.Tensor:
     """The labels as a tensor. Raises `UserError` where the model does not know one of them."""
-    classes, labels = model.num_classes, _whole_numbers(values, "label")
+    classes, labels = model.num_classes, whole_numbers(values, "label")
     wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
         known = f"{classes} classes, 0 to {classes - 1}" if classes else "no classes (leave the labels out)"
@@ -276,11 +317,13 @@ def check_labels(model: Model, values: Sequence[int] | torch.Tensor) -> torch.Te
     return labels
 
 
-def _checked_tokens(model: Model, tokens: torch.Tensor, count: int) -> torch.Tensor:
+def _checked_tokens(model: Model, tokens: object, count: int) -> torch.Tensor:
     wanted = (count, *model.denoiser.empty_tokens.shape)
-    if tuple(tokens.shape) != wanted:
-        raise ValueError(
-            f"{model.name} takes text: conditions have shape {tuple(tokens.shape)}, {wanted} were expected; "
-            "make them with model.encode_prompts"
+    shape = tuple(tokens.shape) if isinstance(tokens, torch.Tensor) else None
+    if shape != wanted:
+        got = f"have shape {shape}" if shape is not None else f"are a {type(tokens).__name__}"
+        raise UserError(
+            f"{model.name} takes text: conditions {got}, tokens of shape {wanted} were expected; make them with "
+            "model.encode_prompts"
         )
     return tokens.float()

@@ -222,6 +222,7 @@ def test_labels_and_seeds_must_match(model: Model) -> None:
         ({"guidance_interval": (0.6, 0.2)}, "guidance interval 0.6 to 0.2"),
         ({"guidance_interval": (0.0, float("nan"))}, "guidance interval 0.0 to nan"),
         ({"batch_size": 0}, "batch size 0: draw at least one"),
+        ({"conditions": [], "seeds": []}, "there is nothing to draw"),
         ({"conditions": [2**63]}, "every label must be a whole number of at most"),
         ({"seeds": [2**64]}, "every seed must be a whole number of at most"),
     ],
@@ -236,6 +237,11 @@ def test_the_denoiser_goes_back_to_training(model: Model) -> None:
     generate(model, [0], [0], steps=1)
     assert model.denoiser.training
     model.denoiser.eval()
+
+
+def test_latents_with_nan_are_an_error_that_names_the_guidance(model: Model) -> None:
+    with pytest.raises(UserError, match=r"tiny draws NaN or infinity at guidance 1e\+38; use a smaller one"):
+        generate(model, [0], [0], steps=2, guidance=1e38)
 
 
 def test_images_with_nan_are_an_error(model: Model) -> None:
