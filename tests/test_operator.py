@@ -408,6 +408,38 @@ def test_maps_past_what_fp32_counts_exactly(isa: str, size: tuple[int, int]) -> 
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("isa", ISAS[:-1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2], ids=["one task a group", "several tasks a group"])
+@pytest.mark.parametrize("offsets", ["near", "far", "few far"])
+def test_maps_larger_than_a_cache(isa: str, dtype: torch.dtype, threads: int, offsets: str) -> None:
+    """Backward packs and unpacks rows as it comes to them, in blocks of some columns: taps may leave those, and return to rows
+    that were done."""
+    results = []
+    before = torch.get_num_threads()
+    for settings in (dict(groups=1), dict(groups=1, stride=2, softmax=True, offset_scale=0.5)):
+        problem = _problem((64, 320), 64, dtype, 30 if offsets == "far" else 2, 23, **settings)
+        if offsets == "few far":
+            generator = torch.Generator().manual_seed(29)
+            pairs = problem.offset_mask[..., :18]
+            wild = between_cells(pairs.shape, generator, 60).to(dtype)
+            problem.offset_mask[..., :18] = torch.where(
+                torch.rand(pairs.shape, generator=generator) < 1e-3, wild, pairs
+            )
+        try:
+            for name, count in ((isa, threads), ("portable", before)):
+                torch.set_num_threads(count)
+                with native.forced_isa(name):
+                    results.append(solve(dcnv4, problem))
+        finally:
+            torch.set_num_threads(before)
+        relative, absolute = TOLERANCES[dtype]
+        for got, want in zip(*results[-2:], strict=True):
+            got, want = got.double(), want.double()
+            limit = 2 * (relative * want.abs() + absolute * want.abs().max())  # both are rounded
+            assert bool(((got - want).abs() <= limit).all()), (settings, float((got - want).abs().max()))
+
+
 def test_needed_gradients_only() -> None:
     value, offset_mask = torch.randn(1, 4, 4, 16), torch.randn(1, 4, 4, 32)
     full = [t.clone().requires_grad_() for t in (value, offset_mask)]

@@ -2,6 +2,116 @@
 
 namespace {
 
+// Sum `slabs` packed gradient maps in their order and store rows [first, last) of the group in the final type.
+template <class C, class T, class V = typename C::Vector>
+void unpack(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const ScalarOf<V>* grad_maps, int64_t map_size,
+            int64_t slabs, int64_t first, int64_t last, T* grad_value, bool past_caches) {
+  for (int64_t h = first; h < last; ++h)
+    for (int64_t w = 0; w < p.W; ++w) {
+      const ScalarOf<V>* cell = grad_maps + ((h + 1) * plan.pitch + w + 1) * plan.packed_width;
+      T* target = grad_value + (h * p.W + w) * p.grad_value_stride;
+      for (int64_t c = 0; c < p.D; c += C::width, cell += C::width) {
+        V parts[C::registers];
+        for (int r = 0; r < C::registers; ++r) {
+          parts[r] = V::load(cell + r * V::width);
+          for (int64_t s = 1; s < slabs; ++s) parts[r] = parts[r] + V::load(cell + s * map_size + r * V::width);
+        }
+        const C sum = C::of(parts);
+        if constexpr (V::looks_up) {
+          if (past_caches) {
+            sum.stream(target + c);
+            continue;
+          }
+        }
+        if (c + C::width <= p.D) {
+          sum.store(target + c);
+        } else {
+          sum.store_some(target + c, int(p.D - c));
+        }
+      }
+    }
+  if constexpr (V::looks_up)
+    if (past_caches) V::fence();
+}
+
+// How far a task has come with its packed maps. Where both are larger than a cache (`rolls`), rows of them are packed and
+// cleared when taps first look there, and unpacked when the last ones are thought to have: what is being worked on then stays
+// in the caches. A row that taps return to is unpacked again, from sums that are still there. Rows count as packed: row 0 is
+// the zero row above the map.
+template <class C, class T, class V = typename C::Vector>
+class Front {
+ public:
+  using S = ScalarOf<V>;
+  using Cell = typename C::Cell;
+
+  // `target`: the group's channels of grad_value's image, or null where sums of several tasks are unpacked later.
+  Front(const dcnv4_problem& p, const Plan<S>& plan, const T* image, Cell* map, S* grad_map, T* target, bool past_caches,
+        bool rolls)
+      : p_(p),
+        plan_(plan),
+        image_(image),
+        map_(map),
+        grad_map_(grad_map),
+        target_(target),
+        past_caches_(past_caches),
+        rolls_(rolls),
+        row_size_(plan.pitch * plan.packed_width) {
+    const int64_t size = map_elements(plan, p.H + 2), rows = (p.H + 2) * row_size_;
+    clear_blank(plan, map + rows);
+    memset(grad_map + rows, 0, (size - rows) * sizeof(S));
+    if (!rolls) cover(0, p.H + 2);
+  }
+
+  // Taps are about to look at rows [first, last).
+  void cover(int64_t first, int64_t last) {
+    if (last > packed_) {
+      pack<C>(p_, plan_, image_, Window{packed_ - 1, last - 1}, map_ + packed_ * row_size_);
+      memset(grad_map_ + packed_ * row_size_, 0, (last - packed_) * row_size_ * sizeof(S));
+      packed_ = last;
+    }
+    if (first - 1 < unpacked_) {
+      halo_ += unpacked_ - std::max<int64_t>(0, first - 1);
+      unpacked_ = std::max<int64_t>(0, first - 1);
+    }
+  }
+
+  // The taps to come are those of the output rows [first, last) and further on.
+  void expect(int64_t first, int64_t last) {
+    if (rolls_ && target_ && first < last) unpack_to(std::min(packed_ - 1, window_of(p_, plan_, first, last, halo_).first));
+  }
+
+  void finish() {
+    cover(p_.H + 2, p_.H + 2);
+    if (target_) unpack_to(p_.H);
+  }
+
+  bool rolls() const { return rolls_; }
+  // The values of the next rows to be packed.
+  Stream values_of(int64_t rows) const {
+    const int64_t first = std::max<int64_t>(0, packed_ - 1), last = std::min(p_.H, first + rows);
+    return Stream(image_ + first * p_.W * p_.value_stride, p_.value_stride, (last - first) * p_.W, p_.D);
+  }
+
+ private:
+  // Value rows below `row`.
+  void unpack_to(int64_t row) {
+    if (row <= unpacked_) return;
+    unpack<C, T>(p_, plan_, grad_map_, 0, 1, unpacked_, row, target_, past_caches_);
+    unpacked_ = row;
+  }
+
+  const dcnv4_problem& p_;
+  const Plan<S>& plan_;
+  const T* const image_;
+  Cell* const map_;
+  S* const grad_map_;
+  T* const target_;
+  const bool past_caches_, rolls_;
+  const int64_t row_size_;
+  int64_t packed_ = 0, unpacked_ = 0;  // rows of the maps; of the value
+  int64_t halo_ = 6;                   // rows of offset that taps are thought to reach
+};
+
 // Dot products of grad_output with the four corners of every tap, and the scattered products, for kVectors vectors of channels.
 template <class V, int kVectors, int kTaps>
 DCNV4_INLINE void scatter(const ScalarOf<V>* map, ScalarOf<V>* grad_map, int64_t width, int64_t row_size, int64_t K,
@@ -74,7 +184,7 @@ DCNV4_INLINE void finish_taps(const Plan<ScalarOf<V>>& plan, int64_t K, const Sc
 template <class V, class T, int kVectors, int kTaps>
 void backward_rows(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* offset_mask, const T* grad_output,
                    T* grad_offset_mask, const ScalarOf<V>* map, ScalarOf<V>* grad_map, Window window, int32_t blank,
-                   int64_t first_row, int64_t last_row, ScalarOf<V>* tap_scratch, Ahead<V> ahead) {
+                   int64_t first_row, int64_t last_row, ScalarOf<V>* tap_scratch, Front<Widened<V>, T>&, Ahead<V> ahead) {
   using S = ScalarOf<V>;
   const int64_t K = kTaps > 0 ? kTaps : plan.K, padded = plan.padded_taps;
   const int64_t width = plan.packed_width, row_size = plan.pitch * width;
@@ -206,68 +316,125 @@ DCNV4_NOINLINE void finish_lookups(V scale, const ScalarOf<V>* sums, const Looku
   }
 }
 
-// Output rows whose taps are sorted by cells. Returns false, having done nothing, where that does not pay.
-template <class C, class T, int kTaps, class V = typename C::Vector>
-bool backward_rows_sorted(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* offset_mask, const T* grad_output,
-                          T* grad_offset_mask, const typename C::Cell* map, ScalarOf<V>* grad_map, Window window, int32_t blank,
-                          int64_t first_row, int64_t last_row, char* scratch, Ahead<V>& ahead) {
-  using Cell = typename C::Cell;
-  const LaneTables<V, kTaps>& lanes = *static_cast<const LaneTables<V, kTaps>*>(plan.lanes);
-  const int64_t width = plan.packed_width, row_size = plan.pitch * width, pixels = (last_row - first_row) * p.Wo;
-  const int64_t begin = first_row * p.Wo;
-  const LookupFrame<V> frame(p, plan, window, blank, 1);
-  SortedTaps<V, kTaps> taps;
-  taps.low = V::set1(ScalarOf<V>(blank));
-  taps.high = V::set1(ScalarOf<V>(-1));
-  constexpr int64_t kMost = 2 / C::registers;  // vectors of channels a visit: values and sums of four cells in registers
-  Cell* const gradients = reinterpret_cast<Cell*>(scratch + taps.lay_out(scratch, pixels, blank, width <= kMost * C::width));
-  for_batches<V>(p, first_row, last_row, false, [&](int64_t row, int64_t column, int count, int64_t below) DCNV4_LAMBDA_INLINE {
-    const int64_t pixel = row * p.Wo + column;
-    const Batch<T> batch = {offset_mask + pixel * p.offset_mask_stride, p.offset_mask_stride, below, row, column, count};
-    locate_sorted<V, T, kTaps>(p, frame, lanes, batch, taps, (pixel - begin) * kTaps);
-  });
-  int64_t first_cell = blank, last_cell = -1;
-  for (int lane = 0; lane < V::width; ++lane) {
-    first_cell = std::min(first_cell, int64_t(taps.low.lane(lane)));
-    last_cell = std::max(last_cell, int64_t(taps.high.lane(lane)));
+// Pixels of the output that go together: rows [top, bottom), columns [left, right). Where it is not as wide as the output it is
+// some vectors wide.
+struct Block {
+  int64_t top, bottom, left, right;
+  int64_t columns() const { return right - left; }
+  int64_t pixels() const { return (bottom - top) * columns(); }
+};
+
+// Calls `work(row, column, count, below)` as for_batches does, row after row.
+template <class V, class Work>
+DCNV4_INLINE void for_batches_of(const dcnv4_problem& p, const Block& block, Work work) {
+  if (block.columns() == p.Wo) {
+    for_batches<V>(p, block.top, block.bottom, false, work);
+    return;
   }
-  // Many more cells than pixels: looking for those with taps would take longer than visiting them.
-  if (last_cell - first_cell > 256 + 4 * pixels) return false;
-  sort_taps(taps, pixels, first_cell, last_cell, blank);
-  pack_pixels<C>(plan, grad_output + begin * p.output_stride, p.output_stride, pixels, gradients);
-  for (int64_t c = 0; c < width;) {
-    const bool most = width - c >= kMost * C::width;
-    const auto visit = grad_offset_mask ? (most ? visit_cells<C, kMost, kTaps, true> : visit_cells<C, 1, kTaps, true>)
-                                        : (most ? visit_cells<C, kMost, kTaps, false> : visit_cells<C, 1, kTaps, false>);
-    visit(map + c, grad_map + c, width, row_size, taps, first_cell, last_cell, gradients + c, c > 0, ahead);
-    c += (most ? kMost : 1) * C::width;
-  }
-  if (!grad_offset_mask) return true;
-  for (int64_t first = 0; first < pixels; first += V::width) {
-    const int64_t at = first * kTaps;
-    const LookupStates<V> states = {taps.lx + at, taps.ly + at, taps.weight + at, taps.used + at / V::width};
-    finish_lookups<V, T, kTaps>(frame.frame.scale, taps.sums + 4 * at, states, p.softmax,
-                                int(std::min<int64_t>(V::width, pixels - first)),
-                                grad_offset_mask + (begin + first) * p.grad_offset_mask_stride, p.grad_offset_mask_stride);
-  }
-  return true;
+  for (int64_t row = block.top; row < block.bottom; ++row)
+    for (int64_t column = block.left; column < block.right; column += V::width) work(row, column, V::width, V::width);
 }
 
-// Output rows that go together by cells; 0 where a single one is too much.
+// How wide blocks are: the nearer to a square, the fewer cells its taps look at. At most a hundred columns where some vectors
+// of them divide the output's.
+template <class V>
+int64_t columns_of_block(const dcnv4_problem& p) {
+  constexpr int64_t kWide = 100;
+  for (int64_t strips = 1; p.Wo / strips >= V::width; ++strips)
+    if (p.Wo / strips <= kWide && (strips == 1 || p.Wo % (strips * V::width) == 0)) return p.Wo / strips;
+  return p.Wo;
+}
+
+// And how high; 0 where a single row is too much.
 template <class V>
 int64_t rows_of_block(const dcnv4_problem& p) {
   constexpr int64_t kPixels = SortedTaps<V, kLookupTaps>::kPixels;
-  return p.Wo > 4 * kPixels ? 0 : std::min(p.Ho, std::max<int64_t>(1, kPixels / p.Wo));
+  const int64_t columns = columns_of_block<V>(p);
+  return columns > 4 * kPixels ? 0 : std::min(p.Ho, std::max<int64_t>(1, kPixels / columns));
 }
 
-// Bytes of scratch that backward_rows_sorted needs.
+// Bytes of scratch that backward_block_sorted needs.
 template <class C>
 int64_t sorted_bytes(const dcnv4_problem& p, const Plan<ScalarOf<typename C::Vector>>& plan) {
   using V = typename C::Vector;
   SortedTaps<V, kLookupTaps> taps;
-  const int64_t pixels = rows_of_block<V>(p) * p.Wo;
+  const int64_t pixels = rows_of_block<V>(p) * columns_of_block<V>(p);
   return taps.lay_out(nullptr, pixels, (p.H + 2) * plan.pitch, false) +
          (pixels * plan.packed_width + 32) * int64_t(sizeof(typename C::Cell));
+}
+
+// The cells that a block's taps look at if they stay within some columns.
+template <class V>
+CellGrid grid_of(const dcnv4_problem& p, int64_t pitch, const Block& block, bool narrow) {
+  if (!narrow || block.columns() == p.Wo) return {0, pitch};
+  constexpr int64_t kHalo = 12;
+  const int64_t reach = int64_t(std::ceil(std::min(std::abs(p.offset_scale) * double(p.dilation_w * p.kernel_w), 1e6))) + kHalo;
+  const int64_t left = std::max<int64_t>(0, std::min(pitch, base_x(p, block.left) - reach + 1));
+  const int64_t right = std::max(left + 2, std::min(pitch, base_x(p, block.right - 1) + reach + 3));
+  return {left, right - left};
+}
+
+enum class Sorting { done, does_not_pay, leaves };
+
+// A block whose taps are sorted by cells. Where that does not pay, or taps leave the columns of `grid`, nothing has been done
+// but that the maps may be covered.
+template <class C, class T, int kTaps, class V = typename C::Vector>
+Sorting backward_block_sorted(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* offset_mask, const T* grad_output,
+                              T* grad_offset_mask, const typename C::Cell* map, ScalarOf<V>* grad_map, Window window,
+                              int32_t blank, const Block& block, const CellGrid& grid, char* scratch, Front<C, T>& front,
+                              Ahead<V>& ahead) {
+  using Cell = typename C::Cell;
+  const LaneTables<V, kTaps>& lanes = *static_cast<const LaneTables<V, kTaps>*>(plan.lanes);
+  const int64_t width = plan.packed_width, row_size = plan.pitch * width, pixels = block.pixels();
+  const LookupFrame<V> frame(p, plan, window, blank, 1, grid.pitch, grid.left);
+  SortedTaps<V, kTaps> taps;
+  taps.low = taps.left = V::set1(ScalarOf<V>(blank));
+  taps.high = taps.right = V::set1(ScalarOf<V>(-1));
+  constexpr int64_t kMost = 2 / C::registers;  // vectors of channels a visit: values and sums of four cells in registers
+  Cell* const gradients = reinterpret_cast<Cell*>(scratch + taps.lay_out(scratch, pixels, blank, width <= kMost * C::width));
+  int64_t done = 0;
+  for_batches_of<V>(p, block, [&](int64_t row, int64_t column, int count, int64_t below) DCNV4_LAMBDA_INLINE {
+    const int64_t pixel = row * p.Wo + column;
+    const Batch<T> batch = {offset_mask + pixel * p.offset_mask_stride, p.offset_mask_stride, below, row, column, count};
+    locate_sorted<V, T, kTaps>(p, frame, lanes, batch, taps, done * kTaps);
+    done += count;
+  });
+  int64_t first_cell = blank, last_cell = -1, first_column = blank, last_column = -2;
+  for (int lane = 0; lane < V::width; ++lane) {
+    first_cell = std::min(first_cell, int64_t(taps.low.lane(lane)));
+    last_cell = std::max(last_cell, int64_t(taps.high.lane(lane)));
+    first_column = std::min(first_column, int64_t(taps.left.lane(lane)) + 1);
+    last_column = std::max(last_column, int64_t(taps.right.lane(lane)) + 1);
+  }
+  if (first_cell <= last_cell) {
+    if (first_column < grid.left || last_column >= grid.left + grid.pitch - 1) return Sorting::leaves;
+    front.cover(first_cell / grid.pitch, last_cell / grid.pitch + 2);
+  }
+  // Many more cells than pixels: looking for those with taps would take longer than visiting them.
+  if (last_cell - first_cell > 256 + 4 * pixels) return Sorting::does_not_pay;
+  sort_taps(taps, pixels, first_cell, last_cell, blank);
+  const int64_t runs = block.columns() == p.Wo ? 1 : block.bottom - block.top, run = pixels / runs;
+  for (int64_t i = 0; i < runs; ++i)
+    pack_pixels<C>(plan, grad_output + ((block.top + i) * p.Wo + block.left) * p.output_stride, p.output_stride, run,
+                   gradients + i * run * width);
+  for (int64_t c = 0; c < width;) {
+    const bool most = width - c >= kMost * C::width;
+    const auto visit = grad_offset_mask ? (most ? visit_cells<C, kMost, kTaps, true> : visit_cells<C, 1, kTaps, true>)
+                                        : (most ? visit_cells<C, kMost, kTaps, false> : visit_cells<C, 1, kTaps, false>);
+    visit(map + c, grad_map + c, width, row_size, grid, taps, first_cell, last_cell, gradients + c, c > 0, ahead);
+    c += (most ? kMost : 1) * C::width;
+  }
+  if (!grad_offset_mask) return Sorting::done;
+  done = 0;
+  for_batches_of<V>(p, block, [&](int64_t row, int64_t column, int count, int64_t) DCNV4_LAMBDA_INLINE {
+    const int64_t at = done * kTaps;
+    const LookupStates<V> states = {taps.lx + at, taps.ly + at, taps.weight + at, taps.used + at / V::width};
+    finish_lookups<V, T, kTaps>(frame.frame.scale, taps.sums + 4 * at, states, p.softmax, count,
+                                grad_offset_mask + (row * p.Wo + column) * p.grad_offset_mask_stride,
+                                p.grad_offset_mask_stride);
+    done += count;
+  });
+  return Sorting::done;
 }
 
 // The same as backward_rows where positions and elements of the map are whole numbers that the compute type holds: by cells, or
@@ -275,19 +442,19 @@ int64_t sorted_bytes(const dcnv4_problem& p, const Plan<ScalarOf<typename C::Vec
 template <class C, class T, int kVectors, int kTaps, class V = typename C::Vector>
 void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* offset_mask, const T* grad_output,
                           T* grad_offset_mask, const typename C::Cell* map, ScalarOf<V>* grad_map, Window window, int32_t blank,
-                          int64_t first_row, int64_t last_row, ScalarOf<V>* scratch, Ahead<V> ahead) {
+                          int64_t first_row, int64_t last_row, ScalarOf<V>* scratch, Front<C, T>& front, Ahead<V> ahead) {
   using S = ScalarOf<V>;
   constexpr int64_t kChunk = kVectors * C::width;
   const LaneTables<V, kTaps>& lanes = *static_cast<const LaneTables<V, kTaps>*>(plan.lanes);
   const int64_t width = plan.packed_width, row_size = plan.pitch * width;
-  const LookupFrame<V> frame(p, plan, window, blank, width);
+  const LookupFrame<V> frame(p, plan, window, blank, width, plan.pitch, 0);
   Lookups<V, kTaps> lookups;
   OwnStates<V, kTaps> states;
   alignas(64) S sums[4 * V::width * kTaps];
   memset(sums, 0, sizeof sums);  // lanes of a last batch that nothing is computed for
-  const auto batch_by_batch = [&](int64_t first, int64_t last) {
+  const auto batch_by_batch = [&](const Block& block) {
     // No strips: what is added to would come back to the L1 cache as often as there are strips (measured: a quarter slower).
-    for_batches<V>(p, first, last, false, [&](int64_t row, int64_t column, int count, int64_t below) DCNV4_LAMBDA_INLINE {
+    for_batches_of<V>(p, block, [&](int64_t row, int64_t column, int count, int64_t below) DCNV4_LAMBDA_INLINE {
       const int64_t pixel = row * p.Wo + column;
       const T* gradient = grad_output + pixel * p.output_stride;
       const Batch<T> batch = {offset_mask + pixel * p.offset_mask_stride, p.offset_mask_stride, below, row, column, count};
@@ -306,21 +473,43 @@ void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
     });
   };
   if constexpr (V::sorts) {
-    const int64_t rows = rows_of_block<V>(p);
-    for (int64_t first = first_row; rows > 0 && first < last_row; first += rows) {
-      const int64_t last = std::min(last_row, first + rows);
-      if (!backward_rows_sorted<C, T, kTaps>(p, plan, offset_mask, grad_output, grad_offset_mask, map, grad_map, window, blank,
-                                             first, last, reinterpret_cast<char*>(scratch), ahead))
-        batch_by_batch(first, last);
+    const int64_t rows = rows_of_block<V>(p), columns = columns_of_block<V>(p);
+    bool narrow = true;  // until taps leave the columns around a block
+    for (int64_t top = first_row; rows > 0 && top < last_row; top += rows) {
+      const int64_t bottom = std::min(last_row, top + rows), after = std::min(last_row, bottom + rows);
+      if (front.rolls()) {
+        const int64_t skipped = bottom * p.Wo, pixels = (after - bottom) * p.Wo;
+        Stream written;
+        if (grad_offset_mask)
+          written = {grad_offset_mask + skipped * p.grad_offset_mask_stride, p.grad_offset_mask_stride, pixels, 3 * kTaps};
+        ahead = Ahead<V>{front.values_of(after - bottom),
+                         Stream(offset_mask + skipped * p.offset_mask_stride, p.offset_mask_stride, pixels, 3 * kTaps),
+                         Stream(grad_output + skipped * p.output_stride, p.output_stride, pixels, p.D), written};
+      }
+      for (int64_t left = 0; left < p.Wo; left += columns) {
+        const Block block{top, bottom, left, left + columns};
+        const auto sorted = [&]() {
+          return backward_block_sorted<C, T, kTaps>(p, plan, offset_mask, grad_output, grad_offset_mask, map, grad_map, window,
+                                                    blank, block, grid_of<V>(p, plan.pitch, block, narrow),
+                                                    reinterpret_cast<char*>(scratch), front, ahead);
+        };
+        Sorting found = sorted();
+        if (found == Sorting::leaves) {
+          narrow = false;
+          found = sorted();
+        }
+        if (found == Sorting::does_not_pay) batch_by_batch(block);
+      }
+      front.expect(bottom, after);
     }
     if (rows > 0) return;
   }
-  batch_by_batch(first_row, last_row);
+  batch_by_batch({first_row, last_row, 0, p.Wo});
 }
 
 template <class C, class T, class V = typename C::Vector>
 using BackwardRows = void (*)(const dcnv4_problem&, const Plan<ScalarOf<V>>&, const T*, const T*, T*, const typename C::Cell*,
-                              ScalarOf<V>*, Window, int32_t, int64_t, int64_t, ScalarOf<V>*, Ahead<V>);
+                              ScalarOf<V>*, Window, int32_t, int64_t, int64_t, ScalarOf<V>*, Front<C, T>&, Ahead<V>);
 
 template <class C, class T, int kVectors>
 BackwardRows<C, T> backward_rows_for_taps(int64_t K, bool exact) {
@@ -348,38 +537,6 @@ BackwardRows<C, T> choose_backward_rows(int at_once, int64_t K, bool exact) {
   }
 }
 
-// Sum `slabs` packed gradient maps in their order and store rows [first, last) of the group in the final type.
-template <class C, class T, class V = typename C::Vector>
-void unpack(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const ScalarOf<V>* grad_maps, int64_t map_size,
-            int64_t slabs, int64_t first, int64_t last, T* grad_value, bool past_caches) {
-  for (int64_t h = first; h < last; ++h)
-    for (int64_t w = 0; w < p.W; ++w) {
-      const ScalarOf<V>* cell = grad_maps + ((h + 1) * plan.pitch + w + 1) * plan.packed_width;
-      T* target = grad_value + (h * p.W + w) * p.grad_value_stride;
-      for (int64_t c = 0; c < p.D; c += C::width, cell += C::width) {
-        V parts[C::registers];
-        for (int r = 0; r < C::registers; ++r) {
-          parts[r] = V::load(cell + r * V::width);
-          for (int64_t s = 1; s < slabs; ++s) parts[r] = parts[r] + V::load(cell + s * map_size + r * V::width);
-        }
-        const C sum = C::of(parts);
-        if constexpr (V::looks_up) {
-          if (past_caches) {
-            sum.stream(target + c);
-            continue;
-          }
-        }
-        if (c + C::width <= p.D) {
-          sum.store(target + c);
-        } else {
-          sum.store_some(target + c, int(p.D - c));
-        }
-      }
-    }
-  if constexpr (V::looks_up)
-    if (past_caches) V::fence();
-}
-
 // With packed maps of channels as C holds them, or in the compute type where C has no kernel for the problem.
 template <class V, class T, class C = Widened<V>>
 int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_mask_, const void* grad_output_,
@@ -403,9 +560,14 @@ int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_
   const int64_t map_size = map_elements(plan, p.H + 2);
   const int64_t tap_size = (11 + 4) * plan.padded_taps;
   int64_t tap_bytes = tap_size * int64_t(sizeof(S));
+  bool rolls = false;
   if constexpr (V::looks_up) {
-    if constexpr (V::sorts)
+    if constexpr (V::sorts) {
+      constexpr int64_t kStays = int64_t(4) << 20;  // bytes of maps
       if (plan.lanes) tap_bytes = std::max(tap_bytes, sorted_bytes<C>(p, plan));
+      rolls = plan.lanes && is_exact(p, plan, p.H + 2) && rows_of_block<V>(p) > 0 &&
+              map_size * int64_t(sizeof(Cell) + sizeof(S)) > kStays;
+    }
   }
 
   // Where there are fewer groups than threads, the output rows are split into slabs, each with gradient maps of its own that
@@ -474,19 +636,18 @@ int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_
       S* const tap_scratch = own_grad_map + map_size;
       // Lanes past K are never written by sum4; they must not hold signalling rubbish.
       memset(tap_scratch, 0, tap_size * sizeof(S));
-      pack<C>(p, plan, image_of(part), whole, map);
-      clear_blank(plan, map + int64_t(blank) * plan.packed_width);
-      memset(grad_map, 0, map_size * sizeof(S));
+      T* const values =
+          grad_value && slabs == 1 ? grad_value + part.n * p.H * p.W * p.grad_value_stride + part.g * p.D : nullptr;
+      Front<C, T> front(p, plan, image_of(part), map, grad_map, values, past_caches, rolls);
       T* target = target_of(part);
+      // Of a large map the next task's data would be gone again when its turn comes.
       rows_kernel(p, plan, offsets_of(part), gradient_of(part), target, map, grad_map, whole, blank, part.first, part.last,
-                  tap_scratch, data_of(next));
+                  tap_scratch, front, rolls ? Ahead<V>() : data_of(next));
+      front.finish();
       const int64_t used = 3 * p.G * plan.K;
       if (target && part.g == p.G - 1 && p.P > used)
         for (int64_t pixel = part.first * p.Wo; pixel < part.last * p.Wo; ++pixel)
           memset(target + pixel * p.grad_offset_mask_stride + 3 * plan.K, 0, (p.P - used) * sizeof(T));
-      if (grad_value && slabs == 1)
-        unpack<C, T>(p, plan, grad_map, map_size, 1, 0, p.H,
-                     grad_value + part.n * p.H * p.W * p.grad_value_stride + part.g * p.D, past_caches);
     });
     scratch.trim(kKeptScratch);
   }

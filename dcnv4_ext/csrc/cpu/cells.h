@@ -20,6 +20,7 @@ struct SortedTaps {
   uint64_t* order;  // pixel << 32 | tap, in the order of the counters, and of the taps of a counter
   uint32_t* end;    // where in `order` the taps of a counter end
   V low, high;      // cells that the taps look at, a lane's share of them: the first and the last
+  V left, right;    // and columns of the value
 
   // Places for `pixels` and for maps of `cells` cells before the blank one, in `memory`; returns the bytes. A last batch may
   // write as if it were whole.
@@ -55,13 +56,15 @@ DCNV4_NOINLINE void locate_sorted(const dcnv4_problem& p, const LookupFrame<V>& 
   const V one = on.frame.one;
   const V unused = V::set1(S(2 * on.blank)) + V::load(lanes.count), every_second = V::load(lanes.every_second),
           two = V::set1(S(2));
-  V low = to.low, high = to.high;
+  V low = to.low, high = to.high, left = to.left, right = to.right;
   locate_batch<V, kTaps>(p, on, lanes, batch, weights, nullptr,
-                         [&](int v, typename V::Mask used, V place, V lx, V ly) DCNV4_LAMBDA_INLINE {
+                         [&](int v, typename V::Mask used, V place, V x0, V lx, V ly) DCNV4_LAMBDA_INLINE {
                            const int i = v * V::width;
                            V::store_whole(counters + i, used, V::fma(place, two, every_second), unused);
                            low = V::least(used, low, place);
                            high = V::greatest(used, high, place);
+                           left = V::least(used, left, x0);
+                           right = V::greatest(used, right, x0);
                            lx.store(to_lx + i);
                            ly.store(to_ly + i);
                            masks[v] = used;
@@ -70,6 +73,8 @@ DCNV4_NOINLINE void locate_sorted(const dcnv4_problem& p, const LookupFrame<V>& 
                          });
   to.low = low;
   to.high = high;
+  to.left = left;
+  to.right = right;
 }
 
 // Sorts `pixels` pixels' taps that look at the cells [first, last], by counting. `blank` is behind all cells of the map.
@@ -98,12 +103,18 @@ DCNV4_NOINLINE void sort_taps(const SortedTaps<V, kTaps>& taps, int64_t pixels, 
   }
 }
 
+// Cells that taps are sorted by: rows of `pitch`, from the packed map's column `left` on. In the last column of them no tap has
+// its upper left corner.
+struct CellGrid {
+  int64_t left, pitch;
+};
+
 // For kVectors vectors of channels: dot products of the gradients with the corners of every tap, four a tap, to `taps.sums`, or
 // added to them; and the gradients times the corners' weights, added to the cells of `grad_map`, for the taps that look at the
 // cells [first, last]. Cells of both maps, and `gradients` of pixels, are `width` elements apart.
 template <class C, int kVectors, int kTaps, bool kDots, class V = typename C::Vector>
 DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_map, int64_t width, int64_t row_size,
-                                const SortedTaps<V, kTaps>& taps, int64_t first, int64_t last,
+                                const CellGrid& grid, const SortedTaps<V, kTaps>& taps, int64_t first, int64_t last,
                                 const typename C::Cell* gradients, bool add, Ahead<V>& ahead) {
   using S = ScalarOf<V>;
   using Cell = typename C::Cell;
@@ -122,9 +133,17 @@ DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_m
   clear();
   bool pending = false;
   uint32_t at = 0;
-  for (int64_t c = first; c <= last; ++c) {
+  // Where the cell lies in the maps; a row's end is passed without anything pending.
+  int64_t column = first % grid.pitch, place = first / grid.pitch * row_size + (grid.left + column) * width;
+  const auto step = [&]() DCNV4_LAMBDA_INLINE {
+    place += width;
+    if (++column < grid.pitch) return;
+    column = 0;
+    place += row_size - grid.pitch * width;
+  };
+  for (int64_t c = first; c <= last; ++c, step()) {
     const uint32_t end = taps.end[2 * c + 1];
-    S* const target = grad_map + c * width;
+    S* const target = grad_map + place;
     if (at == end) {
       if (pending) {
         add_to(target, right);
@@ -137,7 +156,7 @@ DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_m
     if (!add) ahead.fetch();
     typename C::Operand value[4][kVectors];
     if (kDots) {
-      const Cell* const source = map + c * width;
+      const Cell* const source = map + place;
       for (int v = 0; v < kVectors; ++v) {
         value[0][v] = C::operand(source + v * C::width);
         value[1][v] = C::operand(source + width + v * C::width);
@@ -182,7 +201,7 @@ DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_m
     pending = true;
   }
   if (pending) {
-    S* const target = grad_map + (last + 1) * width;
+    S* const target = grad_map + place;
     add_to(target, right);
     add_to(target + row_size, lower_right);
   }

@@ -183,7 +183,7 @@ void forward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, 
   const LaneTables<V, kTaps>& lanes = *static_cast<const LaneTables<V, kTaps>*>(plan.lanes);
   const int64_t width = plan.packed_width, row_size = plan.pitch * width, D = p.D;
   const int64_t offset_step = p.offset_mask_stride, output_step = p.output_stride;
-  const LookupFrame<V> frame(p, plan, window, blank, width);
+  const LookupFrame<V> frame(p, plan, window, blank, width, plan.pitch, 0);
   Lookups<V, kTaps> lookups;
   typename V::Mask outside[kTaps];
   for_batches<V>(p, first_row, last_row, true, [&](int64_t row, int64_t column, int count, int64_t below) DCNV4_LAMBDA_INLINE {

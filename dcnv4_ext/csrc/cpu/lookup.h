@@ -51,7 +51,8 @@ struct LaneTables {
   }
 };
 
-// What locating needs of the problem and the window; places in the map are counted in cells, or in elements of `unit` a cell.
+// What locating needs of the problem and the window; places in the map are counted in cells, or in elements of `unit` a cell,
+// in rows of `pitch` cells from column `left` on.
 template <class V>
 struct LookupFrame {
   using S = ScalarOf<V>;
@@ -59,11 +60,12 @@ struct LookupFrame {
   const V cell_size, row_size, origin, columns, per_column, step_x, step_y;
   const int32_t blank;
 
-  LookupFrame(const dcnv4_problem& p, const Plan<S>& plan, Window window, int32_t blank, int64_t unit)
+  LookupFrame(const dcnv4_problem& p, const Plan<S>& plan, Window window, int32_t blank, int64_t unit, int64_t pitch,
+              int64_t left)
       : frame(plan, window, blank),
         cell_size(V::set1(S(unit))),
-        row_size(V::set1(S(plan.pitch * unit))),
-        origin(V::set1(S((1 - window.first * plan.pitch) * unit))),
+        row_size(V::set1(S(pitch * unit))),
+        origin(V::set1(S((1 - left - window.first * pitch) * unit))),
         columns(V::set1(S(p.Wo))),
         per_column(V::set1(S(1) / S(p.Wo))),
         step_x(V::set1(S(p.stride_w))),
@@ -97,9 +99,10 @@ struct Batch {
   int count;
 };
 
-// Locates the taps of a batch. `weights` becomes what they count, softmax done. Calls `take(v, used, place, lx, ly)` for every
-// vector v of them: which count, where in the map the upper left corner is, and the fractions of the position, zero where a tap
-// does not count. Returns whether a tap needs a row outside the window; then `outside` has a bit a tap.
+// Locates the taps of a batch. `weights` becomes what they count, softmax done. Calls `take(v, used, place, x0, lx, ly)` for
+// every vector v of them: which count, where in the map the upper left corner is, its column, and the fractions of the
+// position, zero where a tap does not count. Returns whether a tap needs a row outside the window; then `outside` has a bit a
+// tap.
 template <class V, int kTaps, class T, class Take>
 DCNV4_INLINE bool locate_batch(const dcnv4_problem& p, const LookupFrame<V>& on, const LaneTables<V, kTaps>& lanes,
                                const Batch<T>& batch, ScalarOf<V>* weights, typename V::Mask* outside, Take take) {
@@ -144,7 +147,7 @@ DCNV4_INLINE bool locate_batch(const dcnv4_problem& p, const LookupFrame<V>& on,
       outside[v] = V::either(V::greater(used, frame.first, y0), V::greater(used, y0, frame.last));
       leaves |= V::any(outside[v]);
     }
-    take(v, used, V::fma(y0, on.row_size, V::fma(x0, on.cell_size, on.origin)), V::select(used, x - x0),
+    take(v, used, V::fma(y0, on.row_size, V::fma(x0, on.cell_size, on.origin)), x0, V::select(used, x - x0),
          V::select(used, y - y0));
   }
   return leaves;
@@ -161,7 +164,7 @@ DCNV4_NOINLINE bool locate_lookups(const dcnv4_problem& p, const LookupFrame<V>&
   const V one = on.frame.one;
   const int32_t blank = on.blank;
   return locate_batch<V, kTaps>(p, on, lanes, batch, weights, outside,
-                                [&](int v, typename V::Mask used, V place, V lx, V ly) DCNV4_LAMBDA_INLINE {
+                                [&](int v, typename V::Mask used, V place, V, V lx, V ly) DCNV4_LAMBDA_INLINE {
                                   const int i = v * V::width;
                                   V::store_whole(to.element + i, used, place, blank);
                                   if (states) {
