@@ -38,6 +38,7 @@ class FeatureExtractor(nn.Module):
     resize         how images come to the network's size, in words
     num_spatial    values of the spatial features, for sFID; 0 where there are none
     names_classes  whether logit k means class k of the data that it is used on
+    knows          what data it learned from, by its name, and the names of its classes; None where it does not say
     at_once        images in one pass
     """
 
@@ -47,6 +48,7 @@ class FeatureExtractor(nn.Module):
     resize: str = "none"
     num_spatial: int = 0
     names_classes: bool = False
+    knows: tuple[str, tuple[str, ...]] | None = None
     at_once: int = 64
 
     def train(self, mode: bool = True) -> FeatureExtractor:
@@ -129,6 +131,8 @@ class SmallClassifier(FeatureExtractor):
 
 class DigitsClassifier(SmallClassifier):
     """Of 32x32 grey digits, "digits-v1". Made by `python -m eval.make_digits_classifier`."""
+
+    knows = ("digits", tuple("0123456789"))
 
     def __init__(self) -> None:
         super().__init__("digits-v1", channels=1, side=32, num_classes=10)

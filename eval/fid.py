@@ -1,9 +1,9 @@
 """Scores of samples beside real images and noise, in one table: `python -m eval.fid RUN [RUN ...] [--guidance 1.0 1.5]`.
 
 An input is a run or export (samples are drawn on the fly), a folder of images, or an npz as ADM writes it; the reference is a
-folder, a data set, or an npz of images, of statistics, or of both. With the digits extractor the distance is called
-FD-digits-v1 and compares within this project only: FID is the name of one protocol. Under torchrun, each process draws its share,
-and the numbers are those of one process:
+folder, a data set, or an npz of images, of statistics, or of both. With the digits extractor, the default against the digits, the
+distance is called FD-digits-v1 and compares within this project only: FID is the name of one protocol; against other images an
+extractor must be named. Under torchrun, each process draws its share, and the numbers are those of one process:
 
     torchrun --standalone --nproc_per_node 8 -m eval.fid runs/NAME --extractor inception:WEIGHTS --reference ref.npz --samples 50000
     python -m eval.fid --reference IMAGES --extractor inception:WEIGHTS --save-statistics ref.npz
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ldm_dcn.cache import is_cache
 from ldm_dcn.data import rank_in_class, split_indices
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.export import Model, load_model
@@ -51,6 +52,7 @@ from .sources import (
     open_reference,
 )
 
+DEFAULT_EXTRACTOR = "digits"  # and the default reference beside it
 MOST_VALUES = 4096  # values an image, up to which nearest neighbours are looked for among pixels, above it among features
 MOST_IMAGES = 50_000  # drawn from a run when --num is not given and the reference is larger, or has no images
 MOST_NOISE = 5_000  # images: what noise scores hardly depends on their number
@@ -119,6 +121,7 @@ class _Opened:
     sources: list[Source]
     reference: Source | None
     statistics: Statistics | None
+    warning: str | None = None  # of what the extractor was not made for
 
     @property
     def reference_size(self) -> int:
@@ -138,15 +141,15 @@ class _Opened:
             self.statistics.check(self.scorer)
 
 
-def evaluate(inputs: Sequence[str], *, extractor: str = "digits", reference: str | None = None,
+def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: str | None = None,
              guidance: Sequence[float] = (1.0,), guidance_interval: tuple[float, float] = (0.0, 1.0),
              sampler: str = "dpm++", steps: int = 50, seed: int = 0, num: int | None = None, labels: str = "reference", image_size: int | None = None, batch_size: int = 128,
              device: str = "cpu", save_statistics: Path | None = None, save_npz: Path | None = None,
              processes: Processes | None = None, progress: bool = True) -> Table | None:  # fmt: skip
     """Score `inputs` (runs, exports, folders, npz files) against `reference`; a run gives one column for each guidance.
 
-    Without `reference` it is what the first run was trained on. Beside the inputs stand real images against real ones (held out
-    against the rest, half against half) and noise.
+    Without `reference` it is what the first run was trained on; without `extractor` it is the digits classifier, and the reference
+    must be the digits. Beside the inputs stand real images against real ones (held out against the rest, half against half) and noise.
 
     save_statistics  file for mean and covariance of the reference's features; with it, `inputs` may be empty
     save_npz         folder for the images of each column, as ADM's evaluator reads them
@@ -163,12 +166,13 @@ def evaluate(inputs: Sequence[str], *, extractor: str = "digits", reference: str
             raise UserError(f"{option} is {value}, too few; give at least {least}")
 
     def open_all() -> _Opened:
-        scorer = load_extractor(extractor, device)
+        scorer = load_extractor(extractor or DEFAULT_EXTRACTOR, device)
         models = {path: load_model(path, device=device) for path in inputs if is_run(path)}
         real, statistics = _open_reference(
             reference, next(iter(models.values()), None), extractor, image_size
         )
-        opened = _Opened(scorer, [], real, statistics)
+        warning = _check_extractor(scorer, real, chosen=extractor is not None)
+        opened = _Opened(scorer, [], real, statistics, warning)
         for path in inputs:
             if path not in models:
                 channels = real.shape[0] if real is not None else _channels(extractor)
@@ -225,23 +229,45 @@ def evaluate(inputs: Sequence[str], *, extractor: str = "digits", reference: str
     return _table(columns, opened, real, nearest_in_pixels, processes) if processes.is_first else None
 
 
-def _channels(extractor: str) -> int:
-    return 1 if extractor == "digits" else 3
+def _check_extractor(scorer: FeatureExtractor, real: Source | None, *, chosen: bool) -> str | None:
+    """A warning where `real` are other images than the extractor learned from, or may be; without having been `chosen` for them it
+    is refused. Its classes mean nothing to images with others."""
+    if scorer.knows is None or real is None or real.tags["source"] == scorer.knows[0]:
+        return None
+    data, classes = scorer.knows
+    if not chosen:
+        raise UserError(
+            f"{real.tags['source']} is not the {data} that the default extractor learned from; give --extractor inception:FILE (FID) "
+            f"or another, or --extractor {data} where these are {data} too"
+        )
+    scorer.names_classes = scorer.names_classes and real.classes in (None, classes)
+    return f"it learned from the {data}, and the reference is {real.tags['source']}"
+
+
+def _channels(extractor: str | None) -> int:
+    return 1 if extractor in (None, DEFAULT_EXTRACTOR) else 3
 
 
 def _open_reference(
-    reference: str | None, model: Model | None, extractor: str, image_size: int | None
+    reference: str | None, model: Model | None, extractor: str | None, image_size: int | None
 ) -> tuple[Source | None, Statistics | None]:
     if model is not None:
         data = model.config.get("data", {})
         reference = reference or data.get("source")
         if reference is None:
             raise UserError(f"{model.name} does not say what it was trained on; give --reference")
+        if is_cache(reference):
+            raise UserError(
+                f"{model.name} was trained from the latent cache {reference}, which holds no images to compare with; give "
+                "--reference FOLDER, the images that it was made of"
+            )
         return open_reference(reference, image_channels=model.autoencoder.image_channels,
                               image_size=image_size or data.get("image_size"))  # fmt: skip
-    if reference is None and extractor != "digits":
+    if reference is None and extractor not in (None, DEFAULT_EXTRACTOR):
         raise UserError("what to compare with? give --reference: a folder of images, an npz, or digits")
-    return open_reference(reference or "digits", image_channels=_channels(extractor), image_size=image_size)
+    return open_reference(
+        reference or DEFAULT_EXTRACTOR, image_channels=_channels(extractor), image_size=image_size
+    )
 
 
 def _file_names(folder: Path | None, sources: list[Source]) -> list[Path | None]:
@@ -261,7 +287,8 @@ def _table(columns: list[Column], opened: _Opened, real: Measured, nearest_in_pi
     made_with = _made_with(scorer)
     return Table(scorer.named("FID"), {key: scorer.named(title) for key, title in titles.items()}, columns,
                  _about_reference(opened, real, nearest_in_pixels),
-                 {"name": made_with.pop("extractor"), "features": scorer.num_features, **made_with},
+                 {"name": made_with.pop("extractor"), "features": scorer.num_features, **made_with,
+                  **({"warning": opened.warning} if opened.warning else {})},
                  {**environment(), "processes": processes.count})  # fmt: skip
 
 
@@ -340,7 +367,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "inputs", nargs="*", metavar="INPUT", help="run or export folder, hub id, folder of images, or npz"
     )
-    parser.add_argument("--extractor", default="digits", help=f"{KINDS} (default: %(default)s)")
+    parser.add_argument(
+        "--extractor", help=f"{KINDS} (default: {DEFAULT_EXTRACTOR}, where the reference is the digits)"
+    )
     parser.add_argument(
         "--reference",
         help="folder of images, npz of images or statistics, or digits (default: what the first run learned from)",

@@ -36,6 +36,7 @@ class Source(ABC):
     tags      what the images are, beside their number
     shape     (c, H, W)
     labels    (N,) int64, or None
+    classes   their names; None where they have none
     seconds   how long drawing has taken so far in this process; None where nothing is drawn
     """
 
@@ -43,6 +44,7 @@ class Source(ABC):
     tags: dict[str, Any]
     shape: tuple[int, int, int]
     labels: Tensor | None
+    classes: tuple[str, ...] | None = None
     seconds: float | None = None
 
     @abstractmethod
@@ -59,6 +61,7 @@ class DatasetSource(Source):
         self.tags = {"source": images.source}
         self.shape = (images.image_channels, images.image_size, images.image_size)
         self.labels = images.labels if images.num_classes else None
+        self.classes = images.class_names or None
         self._images = images
 
     def __len__(self) -> int:

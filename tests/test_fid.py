@@ -84,7 +84,7 @@ def test_inputs_that_cannot_be_scored_are_refused(tmp_path, digits):
     Image.fromarray(images[0, 0].numpy()).save(Path(cut, "7.png"))
     Path(cut, "7.png").write_bytes(Path(cut, "7.png").read_bytes()[:200])
     with pytest.raises(UserError, match=r"7\.png cannot be read \(.*\); delete or repair it$"):
-        fid.evaluate([cut], reference=cut, progress=False)
+        fid.evaluate([cut], extractor="digits", reference=cut, progress=False)
     cases = {
         folder("eight", *[(32, 32)] * 8): "8 images, too few",
         str(tmp_path / "cut.npz"): "cannot be read",
@@ -146,8 +146,8 @@ def test_folder_and_npz_of_the_same_images_score_alike(tmp_path, digits, small_r
     )  # grey as RGB, as ADM's layout wants it
     np.savez(tmp_path / "samples.npz", array, labels[300:].numpy())
     json_file = tmp_path / "out" / "scores.json"
-    fid.main([str(flat), str(tmp_path / "samples.npz"), "--reference", str(small_reference), "--json", str(json_file),
-              "--batch-size", "50", "--device", "cpu"])  # fmt: skip
+    fid.main([str(flat), str(tmp_path / "samples.npz"), "--extractor", "digits", "--reference", str(small_reference),
+              "--json", str(json_file), "--batch-size", "50", "--device", "cpu"])  # fmt: skip
     text = capsys.readouterr().out
     assert "FD-digits-v1" in text and " FID" not in text
     result = json.loads(json_file.read_text())
@@ -172,9 +172,47 @@ def test_folder_and_npz_of_the_same_images_score_alike(tmp_path, digits, small_r
 
 
 def test_copies_of_the_reference_show_themselves(small_reference):
-    table = fid.evaluate([str(small_reference)], reference=str(small_reference), progress=False)
+    reference = str(small_reference)
+    table = fid.evaluate([reference], extractor="digits", reference=reference, progress=False)
     copies, real = table.columns[0].scores, table.columns[1].scores
     assert copies["fd"] < 1e-6 and copies["nearest_neighbour"] < 1e-3 < 10 < real["nearest_neighbour"]
+
+
+def test_the_digits_extractor_is_not_taken_for_other_images_unasked(tmp_path, capsys):
+    """Their distance would be called FD-digits-v1, and folder numbers would be compared with digits."""
+    noise = torch.randint(0, 256, (40, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for i, pixels in enumerate(noise):
+        place = tmp_path / "imgs" / ("cats", "dogs")[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(place / f"{i}.png")
+    images = str(tmp_path / "imgs")
+    with pytest.raises(SystemExit) as left:
+        fid.main([images, "--reference", images, "--image-size", "16"])
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and error.count("\n") == 1
+    assert "not the digits" in error and "--extractor inception:FILE" in error
+    # Asked for, it is taken, without the names of its classes, and the table says so.
+    fid.main([images, "--reference", images, "--image-size", "16", "--extractor", "digits"])
+    text = capsys.readouterr().out
+    assert f"warning it learned from the digits, and the reference is {images}" in text
+    assert "class accuracy" not in text and "FD-digits-v1" in text
+    assert "warning it learned" not in str(fid.evaluate(["digits"], progress=False))
+
+
+def test_a_run_from_a_latent_cache_is_told_to_name_its_images(export, tmp_path, capsys):
+    from ldm_dcn.export import load_model, save_export
+
+    cache, run = tmp_path / "cache", tmp_path / "from_cache"
+    (cache / "shards").mkdir(parents=True)
+    (cache / "manifest.json").write_text("{}")
+    model = load_model(str(export), device="cpu")
+    model.config["data"]["source"] = str(cache)
+    save_export(run, model)
+    with pytest.raises(SystemExit) as left:
+        fid.main([str(run), "--num", "30"])
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and error.count("\n") == 1
+    assert "latent cache" in error and "--reference FOLDER" in error
 
 
 @pytest.fixture(scope="module")
