@@ -41,6 +41,7 @@ class DCNv4(nn.Module):
         mask_init: what the K weights of a group are before training. "zero" is the official start: the output is zero, which
             suits a residual branch, but on a main path no gradient reaches anything upstream in the first step. "uniform"
             starts as the mean of the taps (1 / K each), "center" as the centre tap alone. The offsets start at zero always.
+        device, dtype: of the parameters, as torch's own modules take them.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class DCNv4(nn.Module):
         out_channels: int | None = None,
         softmax: bool = False,
         mask_init: MaskInit = "zero",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
@@ -118,19 +121,20 @@ class DCNv4(nn.Module):
 
         # A multiple of 8 keeps every row of offset_mask aligned to 16 bytes.
         rows = -(-3 * groups * self.taps // 8) * 8
+        made = dict(device=device, dtype=dtype)
         if dw_kernel_size is not None:
             self.offset_mask_dw = nn.Conv2d(
-                channels, channels, dw_kernel_size, padding=(dw_kernel_size - 1) // 2, groups=channels
+                channels, channels, dw_kernel_size, padding=(dw_kernel_size - 1) // 2, groups=channels, **made
             )
         else:
             self.offset_mask_dw = None
-        self.offset_mask = nn.Linear(channels, rows)
+        self.offset_mask = nn.Linear(channels, rows, **made)
         if not without_pointwise:
-            self.value_proj = nn.Linear(channels, channels)
-            self.output_proj = nn.Linear(channels, out_channels, bias=output_bias)
+            self.value_proj = nn.Linear(channels, channels, **made)
+            self.output_proj = nn.Linear(channels, out_channels, bias=output_bias, **made)
         if center_feature_scale:
-            self.center_feature_scale_proj_weight = nn.Parameter(torch.zeros(groups, channels))
-            self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(groups))
+            self.center_feature_scale_proj_weight = nn.Parameter(torch.zeros(groups, channels, **made))
+            self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(groups, **made))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -164,8 +168,7 @@ class DCNv4(nn.Module):
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-        if not x.is_floating_point():
-            raise TypeError(f"x is {x.dtype}; use float32, float64, bfloat16 or float16")
+        self._check_dtype(x)
         flat = x.dim() == 3
         if flat:
             if shape is None:
@@ -184,6 +187,8 @@ class DCNv4(nn.Module):
             x = x.unflatten(1, (shape[0], shape[1]))
         elif x.dim() != 4:
             raise ValueError(f"expected (N, H, W, C) or (N, L, C), got shape {tuple(x.shape)}")
+        elif shape is not None and tuple(shape) != tuple(x.shape[1:3]):
+            raise ValueError(f"shape={shape!r} is not the (H, W) of x, which has shape {tuple(x.shape)}")
         if x.shape[-1] != self.channels:
             raise ValueError(
                 f"expected {self.channels} channels in the last dimension, got shape {tuple(x.shape)}"
@@ -208,6 +213,23 @@ class DCNv4(nn.Module):
         if not self.without_pointwise:
             y = self.output_proj(y)
         return y.flatten(1, 2) if flat else y
+
+    def _check_dtype(self, x: Tensor) -> None:
+        if not x.is_floating_point():
+            raise TypeError(f"x is {x.dtype}; use float32, float64, bfloat16 or float16")
+        ours = self.offset_mask.weight.dtype
+        # A layer put in the place of ours, a quantised one say, knows by itself what it takes.
+        if x.dtype == ours or type(self.offset_mask) is not nn.Linear:
+            return
+        if torch.is_autocast_enabled(x.device.type):
+            if torch.float64 not in (x.dtype, ours):
+                return
+            raise TypeError(
+                f"x is {x.dtype} and the parameters are {ours}; autocast leaves float64 alone: cast one"
+            )
+        raise TypeError(
+            f"x is {x.dtype} and the parameters are {ours}; cast one so that they agree, or use autocast"
+        )
 
     def _offset_features(self, x: Tensor) -> Tensor:
         """What the offsets are predicted from, at the output resolution."""
@@ -253,12 +275,38 @@ class DCNv4(nn.Module):
         return text + f", mask_init={self.mask_init!r}"
 
 
+def _padding(name: str | None, kernel_size: Pair, stride: Pair, dilation: Pair) -> tuple[int, int]:
+    """What a padding without a number stands for."""
+    spans = [
+        d * (k - 1)
+        for d, k in zip(pair("dilation", dilation, 1), pair("kernel_size", kernel_size, 1), strict=True)
+    ]
+    if name not in (None, "same", "valid"):
+        raise ValueError(f'padding must be an int, an (h, w) pair, "same", "valid" or None, got {name!r}')
+    if name == "valid":
+        return 0, 0
+    if name == "same" and pair("stride", stride, 1) != (1, 1):
+        raise ValueError(f'padding="same" needs stride 1, got stride={stride!r}')
+    if name == "same" and any(span % 2 for span in spans):
+        raise ValueError(
+            f'padding="same" needs a kernel that spans an odd number of pixels, got kernel_size={kernel_size!r}, '
+            f"dilation={dilation!r}"
+        )
+    return (spans[0] + 1) // 2, (spans[1] + 1) // 2
+
+
 class DCNv4Conv(nn.Module):
     """DCNv4 in the dress of `torch.nn.Conv2d`: (N, C_in, H, W) to (N, C_out, Ho, Wo), for YOLO-style blocks and the like.
 
     It takes the place of `cv2` in a C2f bottleneck as it stands: `DCNv4Conv(c, c, 3)`, `DCNv4Conv(c1, c2, 3, 2)` for a stride.
-    A channels_last input costs no copy on the way in or out. `padding=None` keeps the size at stride 1, as the `autopad` of
-    YOLO code bases does.
+    A channels_last input costs no copy on the way in or out.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, dilation, bias, device, dtype: as of `nn.Conv2d`.
+        padding: int or (h, w); "same" and "valid" as of `nn.Conv2d`, "same" for odd kernels alone; None takes half of what the
+            kernel spans, rounded up, as the `autopad` of YOLO code bases does: an odd kernel keeps the size at stride 1.
+        groups: channels that share offsets, see `DCNv4`; not the groups of a grouped convolution.
+        mask_init, options: see `DCNv4`.
     """
 
     def __init__(
@@ -267,7 +315,7 @@ class DCNv4Conv(nn.Module):
         out_channels: int,
         kernel_size: Pair = 3,
         stride: Pair = 1,
-        padding: Pair | None = None,
+        padding: Pair | Literal["same", "valid"] | None = None,
         dilation: Pair = 1,
         groups: int | None = None,
         bias: bool = True,
@@ -276,9 +324,12 @@ class DCNv4Conv(nn.Module):
         **options,
     ) -> None:
         super().__init__()
-        if padding is None:
-            kernel, spread = pair("kernel_size", kernel_size, 1), pair("dilation", dilation, 1)
-            padding = tuple(d * (k - 1) // 2 for d, k in zip(spread, kernel, strict=True))
+        if not isinstance(in_channels, int) or isinstance(in_channels, bool) or in_channels < 1:
+            raise ValueError(f"in_channels must be a positive int, got {in_channels!r}")
+        if padding is None or isinstance(padding, str):
+            padding = _padding(padding, kernel_size, stride, dilation)
+        flag("bias", bias)
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.dcn = DCNv4(
             in_channels, kernel_size, stride, padding, dilation, groups, output_bias=bias, out_channels=out_channels,
             mask_init=mask_init, **options,
@@ -289,5 +340,9 @@ class DCNv4Conv(nn.Module):
             raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"expected (N, C, H, W), got shape {tuple(x.shape)}")
+        if x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"expected (N, C, H, W) with C = in_channels = {self.in_channels}, got shape {tuple(x.shape)}"
+            )
         # One copy of a contiguous input here, where the two projections would make one each; none of a channels_last input.
         return self.dcn(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)

@@ -390,6 +390,10 @@ def _register_autocast(device: str) -> None:
         return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
     def kernel(value, offset_mask, *settings):
+        if (value.dtype == torch.float64) != (offset_mask.dtype == torch.float64):
+            raise TypeError(
+                f"value is {value.dtype} and offset_mask is {offset_mask.dtype}; autocast leaves float64 alone: cast one"
+            )
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return forward(cast(value, dtype), cast(offset_mask, dtype), *settings)

@@ -165,6 +165,18 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert torch.equal(output, want)
 
 
+def test_autocast_says_that_it_leaves_float64_alone() -> None:
+    value, offset_mask = inputs()
+    module = trained_module()
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match=r"value is torch\.float64 .* autocast leaves"):
+            dcnv4(value.double(), offset_mask, groups=2)
+        with pytest.raises(TypeError, match=r"x is torch\.float64 .* autocast leaves"):
+            module(torch.randn(1, 4, 4, 32, dtype=torch.float64))
+        assert dcnv4(value.double(), offset_mask.double(), groups=2).dtype == torch.float64
+        assert module(torch.randn(1, 4, 4, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 def test_training_in_bf16() -> None:
     """What the official operator cannot do: bf16 parameters, bf16 gradients."""
     module = trained_module().to(torch.bfloat16)

@@ -159,7 +159,21 @@ def test_bad_arguments(arguments: dict, text: str) -> None:
         (lambda: DCNv4(16)(torch.zeros(1, 0, 4, 16)), "an empty map"),
         (lambda: DCNv4Conv(16, 16)([1.0]), "x must be a torch.Tensor, got list"),
         (lambda: DCNv4Conv(16, 16)(torch.zeros(16, 4, 4)), "expected .N, C, H, W."),
-        (lambda: DCNv4Conv(16, 16)(torch.zeros(1, 8, 4, 4)), "expected 16 channels"),
+        (lambda: DCNv4Conv(16, 16)(torch.zeros(1, 8, 4, 4)), "in_channels = 16, got shape .1, 8, 4, 4."),
+        (lambda: DCNv4Conv(0, 16), "in_channels must be"),
+        (lambda: DCNv4Conv(16, 16, bias="x"), "bias must be"),
+        (lambda: DCNv4Conv(16, 16, padding="full"), "padding must be"),
+        (lambda: DCNv4Conv(16, 16, 2, padding="same"), "spans an odd number"),
+        (lambda: DCNv4Conv(16, 16, stride=2, padding="same"), "needs stride 1"),
+        (lambda: DCNv4(16)(torch.zeros(1, 8, 8, 16), (4, 4)), "shape=.4, 4. is not"),
+        (
+            lambda: DCNv4(16)(torch.zeros(1, 8, 8, 16).double()),
+            "x is torch.float64 and the parameters are torch.float32",
+        ),
+        (
+            lambda: DCNv4Conv(16, 16, dtype=torch.bfloat16)(torch.zeros(1, 16, 4, 4)),
+            "x is torch.float32 and the param",
+        ),
     ],
 )
 def test_bad_calls(call, text: str) -> None:
@@ -174,6 +188,30 @@ def test_copies_and_pickles_compute_the_same() -> None:
     want = module(x)
     for other in (*early, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert torch.equal(other(x), want)
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4, (3, 5)])
+@pytest.mark.parametrize("padding", [None, "same", "valid", (2, 1)])
+def test_conv_wrapper_gives_the_sizes_of_a_convolution(padding, kernel, dilation) -> None:
+    """Without a padding: that of the function in YOLO code bases, half of what the kernel spans, rounded up."""
+    spans = [dilation * (k - 1) + 1 for k in (kernel if isinstance(kernel, tuple) else (kernel, kernel))]
+    if padding == "same" and any(span % 2 == 0 for span in spans):
+        return  # refused: test_bad_calls
+    theirs = tuple(span // 2 for span in spans) if padding is None else padding
+    conv = torch.nn.Conv2d(8, 16, kernel, padding=theirs, dilation=dilation)
+    ours = DCNv4Conv(8, 16, kernel, padding=padding, dilation=dilation)
+    x = torch.randn(1, 8, 9, 11)
+    assert ours(x).shape == conv(x).shape
+
+
+@pytest.mark.parametrize("kind", [DCNv4, DCNv4Conv])
+def test_parameters_are_made_where_and_as_asked(kind) -> None:
+    channels = (16, 16) if kind is DCNv4Conv else (16,)
+    module = kind(*channels, dw_kernel_size=3, center_feature_scale=True, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", torch.bfloat16)}
+    x = torch.randn(1, 16, 16, 16, dtype=torch.float64)
+    assert kind(*channels, dtype=torch.float64)(x).dtype == torch.float64
 
 
 def test_conv_wrapper_in_a_c2f_block() -> None:

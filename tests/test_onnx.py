@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import dcnv4_ext
 from c2f import C2f
 from dcnv4_ext import DCNv4
-from dcnv4_ext.onnx import translation_table
 
 onnxruntime = pytest.importorskip(
     "onnxruntime", reason="onnxruntime is not installed (pip install '.[onnx]')"
@@ -41,7 +41,7 @@ def test_a_module_runs_the_same_in_onnxruntime(options: dict, tmp_path: Path) ->
     file = tmp_path / "layer.onnx"
     torch.onnx.export(
         module, (torch.randn(2, 9, 8, 32),), file, dynamo=True, opset_version=20, verbose=False,
-        dynamic_shapes={"x": {0: n, 1: h, 2: w}}, custom_translation_table=translation_table(),
+        dynamic_shapes={"x": {0: n, 1: h, 2: w}}, custom_translation_table=dcnv4_ext.onnx.translation_table(),
     )  # fmt: skip
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     domains = {opset.domain for opset in __import__("onnx").load(file).opset_import}
@@ -72,7 +72,7 @@ def test_a_trained_c2f_block_runs_the_same_in_onnxruntime(tmp_path: Path) -> Non
     file = tmp_path / "c2f.onnx"
     torch.onnx.export(
         block, (x,), file, dynamo=True, opset_version=20, verbose=False,
-        dynamic_shapes={"x": {0: n, 2: h, 3: w}}, custom_translation_table=translation_table(),
+        dynamic_shapes={"x": {0: n, 2: h, 3: w}}, custom_translation_table=dcnv4_ext.onnx.translation_table(),
     )  # fmt: skip
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     for shape in ((4, 16, 8, 10), (2, 16, 13, 7)):
