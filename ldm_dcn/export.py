@@ -43,6 +43,7 @@ from .unet import load_unet
 FORMAT = 2
 EXPORT = "export"
 INDEX = "model_index.json"
+CLASS_NAME = "LatentDiffusion"  # in the index
 CARD = "README.md"
 
 
@@ -133,7 +134,7 @@ def save_export(folder: Path, model: Model) -> None:
         write_json(
             new / INDEX,
             {
-                "_class_name": "LatentDiffusion",
+                "_class_name": CLASS_NAME,
                 "_diffusers_version": diffusers.__version__,
                 "unet": ["ldm_dcn" if swapped_sites(model.unet) else "diffusers", type(model.unet).__name__],
                 "scheduler": ["diffusers", type(scheduler).__name__],
@@ -206,14 +207,29 @@ images = LatentDiffusion.from_pretrained("THIS FOLDER OR HUB ID")({draw}, seed=0
 """
 
 
-def load_model(
-    path: str | Path, *, device: torch.device | str = "cpu", autoencoder: str | None = None
-) -> Model:
-    """The model of a run folder, an export folder or a hub id ("owner/name"), ready to draw on `device`.
+@dataclass(frozen=True)
+class Export:
+    """What an export folder holds beside its U-Net.
 
-    `autoencoder` says where it lies on this machine, when not where the run had it. Raises `UserError` for
-    anything that is no model, is damaged, or comes with another autoencoder than it was trained with.
+    run            run.json
+    autoencoder    autoencoder.json: spec and fingerprint
+    embedding      (classes + 1, D), the last row meaning none; or of a text model
+    empty_tokens   (T, D), and
+    text_encoder   its fingerprint
     """
+
+    folder: Path
+    run: dict[str, Any]
+    schedule: Schedule
+    latent_shape: tuple[int, int, int]
+    autoencoder: dict[str, Any]
+    embedding: torch.Tensor | None
+    empty_tokens: torch.Tensor | None
+    text_encoder: dict[str, Any] | None
+
+
+def read_export(path: str | Path) -> Export:
+    """The export of a run folder, an export folder or a hub id. Raises `UserError` for anything else, or damaged."""
     folder = _find(path)
     if (folder / MANIFEST).exists():
         try:
@@ -222,7 +238,7 @@ def load_model(
             raise Damaged(
                 f"{error}; copy or download it again, or delete {folder} and start its run again, which makes it anew"
             ) from None
-    elif _is_run(folder.parent):  # where every export has one; a copy may have been stripped of it
+    elif is_run(folder.parent):  # where every export has one; a copy may have been stripped of it
         raise UserError(f"{folder} is not a whole export: it has no {MANIFEST}; export it again")
     try:
         run = _read_json(folder / "run.json")
@@ -231,8 +247,8 @@ def load_model(
                 f"{folder} has export format {run['format']}, this program reads {FORMAT}; "
                 "use the version that wrote it"
             )
-        reference = _read_json(folder / "autoencoder.json")
-        _check_facts(run, reference)
+        autoencoder = _read_json(folder / "autoencoder.json")
+        _check_facts(run, autoencoder)
         schedule = Schedule(**DiffusionConfig.model_validate(run["schedule"]).model_dump())
         embedding, empty, text_encoder = _read_conditioning(folder)
         latent_shape = tuple(run["latent_shape"])
@@ -240,35 +256,48 @@ def load_model(
         raise UserError(
             f"{folder} is not a whole export: {type(error).__name__} {error}; export it again"
         ) from None
+    return Export(folder, run, schedule, latent_shape, autoencoder, embedding, empty, text_encoder)
+
+
+def load_model(
+    path: str | Path, *, device: torch.device | str = "cpu", autoencoder: str | None = None
+) -> Model:
+    """The model of a run folder, an export folder or a hub id ("owner/name"), ready to draw on `device`.
+
+    `autoencoder` says where it lies on this machine, when not where the run had it. Raises `UserError` for
+    anything that is no model, is damaged, or comes with another autoencoder than it was trained with.
+    """
+    export = read_export(path)
+    folder, embedding, run = export.folder, export.embedding, export.run
     unet = load_unet(folder / "unet")
-    _check_widths(folder, unet, latent_shape, embedding)
-    denoiser = Denoiser(unet, 0 if embedding is None else len(embedding) - 1, empty)
+    check_widths(export, unet)
+    denoiser = Denoiser(unet, 0 if embedding is None else len(embedding) - 1, export.empty_tokens)
     if embedding is not None:
         denoiser.class_embedding.weight.data.copy_(embedding)
     denoiser.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)
     settings = run["config"].get("autoencoder", {})
     own = load_autoencoder(
-        autoencoder or reference["spec"],
+        autoencoder or export.autoencoder["spec"],
         dtype=settings.get("dtype", "auto"),
         device=device,
         image_channels=run["image_channels"],
     )
-    own.check(reference["fingerprint"])
-    if own.latent_channels != latent_shape[0]:
+    own.check(export.autoencoder["fingerprint"])
+    if own.latent_channels != export.latent_shape[0]:
         raise UserError(
-            f"{folder} is not a whole export: its latent_shape is {latent_shape} and its autoencoder's latents have "
+            f"{folder} is not a whole export: its latent_shape is {export.latent_shape} and its autoencoder's latents have "
             f"{own.latent_channels} channels; export it again"
         )
     return Model(
         denoiser,
         own,
-        schedule,
-        latent_shape,
+        export.schedule,
+        export.latent_shape,
         run["name"],
         run["step"],
         run["config"],
         run["tags"],
-        text_encoder,
+        export.text_encoder,
     )
 
 
@@ -291,13 +320,9 @@ def _check_facts(run: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
         raise ValueError(f"run.json has config.autoencoder {settings!r}")
 
 
-def _check_widths(
-    folder: Path,
-    unet: UNet2DConditionModel,
-    latent_shape: tuple[int, int, int],
-    embedding: torch.Tensor | None,
-) -> None:
-    what = None
+def check_widths(export: Export, unet: UNet2DConditionModel) -> None:
+    """Raise `UserError` where the U-Net of an export is not the one that the rest of it belongs to."""
+    folder, latent_shape, embedding, what = export.folder, export.latent_shape, export.embedding, None
     if unet.config.in_channels != latent_shape[0]:
         what = f"its latent_shape is {latent_shape} and its U-Net takes {unet.config.in_channels} channels"
     width = unet.config.cross_attention_dim
@@ -315,6 +340,11 @@ def _read_conditioning(
         empty = load_file(folder / "text" / "tokens.safetensors")["empty"]
         return None, empty, _read_json(folder / "text" / "encoder.json")
     return load_file(folder / "class_embedding" / "model.safetensors")["weight"], None, None
+
+
+def is_export(index: Mapping[str, Any]) -> bool:
+    """Whether the content of a model_index.json is an export's; else it is a pipeline's."""
+    return index.get("_class_name") == CLASS_NAME
 
 
 def exported_step(run_folder: Path) -> int | None:
@@ -342,7 +372,7 @@ def _find(path: str | Path) -> Path:
     if folder.is_dir():
         if (folder / INDEX).exists():
             return folder
-        if _is_run(folder):
+        if is_run(folder):
             old = folder / f".old-{EXPORT}"  # a run killed between the two renames of a replacement
             if not (folder / EXPORT).exists() and old.exists():
                 return old
@@ -362,7 +392,8 @@ def _find(path: str | Path) -> Path:
     raise UserError(f"{path} does not exist; give a run folder, an export folder or a hub id (owner/name)")
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
+    """Whether `folder` is one of train.py's."""
     return (folder / "config.yaml").exists() or (folder / "checkpoints").is_dir()
 
 

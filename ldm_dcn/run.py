@@ -35,14 +35,13 @@ from .launch import StopSignals, run_lock, start_accelerator
 from .matching import Matching, new_parameters
 from .metrics import MetricsLog, check_trackers, read
 from .parallel import Optimizer, check_sharding, collected, in_shares_of, replicate, reshard, shard, state_of
-from .sampling import PREDICTION_TYPES, generate
+from .pretrained import Pretrained, check_pretrained, check_text, load_pretrained, read_class_embedding
+from .sampling import generate
 from .swap import apply_swap, plan_swap, swapped_sites
 from .unet import (
     any_attention,
     build_unet,
     empty_twin,
-    load_pretrained_unet,
-    schedule_beside,
     set_attention,
     swap_options,
 )
@@ -106,6 +105,8 @@ class Run:
     state: State
     identity: str | None = None  # of the data: another one is refused at a resume
     originals: dict[str, torch.nn.Module] = field(default_factory=dict)  # the blocks that were swapped out
+    embedding_is_new: bool = True  # that of the classes: not read from a pretrained network
+    notes: list[str] = field(default_factory=list)  # what a pretrained network brings along, and has to learn
     model: torch.nn.Module = None  # the denoiser as the processes share it
     parameters: list[torch.nn.Parameter] = field(default_factory=list)  # those that learn now
     matching: Matching | None = None  # while new blocks learn the old ones' outputs
@@ -150,10 +151,9 @@ class Run:
         new = new_parameters(self.denoiser.unet, sites)
         for name, p in self.denoiser.unet.named_parameters():
             p.requires_grad_(phase == "all" or name in new)
-        if (
-            self.denoiser.class_embedding is not None
-        ):  # of a pretrained text-to-image network: as new as the new blocks
-            self.denoiser.class_embedding.requires_grad_(phase != "match")
+        if self.denoiser.class_embedding is not None:
+            own_turn = phase == "all" or (phase == "new" and self.embedding_is_new)
+            self.denoiser.class_embedding.requires_grad_(own_turn)
         self.matching = Matching(self.denoiser.unet, self.originals) if phase == "match" else None
         if phase != "match":
             self.originals = {}
@@ -706,9 +706,20 @@ def _build(config: Config, accelerator: Accelerator, facts: dict[str, Any]) -> R
     if facts:
         autoencoder.check(facts["autoencoder"])
     randomness.fix_global(settings.seed, "weights", 0)
-    unet, originals = _build_unet(config)
+    pretrained, notes = None, []
+    if config.model.pretrained is not None:
+        pretrained = load_pretrained(config.model.pretrained)
+        notes = check_pretrained(pretrained, config.diffusion.model_dump(), autoencoder)
+    unet, originals = _build_unet(config, pretrained)
     latents, identity = _open_latents(config, autoencoder, accelerator.is_main_process)
     denoiser = Denoiser(unet, *_condition(config, latents))
+    embedding_is_new, further = _read_condition(denoiser, pretrained, latents)
+    notes += further
+    if settings.new_only_steps and not embedding_is_new and not swapped_sites(unet):
+        raise UserError(
+            f"train.new_only_steps={settings.new_only_steps} and nothing of {pretrained.source} is new; set model.swap, or "
+            "train.new_only_steps=0"
+        )
     _check_fit(denoiser, autoencoder, latents)
     if not facts:
         _check_forward(denoiser, latents.latent_shape)
@@ -747,22 +758,30 @@ def _build(config: Config, accelerator: Accelerator, facts: dict[str, Any]) -> R
         state=State(loss_scale=FIRST_LOSS_SCALE if settings.precision == "fp16" else 1.0),
         originals=originals,
         identity=identity,
+        embedding_is_new=embedding_is_new,
+        notes=notes,
     )
 
 
-def _build_unet(config: Config) -> tuple[torch.nn.Module, dict[str, torch.nn.Module]]:
+def _build_unet(
+    config: Config, pretrained: Pretrained | None
+) -> tuple[torch.nn.Module, dict[str, torch.nn.Module]]:
     """The U-Net, and the blocks that were swapped out of a pretrained one."""
     model, settings = config.model, config.train
-    if model.pretrained is None:
+    if pretrained is None:
         if settings.match_steps or settings.new_only_steps:
             raise UserError(
                 "train.match_steps and train.new_only_steps are for a swapped pretrained U-Net; "
                 "set model.pretrained, or both to 0"
             )
         return build_unet(model.preset or model.unet, swap=model.swap), {}
-    unet = load_pretrained_unet(model.pretrained)
-    _check_prediction(config)
+    unet = pretrained.unet
     if model.swap is None:
+        if settings.match_steps:
+            raise UserError(
+                f"train.match_steps={settings.match_steps} and model.swap=null: no block is swapped that could match its old "
+                "one; set model.swap, or train.match_steps=0"
+            )
         return unet, {}
     if already := swapped_sites(unet):
         raise UserError(f"{model.pretrained} has {len(already)} DCNv4 sites already; set model.swap=null")
@@ -771,15 +790,16 @@ def _build_unet(config: Config) -> tuple[torch.nn.Module, dict[str, torch.nn.Mod
     return apply_swap(unet, plan), originals if settings.match_steps else {}
 
 
-def _check_prediction(config: Config) -> None:
-    """A pretrained U-Net must go on predicting what it was made to predict: another quantity makes its weights worthless."""
-    theirs = schedule_beside(config.model.pretrained).get("prediction_type")
-    own = next((name for name, published in PREDICTION_TYPES.items() if published == theirs), None)
-    if own is not None and own != config.diffusion.prediction:
-        raise UserError(
-            f"{config.model.pretrained} predicts {own} (its scheduler's prediction_type is {theirs}), and diffusion.prediction="
-            f"{config.diffusion.prediction}; set diffusion.prediction={own}, or name its unet folder alone to change that"
-        )
+def _read_condition(
+    denoiser: Denoiser, pretrained: Pretrained | None, latents: Latents | LatentCache
+) -> tuple[bool, list[str]]:
+    """Whether the class embedding is a new one, and what is to be said of the condition of a pretrained network."""
+    if pretrained is None:
+        return denoiser.class_embedding is not None, []
+    if denoiser.class_embedding is None:
+        return False, check_text(pretrained, latents.text.encoder)
+    is_new, line = read_class_embedding(denoiser, pretrained)
+    return is_new, [line]
 
 
 def _open_latents(
@@ -984,6 +1004,9 @@ def _greet(run: Run, last: Path | None, changes: list[str]) -> None:
         f"{len(run.latents)} {what}; "
         f"batch {config.train.batch_size} on {processes} x {run.accelerator.device.type}"
     )
+    if last is None:
+        for note in run.notes:
+            run.say(note)
     for change in changes:
         run.say(f"changed since the last checkpoint: {change}")
     if last:

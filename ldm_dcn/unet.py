@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
@@ -204,20 +204,6 @@ def load_pretrained_unet(folder_or_hub_id: str | Path) -> UNet2DConditionModel |
         return load_unet(folder_or_hub_id, subfolder="unet")
     except UserError:
         return load_unet(folder_or_hub_id)
-
-
-def schedule_beside(folder_or_hub_id: str | Path) -> dict[str, Any]:
-    """The scheduler_config.json of the pipeline that a U-Net lies in; empty where it lies in none."""
-    source = str(folder_or_hub_id)
-
-    def load(local_only: bool) -> dict[str, Any]:
-        with _quiet_diffusers():
-            return dict(DDPMScheduler.load_config(source, subfolder="scheduler", local_files_only=local_only))
-
-    try:
-        return load(True) if Path(source).is_dir() else from_hub_or_cache(source, load)
-    except (Unavailable, OSError, ValueError):  # none there
-        return {}
 
 
 def _check_folder(folder: Path) -> None:

@@ -396,7 +396,7 @@ def test_a_network_that_predicts_something_else_is_refused(pretrained: Path, tmp
     shutil.copytree(pretrained, tmp_path / "sd21")
     DDPMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "sd21" / "scheduler")
     settings = ("model.unet=null", f"model.pretrained={tmp_path / 'sd21'}", "train.steps=1")
-    with pytest.raises(UserError, match=r"sd21 predicts v .*v_prediction.*set diffusion.prediction=v, or"):
+    with pytest.raises(UserError, match=r"sd21 predicts v, and .*; set diffusion.prediction=v, or"):
         train(tiny_config(tmp_path, *settings))
     assert train(tiny_config(tmp_path, *settings, "diffusion.prediction=v")) == 0
     alone = (
