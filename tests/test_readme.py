@@ -7,10 +7,12 @@ import json
 import math
 import re
 import statistics
+import textwrap
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from eval import study
 from ldm_dcn.config import load_config, valid_keys
@@ -210,6 +212,25 @@ def test_costs_of_loop_and_loader_are_those_of_the_json(readme: ModuleType) -> N
     unet, dcn = overheads
     assert f"takes {unet} of a step of `digits_unet` and {dcn} of one of `digits_dcn`" in text
     assert f"the moving average {averages[0]} and {averages[1]}" in text
+
+
+def test_the_operators_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's code of "The operator alone" as it stands, one block after the other; onnxruntime gives what the layer gives."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    section = README.partition("## The operator alone")[2].partition("\n## ")[0]
+    blocks = re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", section, re.MULTILINE)
+    code = [textwrap.dedent(block) for block in blocks if re.match(r"\s*(import|from) ", block)]
+    assert len(code) == 2 and "torch.onnx.export" in code[1]
+    names: dict = {}
+    for block in code:
+        exec(compile(block, "README.md", "exec"), names)
+    x = torch.randn(2, 28, 28, 64)
+    session = onnxruntime.InferenceSession("layer.onnx", providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(got), names["layer"](x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
