@@ -2,8 +2,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-# Packages come in the tested versions; EXTRA takes further pip options (for example -C cmake.define.DCNV4_CUDA=OFF).
+# Packages come in the tested versions; EXTRA takes further pip options (--config-settings=cmake.define.DCNV4_CUDA=OFF, for example).
 EXTRA ?=
+# What pip says is shown where it fails, and not else: under --quiet it keeps to itself which packages conflict.
+PIP_LOG = $(VENV)/pip.log
+define install
+	$(info pip install $(1))
+	@$(RUN) -m pip install --disable-pip-version-check -c constraints.txt $(1) > $(PIP_LOG) 2>&1 || \
+	  { tail -n 40 $(PIP_LOG); echo "error: pip failed, for the reason above; the whole of what it said is in $(PIP_LOG)"; exit 2; }
+endef
 # OpenMP threads that wait for others spin for some microseconds only (GNU's default is many times as long): on a machine that
 # does something else besides, spinning takes the cores from those waited for.
 export GOMP_SPINCOUNT ?= 20000
@@ -14,8 +21,8 @@ NATIVE := CMakeLists.txt $(wildcard dcnv4_ext/csrc/*.h dcnv4_ext/csrc/cpu/* dcnv
 help:
 	@echo "make demo     train a DCNv4 latent diffusion model on handwritten digits, draw a grid, print its scores"
 	@echo "make compare  train the U-Net baseline as well, print both side by side"
-	@echo "make study    train and score the digits study again, over an hour; make ablations the ablations"
-	@echo "make report   one page of what benchmarks/results holds"
+	@echo "make study    train and score the digits study again, into runs/digits, over an hour; make ablations the ablations"
+	@echo "make report   one page of the committed results, those of benchmarks/results"
 	@echo "make test     run the tests"
 	@echo "make gpu      on a machine with a GPU: build, test, sanitize and measure the operator, in under 9 minutes"
 	@echo "make lint     check style (ruff, clang-format); make format mends it"
@@ -29,13 +36,13 @@ $(VENV)/bin/python:
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt $(NATIVE)
 	@command -v $${CXX:-c++} >/dev/null || { echo "error: no C++ compiler; on Debian: apt-get install g++"; exit 2; }
 	@echo "installing packages and compiling the operator: some minutes"
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . $(EXTRA)
+	$(call install,-e . $(EXTRA))
 	$(RUN) -m dcnv4_ext
 	@touch $@
 
 # With what the tests need besides; nothing is compiled again.
 $(VENV)/testable: $(VENV)/installed
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]" $(EXTRA)
+	$(call install,-e '.[test]' $(EXTRA))
 	@touch $@
 
 demo: $(VENV)/installed
@@ -50,14 +57,16 @@ compare: demo
 	$(RUN) -m eval.fid runs/digits_dcn runs/digits_unet --guidance 1.0 1.5 --steps 20 --json runs/digits_compare.json
 	$(RUN) -m eval.throughput configs/digits_dcn.yaml --baseline configs/digits_unet.yaml --json runs/digits_throughput.json
 
-# Everything below benchmarks/results that a CPU can make; each goes on where it was stopped. `report` shows it as one page.
+# Measured again, below runs/; the same command goes on where it was stopped. What is committed in benchmarks/results stays: there
+# everything is done already, and a new file is copied over it on purpose.
 study: $(VENV)/installed
-	$(RUN) -m eval.study configs/studies/digits.yaml --json benchmarks/results/digits_study.json
+	$(RUN) -m eval.study configs/studies/digits.yaml --json runs/digits/study.json
 
 ablations: $(VENV)/installed
-	$(RUN) -m eval.study configs/studies/ablations.yaml --json benchmarks/results/ablations.json
-	$(RUN) -m eval.ablations --device cpu --json benchmarks/results/ablations_speed.json
+	$(RUN) -m eval.study configs/studies/ablations.yaml --rounds 0 --json runs/ablations/study.json
+	$(RUN) -m eval.ablations --device cpu --json runs/ablations/speed.json
 
+# Of the committed results.
 report: $(VENV)/installed
 	$(RUN) -m eval.report --out report \
 	  --study benchmarks/results/digits_study.json benchmarks/results/ablations.json \
@@ -76,7 +85,7 @@ gpu:
 
 LINT := $(VENV)/linters
 $(LINT): $(VENV)/installed
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt ruff clang-format
+	$(call install,ruff clang-format)
 	@touch $@
 
 SOURCES = $(shell git ls-files '*.cpp' '*.cu' '*.h')
