@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from eval.environment import environment  # noqa: E402
+from eval.environment import environment, noted  # noqa: E402
 
 CONFIGS = ("imagenet256_unet", "imagenet256_dcn_convs", "imagenet256_dcn_full")
 STEPS = 10
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--scratch", help="where to put 15 GB for a while (default: the system's)")
     options = parser.parse_args()
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    results = json.loads(options.json.read_text())["runs"] if options.json.exists() else []
+    content = json.loads(options.json.read_text()) if options.json.exists() else {"runs": []}
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folder = Path(scratch)
         make_images(folder / "images")
@@ -122,10 +122,11 @@ def main() -> None:
                 f"{result['losses'][0]:.3f} -> {result['losses'][-1]:.3f}",
                 flush=True,
             )
-            results = [r for r in results if r["config"] != name] + [result]
-            options.json.write_text(
-                json.dumps({"environment": environment(), "runs": results}, indent=1) + "\n", encoding="utf-8"
-            )
+            others = [r for r in content["runs"] if r["config"] != name]
+            if not others:
+                content = {"environment": environment(), "runs": []}
+            content["runs"] = [*others, noted(result, content)]
+            options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

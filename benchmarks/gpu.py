@@ -51,6 +51,7 @@ class Outcome:
     status: str
     note: str = ""
     seconds: float = 0.0
+    environment: dict[str, object] | None = None  # of the run that it was taken over from; None: of this one
 
 
 @dataclass
@@ -246,7 +247,9 @@ def benchmark(session: Session, limit: float) -> Outcome:
         session.out / results_name(session.device, ".png"),
     )
     stored = STORED / results.name
-    if stored.exists() and not results.exists() and not session.dry:
+    if session.again and not session.dry:
+        results.unlink(missing_ok=True)
+    elif stored.exists() and not results.exists() and not session.dry:
         shutil.copy(stored, results)
     ends = time.monotonic() + limit
     code = 0
@@ -256,9 +259,8 @@ def benchmark(session: Session, limit: float) -> Outcome:
             code = 3
             break
         command = [sys.executable, "-m", "eval.operators", "--device", session.device, "--json", str(results)]
-        command += ["--chart", str(drawing), "--limit", f"{max(1.0, left - 30):.0f}", *selection]
-        if not session.again or selection != SELECTIONS[0]:
-            command.append("--resume")
+        # With other kernels than those of the file at hand, it is begun anew.
+        command += ["--chart", str(drawing), "--limit", f"{max(1.0, left - 30):.0f}", "--replace", *selection]
         code = session.run(command, left, "benchmark.log")
         if code:
             break
@@ -487,14 +489,18 @@ def read_state(folders: Iterable[Path], known: dict[str, str]) -> dict[str, Outc
         try:
             content = json.loads((folder / "gpu.json").read_text(encoding="utf-8"))
             if content["known"] == known:
-                return {name: Outcome(**entry) for name, entry in content["stages"].items()}
+                own = {"environment": content["environment"]}
+                return {name: Outcome(**(own | entry)) for name, entry in content["stages"].items()}
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return {}
 
 
 def write_state(session: Session, known: dict[str, str]) -> None:
-    stages = {name: vars(entry) for name, entry in session.outcomes.items()}
+    stages = {
+        name: {key: value for key, value in vars(entry).items() if value is not None}
+        for name, entry in session.outcomes.items()
+    }
     content = {"environment": made_with(), "known": known, "stages": stages}
     (session.out / "gpu.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     # One file: whoever runs this may get only a few back.

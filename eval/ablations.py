@@ -5,12 +5,16 @@
 The publication's ablations of speed (Xiong et al., 2024, arXiv:2401.06197, section 4.4), and some of ours: the module with and
 without each choice at Stable Diffusion's shapes, forward and backward, all in turns within the same rounds. What the choices do to
 samples is a matter of training: `python -m eval.study configs/studies/ablations.yaml`.
+
+Results are written to --json after every measurement, and the same command again goes on where it was stopped. Measurements of
+another machine, of other versions or kernels, type or offsets, do not come into the same file: it is refused, or with --replace
+measured anew.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import math
 import statistics
 import sys
@@ -25,11 +29,12 @@ from torch import Tensor, nn
 
 from dcnv4_ext import DCNv4, dcnv4, native
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
-from ldm_dcn.files import check_file_place, replacing
+from ldm_dcn.files import check_file_place
 
-from .environment import environment
+from .environment import environment, noted
 from .operators import CPU_BATCH, DIRECTIONS, MAIN_SIGMA, SECONDS, buffer_sets, make_contender, parse_rows
 from .peers import TAPS, Case, DCNv3Rule, Ours, Peer, Projected, Shape, spread_offsets
+from .results import identity, open_results, write
 from .stopwatch import Stopwatch
 
 BASE = "dcnv4"
@@ -176,6 +181,11 @@ def measure(
     }
 
 
+def key_of(record: dict[str, Any]) -> tuple[str, str, str]:
+    """What tells measurements of one file apart."""
+    return record["ablation"], record["shape"], record["direction"]
+
+
 def table(records: Sequence[dict[str, Any]]) -> str:
     """One table: times as multiples of dcnv4's in the same rounds; a column a shape, and their geometric mean."""
     shapes = list(dict.fromkeys(record["shape"] for record in records))
@@ -225,7 +235,14 @@ def main(arguments: Iterable[str] | None = None) -> None:
         "--sigma", type=float, default=MAIN_SIGMA, help="spread of the offsets (default: %(default)s)"
     )
     parser.add_argument("--seconds", type=float, help="timed rounds of one contender take about so long")
-    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="file of results, kept, and gone on with (default: none)"
+    )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="measure anew where --json is of another device, kernels, versions or settings (default: an error)",
+    )
     options = parser.parse_args(None if arguments is None else list(arguments))
     with exit_on_user_error():
         run(options)
@@ -236,31 +253,37 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"torch {torch.__version__} sees no GPU; use --device cpu")
     if (options.batch is not None and options.batch < 1) or not (0 <= options.sigma < math.inf):
         raise UserError("--batch must be at least 1 and --sigma finite and at least 0")
+    if options.replace and options.json is None:
+        raise UserError("--replace needs the file to replace; give --json FILE")
     if options.json:
         check_file_place(options.json, "give another --json")
     most = options.batch or (CPU_BATCH if options.device == "cpu" else None)
     device = "cuda:0" if options.device == "cuda" else "cpu"
-    stopwatch = Stopwatch(device, options.seconds or SECONDS[options.device], most_rounds=25)
-    records = []
-    for name in options.only:
-        for row in parse_rows(options.rows):
-            shape = Shape.parse(row)
-            shape = Shape(min(shape.n, most or shape.n), shape.h, shape.w, shape.c)
-            for direction in DIRECTIONS:
-                record = measure(
-                    name, shape, direction, stopwatch, device=device, dtype=options.dtype, sigma=options.sigma
-                )
-                records.append(record)
-                failed = "".join(f"; {label} failed: {why}" for label, why in record["failed"].items())
-                print(f"{name} {shape} {direction}{failed}", file=sys.stderr, flush=True)
-    text = table(records)
+    seconds = options.seconds or SECONDS[options.device]
+    settings = {"dtype": options.dtype, "sigma": options.sigma}
+    own = identity(options.device, **settings, seconds=seconds)
+    content = open_results(options.json, own, "records", replace=options.replace)
+    known = {key_of(record): record for record in content["records"]}
+    shapes = [Shape.parse(row) for row in parse_rows(options.rows)]
+    shapes = [Shape(min(shape.n, most or shape.n), shape.h, shape.w, shape.c) for shape in shapes]
+    todo = list(itertools.product(options.only, dict.fromkeys(shapes), DIRECTIONS))
+    missing = [(name, shape, d) for name, shape, d in todo if (name, str(shape), d) not in known]
+    if len(missing) < len(todo):
+        print(f"{len(todo) - len(missing)} of {len(todo)} measurements are in {options.json} already", flush=True)  # fmt: skip
+    stopwatch = Stopwatch(device, seconds, most_rounds=25)
+    for index, (name, shape, direction) in enumerate(missing):
+        record = measure(name, shape, direction, stopwatch, device=device, **settings)
+        known[key_of(record)] = noted(record, content)
+        content["records"] = list(known.values())
+        if options.json:
+            write(content, options.json)
+        failed = "".join(f"; {label} failed: {why}" for label, why in record["failed"].items())
+        print(f"[{index + 1}/{len(missing)}] {name} {shape} {direction}{failed}", file=sys.stderr, flush=True)
+    text = table([known[name, str(shape), direction] for name, shape, direction in todo])
     about = environment()
     machine = about["gpu"] or f"{about['cpu']}, {about['threads']} threads"
     print(f"{text}\n\n{options.dtype}, offsets of sigma {options.sigma:g} px, medians of rounds in turns; {machine}, "
           f"torch {torch.__version__}")  # fmt: skip
-    if options.json:
-        with replacing(options.json) as file:
-            file.write((json.dumps({"records": records, "environment": about}, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -14,8 +14,11 @@ import torch
 PACKAGES = ("dcnv4-diffusion", "torch", "diffusers", "torchmetrics", "numpy")
 
 
-def environment() -> dict[str, Any]:
-    """Command line, package versions, processor, threads and GPU, as JSON-able values."""
+def environment(threads: int | None = None) -> dict[str, Any]:
+    """Command line, package versions, processor, threads and GPU, as JSON-able values.
+
+    threads  of the processes that do the work, where these are not this one
+    """
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -24,11 +27,20 @@ def environment() -> dict[str, Any]:
         "versions": {package: _version(package) for package in PACKAGES},
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
         "gpu": None
         if gpu is None
         else f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}",
     }
+
+
+def noted(part: dict[str, Any], content: dict[str, Any], threads: int | None = None) -> dict[str, Any]:
+    """`part` as it goes into the results `content`, whose `environment` is that of the call that began them.
+
+    A part that another call adds, on another machine or by another command, carries its own; one without was made with the file's.
+    """
+    made_with = environment(threads)
+    return part if made_with == content["environment"] else {**part, "environment": made_with}
 
 
 def cpu_name() -> str:

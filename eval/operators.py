@@ -1,7 +1,7 @@
 """The operator's speed beside its peers: `python -m eval.operators`.
 
     python -m eval.operators --device cpu --json speed.json --chart speed.png
-    python -m eval.operators --device cuda --json speed.json --resume
+    python -m eval.operators --device cuda --rows sd --json gpu.json
 
 Rows are the shapes of the published tables (Xiong et al., 2024, arXiv:2401.06197) and of Stable Diffusion's U-Net. Each row
 is measured forward and backward, for each type and each spread of the offsets, for the operator alone and for the module
@@ -10,16 +10,15 @@ the same rounds (eval/stopwatch.py); tables give medians over rounds with half t
 of dcnv4's time. The floor is the bytes that DCNv4 must move, each input read once and each output written once, over the
 bandwidth of a copy measured in the same run. Types are torch's defaults: convolutions in fp32 may use TF32 on a GPU.
 
-Results are written after every measurement; the same command with --resume leaves out what the file holds already.
+Results are written to --json after every measurement, and the same command again goes on where it was stopped. Measurements of
+another machine, of other versions or kernels, or timed in another way, do not come into the same file: it is refused, or with
+--replace measured anew.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -32,13 +31,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import dcnv4_ext
-from dcnv4_ext import dcnv4, native
+from dcnv4_ext import dcnv4
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
+from ldm_dcn.files import check_file_place
 
 from .chart import Panel, draw
-from .environment import cpu_name, environment
+from .environment import noted
 from .peers import PEERS, Case, Peer, Shape
+from .results import identity, open_results, write
 from .stopwatch import (
     Contender,
     Stopwatch,
@@ -266,53 +266,7 @@ def host_cost(device: str) -> dict[str, float]:
     return costs
 
 
-# ---- the file of results
-
-
-def identity(device: str) -> dict[str, Any]:
-    """What results must have in common to stand in one file."""
-    cuda = torch.device(device).type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
-        "threads": None if cuda else torch.get_num_threads(),
-        "torch": torch.__version__,
-        "dcnv4_ext": dcnv4_ext.__version__,
-        "kernels": kernels_hash(torch.device(device).type),
-    }
-
-
-def kernels_hash(device: str) -> str:
-    """Of the kernels' sources where they lie beside the package, else of the compiled library."""
-    sources = sorted((Path(dcnv4_ext.__file__).parent / "csrc").rglob("*.*"))
-    # Sources of the other device do not matter.
-    other = {"cpu": "cuda", "cuda": "cpu"}[device]
-    sources = [file for file in sources if file.is_file() and file.parent.name != other]
-    library = native.library_file(device)
-    digest = hashlib.sha256()
-    for file in sources or ([library] if library else []):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def open_results(path: Path | None, resume: bool, device: str) -> dict[str, Any]:
-    """A new file's content, or with `resume` the content of the file at `path` where it is of this device and these versions."""
-    fresh = {"identity": identity(device), "environment": environment(), "measurements": []}
-    if path is None or not resume or not path.exists():
-        return fresh
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        differing = [key for key, value in fresh["identity"].items() if content["identity"].get(key) != value]
-        known = content["measurements"]
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{path} is no file of eval.operators ({describe(error)}); name another --json"
-        ) from None
-    if differing:
-        texts = (f"{key}: {content['identity'].get(key)}, here {fresh['identity'][key]}" for key in differing)
-        print(f"{path} is measured anew, it is of another {'; '.join(texts)}", flush=True)
-        return fresh
-    fresh["measurements"] = known
-    return fresh
+# ---- what is measured already
 
 
 def _complete(record: dict[str, Any] | None, plan: Plan) -> bool:
@@ -323,13 +277,6 @@ def _complete(record: dict[str, Any] | None, plan: Plan) -> bool:
         n for n, reason in record["skipped"].items() if reason == NOT_IMPORTABLE and PEERS[n].importable()
     }
     return set(plan.peers) <= (record["times"].keys() | record["skipped"].keys()) - come
-
-
-def write(content: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_name(path.name + ".part")
-    partial_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial_file, path)
 
 
 def key_of(record: dict[str, Any]) -> tuple:
@@ -569,12 +516,16 @@ def main(arguments: Iterable[str] | None = None) -> int:
         "--limit",
         type=float,
         default=math.inf,
-        help="seconds after which no measurement is begun; --resume goes on",
+        help="seconds after which no measurement is begun; the same command again goes on",
     )
-    parser.add_argument("--json", type=Path, help="file of results")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="file of results, kept, and gone on with (default: none)"
+    )
     parser.add_argument("--chart", type=Path, help="PNG to draw")
     parser.add_argument(
-        "--resume", action="store_true", help="keep what --json holds of the same device and versions"
+        "--replace",
+        action="store_true",
+        help="measure anew where --json is of another device, kernels, versions or timing (default: an error)",
     )
     options = parser.parse_args(None if arguments is None else list(arguments))  # fmt: skip
     with exit_on_user_error():
@@ -584,8 +535,8 @@ def main(arguments: Iterable[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     """Measure what is missing, write, print; 0 when all is measured, 1 when dcnv4 itself failed somewhere, 3 when time ran out."""
     began = time.monotonic()
-    if options.resume and options.json is None:
-        raise UserError("--resume needs the file to go on with; give --json FILE")
+    if options.replace and options.json is None:
+        raise UserError("--replace needs the file to replace; give --json FILE")
     if (options.batch is not None and options.batch < 1) or min(options.sigma) < 0:
         raise UserError("--batch must be at least 1 and --sigma at least 0")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -597,7 +548,15 @@ def run(options: argparse.Namespace) -> int:
     dtypes = options.dtype or DEFAULT_DTYPES[options.device]
     todo = plans(parse_rows(options.rows), batch, dtypes, options.sigma, options.level, peers)
 
-    content = open_results(options.json, options.resume, options.device)
+    if options.json:
+        check_file_place(options.json, "give another --json")
+    timing = {
+        "seconds": options.seconds or SECONDS[options.device],
+        "rounds": options.rounds,
+        "graphs": options.device == "cuda" and not options.no_graphs,
+    }
+    own = identity(options.device, **timing)
+    content = open_results(options.json, own, "measurements", replace=options.replace)
     known = {key_of(record): record for record in content["measurements"]}
     missing = [plan for plan in todo if not _complete(known.get(plan.key()), plan)]
     if known:
@@ -606,16 +565,16 @@ def run(options: argparse.Namespace) -> int:
     if missing:
         device = "cuda:0" if options.device == "cuda" else "cpu"
         content["freed_memory_kept"] = device == "cpu" and keep_freed_memory()
-        bandwidth = copy_bandwidth(device)
-        content["copy_bandwidth"] = bandwidth
-        content["cache_bytes"] = cache_bytes(device)
-        content["host_cost"] = host_cost(device)
-        stopwatch = Stopwatch(device, options.seconds or SECONDS[options.device], options.rounds, not options.no_graphs)  # fmt: skip
+        if "copy_bandwidth" not in content:  # else floors of one file would be of different copies
+            content["copy_bandwidth"] = copy_bandwidth(device)
+            content["cache_bytes"] = cache_bytes(device)
+            content["host_cost"] = host_cost(device)
+        stopwatch = Stopwatch(device, timing["seconds"], options.rounds, not options.no_graphs)
         for index, plan in enumerate(missing):
             if time.monotonic() - began > options.limit:
                 left_over = len(missing) - index
                 break
-            record = measure(plan, stopwatch, device, bandwidth)
+            record = noted(measure(plan, stopwatch, device, content["copy_bandwidth"]), content)
             if stopwatch.cuda:
                 stopwatch.recover()  # what graphs and failed captures held, before it adds up
             known[plan.key()] = record
@@ -629,7 +588,7 @@ def run(options: argparse.Namespace) -> int:
     if options.chart:
         chart(content, options.chart)
     if left_over:
-        print(f"\n{left_over} measurements were left for another run: the same command with --resume")
+        print(f"\n{left_over} measurements were left for another run: the same command again")
     failed = any(OURS in record["skipped"] for record in content["measurements"])
     return 1 if failed else 3 if left_over else 0
 

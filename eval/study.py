@@ -36,7 +36,7 @@ from ldm_dcn.config import FREE, Config, config_hash, flat, load_config
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.files import check_file_place, replacing
 
-from .environment import environment
+from .environment import environment, noted
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGNIFICANT = 0.05
@@ -470,13 +470,13 @@ def time_networks(study: Study, path: Path, names: Sequence[str], rounds: int) -
 # ---- command line
 
 
-def open_results(path: Path, study: Study, jobs: Sequence[Job]) -> dict[str, Any]:
-    """The content of the results at `path`, or of new ones; `jobs` are all that the study has.
+def open_results(path: Path, study: Study, jobs: Sequence[Job], threads: int = 1) -> dict[str, Any]:
+    """The content of the results at `path`, or of new ones; `jobs` are all that the study has, `threads` those of each run.
 
     Raises `UserError` where the file holds runs that are not the study's, of other settings, or scored in another way: they would
     stand in one table with those of now.
     """
-    content = {"study": study.model_dump(mode="json"), "runs": [], "environment": environment()}
+    content = {"study": study.model_dump(mode="json"), "runs": [], "environment": environment(threads)}
     if not path.exists():
         return content
     try:
@@ -559,7 +559,7 @@ def run(options: Any) -> None:
     runs = options.runs or Path("runs", options.study.stem)
     results = options.json or runs / "study.json"
     every = jobs_of(study, options.study, runs, list(study.variants))
-    content = open_results(results, study, every)
+    content = open_results(results, study, every, options.threads)
     if options.only_print:
         print(tables(content))
         return
@@ -580,16 +580,14 @@ def run(options: Any) -> None:
     todo = [job for job in jobs if (job.variant, job.seed) not in done]
 
     def keep(record: dict[str, Any]) -> None:
-        content["runs"].append(record)
+        content["runs"].append(noted(record, content, options.threads))
         content["runs"].sort(key=lambda r: (list(study.variants).index(r["variant"]), r["seed"]))
-        content["environment"] = environment()
         write(content, results)
         tqdm.write(_line(record), file=sys.stderr)
 
+    going = f"; {len(todo)} to go, {options.jobs} at a time" if todo else f" and stand in {results}"
+    print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are done{going}")
     if todo:
-        print(
-            f"{len(jobs) - len(todo)} of {len(jobs)} runs are done; {len(todo)} to go, {options.jobs} at a time"
-        )
         train_and_score(todo, study.scoring, options.jobs, options.threads, keep)
     for name in names:
         first = next((job for job in jobs if job.variant == name), None)
@@ -600,7 +598,6 @@ def run(options: Any) -> None:
     if options.rounds and not set(names) <= timed:
         all_timed = [name for name in study.variants if name in timed or name in names]
         content["speed"] = time_networks(study, options.study, all_timed, options.rounds)
-        content["environment"] = environment()
         write(content, results)
     print(tables(content))
 

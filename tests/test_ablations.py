@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -25,6 +26,42 @@ def test_every_ablation_is_measured(tmp_path, capsys):
         assert min(record["seconds"].values()) > 0
     for ablation in ablations.ABLATIONS.values():
         assert all(label in table for label, *_ in ablation.contenders)
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch, capsys):
+    """What was measured is in the file at once; the same command adds the rest, and other settings leave it alone."""
+    file, measure = tmp_path / "speed.json", ablations.measure
+    command = ["--device", "cpu", "--rows", "1x3x4x64", "--seconds", "0.001", "--only", "softmax", "depthwise", "--json", str(file)]  # fmt: skip
+
+    def stopped(name, *arguments, **settings):
+        if name == "depthwise":
+            raise KeyboardInterrupt
+        return measure(name, *arguments, **settings)
+
+    monkeypatch.setattr(ablations, "measure", stopped)
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "first"])
+    with pytest.raises(SystemExit):
+        ablations.main(command)
+    first = json.loads(file.read_text())
+    assert [record["direction"] for record in first["records"]] == ["forward", "backward"]
+
+    monkeypatch.setattr(
+        ablations, "measure", lambda name, *a, **s: measure({"depthwise": name}[name], *a, **s)
+    )
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "second"])
+    ablations.main(command)
+    assert "2 of 4 measurements are in" in capsys.readouterr().out
+    second = json.loads(file.read_text())
+    assert second["records"][:2] == first["records"] and second["environment"] == first["environment"]
+    assert [r["environment"]["command"] for r in second["records"][2:]] == ["ablations.py second"] * 2
+
+    with pytest.raises(SystemExit) as leaving:
+        ablations.main([*command, "--dtype", "bfloat16"])
+    assert leaving.value.code == 2 and "dtype float32, here bfloat16" in capsys.readouterr().err
+    assert json.loads(file.read_text()) == second
+    page.main(["--ablations", str(file), "--out", str(tmp_path / "page")])
+    text = (tmp_path / "page" / "index.html").read_text()
+    assert "python -m eval.ablations first; python -m eval.ablations second" in text
 
 
 @pytest.mark.parametrize("kind", [ablations.Separate, ablations.OneProjection])

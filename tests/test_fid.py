@@ -180,7 +180,9 @@ def test_copies_of_the_reference_show_themselves(small_reference):
 
 def test_the_digits_extractor_is_not_taken_for_other_images_unasked(tmp_path, capsys):
     """Their distance would be called FD-digits-v1, and folder numbers would be compared with digits."""
-    noise = torch.randint(0, 256, (40, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    noise = torch.randint(
+        0, 256, (40, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     for i, pixels in enumerate(noise):
         place = tmp_path / "imgs" / ("cats", "dogs")[i % 2]
         place.mkdir(parents=True, exist_ok=True)

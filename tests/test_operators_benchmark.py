@@ -248,7 +248,8 @@ def test_results_file_resume_and_chart(
         "cache_bytes",
         "host_cost",
     }
-    assert set(content["identity"]) == {"device", "threads", "torch", "dcnv4_ext", "kernels"}
+    machine = {"device", "threads", "torch", "dcnv4_ext", "kernels"}
+    assert set(content["identity"]) == machine | {"seconds", "rounds", "graphs"}
     assert (
         content["environment"]["command"] and content["environment"]["versions"]["torch"] == torch.__version__
     )
@@ -286,19 +287,59 @@ def test_results_file_resume_and_chart(
     printed = capsys.readouterr().out
     assert "op, float32, sigma 2, forward" in printed and "geometric mean" in printed and "x floor" in printed
 
-    # Nothing is measured twice; what is missing is added.
+    # The same command again measures nothing twice; what is missing is added.
     with monkeypatch.context() as patch:
         patch.setattr(operators, "measure", lambda *arguments: pytest.fail("measured again"))
-        assert operators.main(command(file, "--level", "op", "--resume")) == 0
+        assert operators.main(command(file, "--level", "op")) == 0
     assert "4 of 4 measurements are in" in capsys.readouterr().out
-    assert operators.main(command(file, "--resume", "--limit", "0")) == 3
+    assert operators.main(command(file, "--limit", "0")) == 3
     assert "4 measurements were left" in capsys.readouterr().out
 
-    # Results of another build are not mixed with these.
+
+def test_measurements_that_cannot_stand_together_do_not_come_into_one_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "speed.json"
+    short = [*command(file, "--level", "op", "--peers", "dcnv4"), "--sigma", "2"]
+    assert operators.main(short) == 0
+    content = json.loads(file.read_text())
     content["identity"]["kernels"] = "another"
     file.write_text(json.dumps(content))
-    assert operators.open_results(file, True, "cpu")["measurements"] == []
-    assert "kernels: another, here" in capsys.readouterr().out
+    for changed, said in (([], "kernels another, here"), (["--rounds", "3"], "rounds 2, here 3")):
+        with pytest.raises(SystemExit) as stop:
+            operators.main([*short, *changed])
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert said in error and "name another --json, or give --replace" in error
+        assert json.loads(file.read_text()) == content
+    assert operators.main([*short, "--replace"]) == 0
+    assert "is measured anew: kernels another" in capsys.readouterr().out
+    assert json.loads(file.read_text())["identity"]["kernels"] != "another"
+    for foreign in ("[]", "{}", "no JSON"):
+        file.write_text(foreign)
+        with pytest.raises(SystemExit):
+            operators.main([*short, "--replace"])
+        assert "is no file of this command" in capsys.readouterr().err and file.read_text() == foreign
+
+
+def test_what_was_taken_over_keeps_what_it_was_made_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file's `environment` is that of the call that began it; what another call adds carries its own."""
+    file = tmp_path / "speed.json"
+    short = [*command(file, "--level", "op", "--peers", "dcnv4"), "--sigma", "2"]
+    monkeypatch.setattr(sys, "argv", ["operators.py", "first"])
+    assert operators.main(short) == 0
+    first = json.loads(file.read_text())
+    monkeypatch.setattr(sys, "argv", ["operators.py", "second"])
+    assert operators.main([*short, "--dtype", "float64"]) == 0
+    second = json.loads(file.read_text())
+    assert second["environment"] == first["environment"]
+    assert (
+        second["measurements"][:2] == first["measurements"] and "environment" not in second["measurements"][0]
+    )
+    assert [m["environment"]["command"] for m in second["measurements"][2:]] == ["operators.py second"] * 2
+    assert second["copy_bandwidth"] == first["copy_bandwidth"]
 
 
 def test_a_peer_that_fails_is_reported(
@@ -320,7 +361,7 @@ def test_a_peer_that_fails_is_reported(
     ("arguments", "text"),
     [
         (["--rows", "64x56x56"], "--rows 64x56x56: neither a set"),
-        (["--resume"], "give --json FILE"),
+        (["--replace"], "give --json FILE"),
         (["--batch", "0"], "--batch must be at least 1"),
         pytest.param(
             ["--device", "cuda"],
@@ -413,6 +454,21 @@ def test_networks_are_measured_once_each_and_go_on(gpu, monkeypatch, tmp_path, c
     assert "left out needs packages that are not there: ModuleNotFoundError" in capsys.readouterr().out
 
 
+def test_a_stage_that_was_taken_over_keeps_what_it_was_made_with(gpu, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(gpu.Session, "run", lambda *_, **__: 0)
+    monkeypatch.setattr(gpu, "why_not", lambda *modules: "a package")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "correctness.log").write_text("==== 90 passed in 3.1s ====\n")
+    for command in ("first", "second"):
+        monkeypatch.setattr(gpu, "made_with", lambda command=command: {"command": command})
+        stage = {"first": "correctness", "second": "networks"}[command]
+        assert gpu.main(["--stages", stage]) == 0
+    state = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert state["environment"] == {"command": "second"}
+    assert state["stages"]["correctness"]["environment"] == {"command": "first"}
+    assert "environment" not in state["stages"]["networks"]
+
+
 def test_the_operators_are_measured_a_type_a_process_and_go_on(gpu, monkeypatch, tmp_path, capsys) -> None:
     """The main spread of all types before anything else, each in a process of its own, all into one file."""
     commands: list[list[str]] = []
@@ -430,10 +486,12 @@ def test_the_operators_are_measured_a_type_a_process_and_go_on(gpu, monkeypatch,
     done = commands[2:]
     assert [c[c.index("--dtype") + 1] for c in done] == [*gpu.TYPES, *gpu.TYPES]
     assert ["--sigma" in c for c in done] == [True] * 3 + [False] * 3
-    assert all("--resume" in c for c in done) and len({c[c.index("--json") + 1] for c in done}) == 1
+    (file,) = {Path(c[c.index("--json") + 1]) for c in done}
+    assert all("--replace" in c for c in done)  # measured with other kernels, else it is gone on with
+    file.write_text("{}")
     codes.extend([0] * 6)
     assert gpu.main(["--stages", "benchmark", "--again"]) == 0
-    assert ["--resume" in c for c in commands[8:]] == [False] + [True] * 5
+    assert len(commands) == 14 and not file.exists()  # what would be gone on with
     monkeypatch.setattr("eval.operators.run", lambda options: options)
     for command in commands:
         operators.main(command)

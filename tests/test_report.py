@@ -25,7 +25,7 @@ from eval.report.markup import joined, tag
 from ldm_dcn.export import load_model
 from ldm_dcn.sampling import generate
 from ldm_dcn.trainer import train
-from tiny import tiny_config
+from tiny import ROOT, tiny_config
 
 SWAP = "model.swap={sites: [resnet, self_attention, resample], group_channels: 4}"
 DRAW = ["--labels", "3", "1", "--seeds", "7", "8", "9", "--steps", "3", "--moments", "2", "--device", "cpu"]
@@ -204,9 +204,18 @@ def test_pictures_lie_beside_the_page_and_are_those_in_it(report, runs) -> None:
     assert len(uses) >= 2 * 3 and set(uses) == {"#x0-dcn-1", "#x0-dcn-3"}
 
 
-def test_what_was_not_measured_is_called_so(runs, tmp_path) -> None:
+def test_pictures_of_an_earlier_report_are_not_counted(tmp_path, capsys) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "samples_earlier.png").write_bytes(b"")
+    study = ROOT / "benchmarks" / "results" / "digits_study.json"
+    main(["--study", str(study), "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().out.endswith("MB, open it in a browser\n")
+
+
+def test_what_was_not_measured_is_called_so(runs, tmp_path, capsys) -> None:
     shutil.copytree(runs[1] / "export", tmp_path / "export")
     main([str(tmp_path / "export"), *DRAW, "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().out.endswith("open it in a browser; 1 PNG file beside it\n")
     text = words(parsed(tmp_path / "out" / "index.html"))
     for what in ("Loss of unet", "Fréchet distance of unet on the way", "Scores", "Quality against speed", "Throughput",
                  "The profile by kind of module", "The operator beside its peers"):  # fmt: skip

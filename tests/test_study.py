@@ -241,10 +241,33 @@ def test_from_a_file_to_tables_and_a_report(tmp_path, in_this_process, capsys):
     first = capsys.readouterr().out
     assert "Which of the two?" in first and "forward time" in first
     study.main(command)  # everything is done
-    assert len(in_this_process) == 6 and first.endswith(capsys.readouterr().out)
+    again = capsys.readouterr().out
+    assert len(in_this_process) == 6 and again.startswith(f"2 of 2 runs are done and stand in {file}\n")
+    assert first.endswith(again.partition("\n")[2])
     report(["--study", str(file), "--out", str(tmp_path / "page")])
     page = (tmp_path / "page" / "index.html").read_text()
     assert "Which of the two?" in page and page.count("data:image/png") == 2 and "<polyline" in page
+
+
+def test_runs_that_were_taken_over_keep_what_they_were_made_with(tmp_path, in_this_process, monkeypatch):
+    """What another call trains or times carries its own machine and command; the file's are those of the call that began it."""
+    path = write_study(tmp_path, variants={"a": {"config": "tiny.yaml"}, "b": {"config": "tiny.yaml", "set": ["train.lr=1e-2"]}}, seeds=[3])  # fmt: skip
+    read, file = study.load_study(path), tmp_path / "results.json"
+    (job,) = (j for j in study.jobs_of(read, path, tmp_path / "runs", ["a", "b"]) if j.variant == "a")
+    first = {"command": "study.py elsewhere", "cpu": "another processor", "threads": 7}
+    taken_over = {**RUN, "variant": "a", "seed": 3, "settings": job.settings}
+    content = {"study": read.model_dump(mode="json"), "runs": [taken_over], "environment": first}
+    file.write_text(json.dumps(content))
+    command = [str(path), "--json", str(file), "--runs", str(tmp_path / "runs"), "--jobs", "1", "--rounds", "0"]  # fmt: skip
+    monkeypatch.setattr(study, "draw", lambda *_: None)
+    study.main(command)
+    now = json.loads(file.read_text())
+    assert now["environment"] == first and now["runs"][0] == taken_over
+    added = now["runs"][1]["environment"]
+    assert added["cpu"] != "another processor" and added["threads"] == 1  # those of --threads
+    report(["--study", str(file), "--out", str(tmp_path / "page")])
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert "another processor, 7 threads and " in page and "python -m eval.study elsewhere; " in page
 
 
 def test_results_of_another_protocol_are_refused_and_kept(tmp_path, capsys):

@@ -241,10 +241,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command=_command(given),
             drawn_by=_command(_without(given, *RESULTS, "--out")),
         )
-        pictures = len(list(options.out.glob("*.png")))
-        print(
-            f"{file}: {file.stat().st_size / 1e6:.1f} MB, open it in a browser; {pictures} PNG files beside it"
-        )
+        # Those of an earlier report may lie there too; captions name this one's.
+        text = file.read_text(encoding="utf-8")
+        pictures = sum(picture.name in text for picture in options.out.glob("*.png"))
+        beside = f"; {pictures} PNG file{'s' * (pictures > 1)} beside it" if pictures else ""
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB, open it in a browser{beside}")
 
 
 if __name__ == "__main__":

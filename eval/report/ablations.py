@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import geometric_mean
 
 from . import plots
-from .inputs import Ablations, command_of, machine_of
+from .inputs import Ablations, command_of, environments, machine_of
 from .markup import Markup, joined, tag
 from .page import figure, table
 
@@ -52,10 +52,12 @@ def _figure(content: Ablations) -> Markup:
     ]
     detail = table(("changed", "of", "", "geometric mean", *shapes), rows)
     first = content.records[0]
+    made_with = environments(content.environment, (record.environment for record in content.records))
     caption = (
         f"Times with each choice as multiples of plain dcnv4's in the same rounds, geometric means over {len(shapes)} shapes "
         f"(NxHxWxC); {first.dtype} where a row does not say another type, offsets of sigma {first.sigma:g} px; on "
-        f"{machine_of(content.environment)}."
+        f"{machine_of(*made_with)}."
     )
-    return figure(joined(chart, tag("details", tag("summary", "All shapes"), detail)), caption,
-                  command_of(content.environment))  # fmt: skip
+    return figure(
+        joined(chart, tag("details", tag("summary", "All shapes"), detail)), caption, command_of(*made_with)
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -128,6 +128,7 @@ class Measurement(BaseModel):
     direction: str
     times: dict[str, Time]
     floor: float | None = None
+    environment: dict[str, Any] | None = None
 
 
 class Operators(BaseModel):
@@ -145,6 +146,7 @@ class AblationRecord(BaseModel):
     dtype: str
     sigma: float
     seconds: dict[str, Annotated[float, Field(gt=0)]]
+    environment: dict[str, Any] | None = None
 
 
 class Ablations(BaseModel):
@@ -231,8 +233,21 @@ def read_files(
     )
 
 
-def command_of(environment: dict[str, Any]) -> str | None:
-    """The command line in what a file says of its making, such as it can be typed again."""
+def environments(of_file: dict[str, Any], of_parts: Iterable[dict[str, Any] | None]) -> list[dict[str, Any]]:
+    """What the parts of a file were made with, each once: their own, or the file's where they have none."""
+    found: list[dict[str, Any]] = []
+    for own in of_parts:
+        found += [own or of_file] if (own or of_file) not in found else []
+    return found
+
+
+def command_of(*environments: dict[str, Any]) -> str | None:
+    """The command lines in what a file says of its making, such as they can be typed again."""
+    commands = dict.fromkeys(filter(None, map(_command, environments)))
+    return "; ".join(commands) or None
+
+
+def _command(environment: dict[str, Any]) -> str | None:
     command = environment.get("command")
     if not isinstance(command, str) or not command:
         return None
@@ -242,8 +257,12 @@ def command_of(environment: dict[str, Any]) -> str | None:
     return f"{program} {arguments}".rstrip()
 
 
-def machine_of(environment: dict[str, Any]) -> str:
-    """What a file says of the machine it was made on."""
+def machine_of(*environments: dict[str, Any]) -> str:
+    """What a file says of the machines it was made on."""
+    return " and ".join(dict.fromkeys(map(_machine, environments)))
+
+
+def _machine(environment: dict[str, Any]) -> str:
     if environment.get("gpu"):
         return str(environment["gpu"])
     if environment.get("cpu"):

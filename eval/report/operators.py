@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..operators import MAIN_SIGMA, OURS, geometric_mean
 from ..peers import PEERS
 from . import plots
-from .inputs import Measurement, Operators, command_of
+from .inputs import Measurement, Operators, command_of, environments
 from .markup import Markup, joined, tag
 from .page import NOT_STATED, figure, missing, table
 
@@ -55,7 +55,8 @@ def _operator_bars(content: Operators, shown: Sequence[Measurement]) -> Markup:
         f"{known.get('device', 'a device not stated')}{threads}, torch {known.get('torch', NOT_STATED)}. The floor is the time of a copy of the "
         "bytes that must be moved. A dash: that peer does not do that shape or type."
     )
-    return figure(joined(chart, detail), caption, command_of(content.environment))
+    made_with = environments(content.environment, (m.environment for m in shown))
+    return figure(joined(chart, detail), caption, command_of(*made_with))
 
 
 def _ratios(group: Sequence[Measurement], name: str) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..study import SIGNIFICANT, Study, comparisons_of, in_all, rows_of, verdicts
 from . import plots
-from .inputs import command_of, machine_of
+from .inputs import command_of, environments, machine_of
 from .markup import Markup, joined, tag
 from .page import LIGHT, data_uri, figure, missing, table
 
@@ -25,7 +25,7 @@ def studies(files: Mapping[Path, dict[str, Any]]) -> Markup:
 
 def _study(path: Path, content: dict[str, Any]) -> Markup:
     study = Study.model_validate(content["study"])
-    command = command_of(content["environment"])
+    command = command_of(*_made_with(content))
     parts = [tag("h3", study.question)]
     sentences = verdicts(content)
     if sentences:
@@ -53,8 +53,12 @@ def _protocol(study: Study, content: dict[str, Any]) -> str:
     return (
         f"Mean ± standard deviation over seeds; p: exact permutation test against the first column, * below {SIGNIFICANT}, not "
         f"corrected for the number of tests: {in_all(content)}. {_tags(study, content)}, {run['tags']['step']} training steps; on "
-        f"{machine_of(content['environment'])}.{_speed_settings(content)}"
+        f"{machine_of(*_made_with(content))}.{_speed_settings(content)}"
     )
+
+
+def _made_with(content: dict[str, Any]) -> list[dict[str, Any]]:
+    return environments(content["environment"], (run.get("environment") for run in content["runs"]))
 
 
 def _speed_settings(content: dict[str, Any]) -> str:
