@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--n {arguments.n}: ask for at least one image, and at most {MOST:,} at a time")
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size {arguments.batch_size}: draw at least one image at once")
+    _check_places(arguments)
     if arguments.prompts_file:
         arguments.prompts = _read_prompts(arguments.prompts_file)
 
@@ -300,6 +302,8 @@ def _checked_prompts(arguments: argparse.Namespace, model: Model) -> list[str]:
     """The prompts; [""] where a text model gets none."""
     if model.text_encoder is None and arguments.prompts:
         raise UserError(f"{model.name} takes no prompts; it knows {model.num_classes} classes, see --labels")
+    if model.text_encoder is None and arguments.text_encoder:
+        raise UserError(f"{model.name} takes no text, so --text-encoder means nothing; leave it out")
     if model.text_encoder is None:
         return []
     if arguments.labels:
@@ -328,6 +332,21 @@ def _plan(
     elif len(seeds) != n:
         raise UserError(f"--n {n} came with {len(seeds)} seeds; give the first seed only, or {n} of them")
     return list(islice(cycle(labels), n)), seeds, min(n, len(labels))
+
+
+def _check_places(arguments: argparse.Namespace) -> None:
+    """Refuse outputs without a name, or one name for two of them: the second would replace the first."""
+    taken: dict[str, str] = {}
+    for option in ("grid", "npz", "png_dir"):
+        path, name = getattr(arguments, option), f"--{option.replace('_', '-')}"
+        if path is None:
+            continue
+        if not path.name and option != "png_dir":
+            raise UserError(f"{name} {path} is a folder; give another {name}")
+        place = os.path.realpath(path)
+        if place in taken:
+            raise UserError(f"{taken[place]} and {name} are both {path}; give each a place of its own")
+        taken[place] = name
 
 
 def _check_outputs(arguments: argparse.Namespace, model: Model, task: Task, folder: Path) -> None:
