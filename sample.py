@@ -369,9 +369,13 @@ def _check_outputs(arguments: argparse.Namespace, model: Model, task: Task, fold
         free = shutil.disk_usage(place).free
         if size > free and not folder.exists():
             raise UserError(
-                f"{len(task)} images take {size / 1e6:.0f} MB in {place} and {free / 1e6:.0f} MB are free; free some space, "
-                f"or give another {option}"
+                f"{len(task)} images take {_size(size)} in {place} and {_size(free)} are free; free some space, or give another "
+                f"{option}"
             )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.0f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
 def _read_prompts(path: Path) -> list[str]:

@@ -115,7 +115,7 @@ def check_pretrained(
         was = f"autoencoder {theirs['spec']}" if "spec" in theirs else "its own autoencoder"
         raise UserError(
             f"{source} was trained on the latents of {was}, and autoencoder={autoencoder.spec} makes others "
-            f"({_differences(scale, theirs, own)}); set autoencoder={theirs.get('spec', source)}, {alone}"
+            f"({_differences(scale[:1], theirs, own)}); set autoencoder={theirs.get('spec', source)}, {alone}"
         )
     said = []
     known = ["num_steps"] if predicts == "flow" else NOISE_LEVELS

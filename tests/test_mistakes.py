@@ -257,6 +257,9 @@ def test_a_disk_too_small_for_the_npz_is_seen_first(
     leave_free(monkeypatch, 10**6)
     command = [str(finished.folder), "--n", "10000", "--npz", str(tmp_path / "a.npz")]
     assert f"10000 images take 3 MB in {tmp_path} and 1 MB are free" in line(lambda: sample.main(command))
+    leave_free(monkeypatch, 0)
+    command[2] = "300"
+    assert f"300 images take 77 kB in {tmp_path} and 0 kB are free" in line(lambda: sample.main(command))
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
