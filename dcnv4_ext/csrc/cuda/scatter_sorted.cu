@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
       lx[b][r] = tap.lx;
       ly[b][r] = tap.ly;
       weight[b][r] = tap.weight;
-      cell_of[b][r] = tap.y * w.width + tap.x;
       if (!tap.near) return;
+      cell_of[b][r] = tap.y * w.width + tap.x;
       int* count = starts + cell_of[b][r];
       const Inside inside(p, o, tap);
       const auto number = [](bool live, int* of) { return live ? uint32_t(atomicAdd(of, 1) + 1) : 0u; };

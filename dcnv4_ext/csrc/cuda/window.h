@@ -254,15 +254,15 @@ struct WindowTap {
   bool near, far;        // near: its four corners lie in the window; far: they do not, and some lie in the map
 };
 
-// Which of a tap's corners lie in the map.
+// Which of a tap's corners lie in the map; of one that is neither near nor far its cell tells nothing.
 struct Inside {
   bool left, right, top, bottom;
   DCNV4_DEVICE Inside(const dcnv4_problem& p, const WindowOrigin& o, const WindowTap& tap) {
-    const int x = tap.x + o.x, y = tap.y + o.y;
+    const int x = int(uint32_t(tap.x) + uint32_t(o.x)), y = int(uint32_t(tap.y) + uint32_t(o.y));
     left = x >= 0;
-    right = x + 1 < int(p.W);
+    right = x < int(p.W) - 1;
     top = y >= 0;
-    bottom = y + 1 < int(p.H);
+    bottom = y < int(p.H) - 1;
   }
 };
 
