@@ -8,11 +8,11 @@
 namespace dcnv4 {
 namespace {
 
-constexpr int kBatch = 8;                // pixels whose taps a warp works out at once
-constexpr int kQuad = 4;                 // threads of each: q works out taps q and q + 4
-constexpr int kRow = odd(2 * kQuad);     // of a pixel's taps in memory
-constexpr int kNinths = kWarp / kBatch;  // batches of a warp whose ninth taps are worked out at once
-constexpr int kEights = kBatch * kRow;   // where those begin
+constexpr int kBatch = 8;             // pixels whose taps a warp works out at once
+constexpr int kQuad = 4;              // threads of each: q works out taps q and q + 4
+constexpr int kRow = odd(2 * kQuad);  // of a pixel's taps in memory
+constexpr int kNinths = 3;            // batches of a warp whose ninth taps are worked out at once: a fourth's room is a block's
+constexpr int kEights = kBatch * kRow;  // where those begin
 
 // What a thread reads of a tap: weights of its corners, and where the upper and the lower row of them lie in the window.
 struct alignas(16) Side {
@@ -84,16 +84,16 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
   T* result = image_of(output, o, w.output_image) + channel;
   uint32_t far_ninths = 0;
 #pragma unroll 1
-  for (int batch = warp, step = 0; batch * kBatch < w.pixels; batch += warps, ++step) {
-    const int ninths = kEights + step % kNinths * kBatch;
-    if (TAPS == 9 && step % kNinths == 0) {
+  for (int batch = warp, turn = 0; batch * kBatch < w.pixels; batch += warps, turn = turn + 1 == kNinths ? 0 : turn + 1) {
+    const int ninths = kEights + turn * kBatch;
+    if (TAPS == 9 && turn == 0) {
       // Of this batch and the warp's next.
       const int of = lane % kBatch;
       const PixelTaps<T> taps = pixel_taps<T, TAPS, true>(
           p, w, tile_pixel(p, w, o, (batch + lane / kBatch * warps) * kBatch + of), offsets + 2 * (8 - q), 8);
       const WindowTap tap = window_tap<true>(w, o, taps, 0, w.grid_x[kMostTaps - 1], w.grid_y[kMostTaps - 1]);
       far_ninths = __ballot_sync(0xffffffffu, tap.far);
-      stage(kEights + lane, of, tap);
+      if (lane < kNinths * kBatch) stage(kEights + lane, of, tap);
     }
     const int of = lane / kQuad;
     const TilePixel own = tile_pixel(p, w, o, batch * kBatch + of);
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
           add(weights.v[3], corner);
         }
       };
-      const uint32_t far_here = far_ninths >> (step % kNinths * kBatch) & 0xffu;
+      const uint32_t far_here = far_ninths >> (turn * kBatch) & 0xffu;
       if ((far[0] | far[1] | far_here) == 0) {
 #pragma unroll(unrolled)
         for (int k = 0; k < 2 * kQuad; ++k) add_tap(row + k, false);
