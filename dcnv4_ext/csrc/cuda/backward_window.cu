@@ -312,7 +312,7 @@ template <class T>
 int32_t start(const BackwardCall& call, void (*kernel)(dcnv4_problem, Window, const T*, const T*, const T*, T*), int64_t cell,
               int64_t warp, int64_t most_threads = kMostDotThreads) {
   const dcnv4_problem& p = call.p;
-  WindowBytes bytes{cell, 0, warp, 2 * cell, 1};
+  WindowBytes bytes{cell, 0, warp, 2 * cell, 1, kWarp * 16 / cell};
   bytes.most_threads = most_threads;
   bytes.blocks = 2;
   bytes.whole = sizeof(T) == 4;  // as forward does

@@ -189,7 +189,7 @@ template <class T, int UNITS, int SIDES, int TAPS>
 int32_t run(const ForwardCall& call, int64_t slices) {
   const dcnv4_problem& p = call.p;
   constexpr int64_t cell = UNITS * 16;
-  WindowBytes bytes{cell, 0, staged_bytes<SIDES, TAPS>(), 2 * cell, 1};
+  WindowBytes bytes{cell, 0, staged_bytes<SIDES, TAPS>(), 2 * cell, 1, kWarp * 16 / cell};
   bytes.whole = UNITS == 8;
   const Window w = plan_window(p, slices, bytes);
   if (w.blocks == 0) return DCNV4_NO_KERNEL;

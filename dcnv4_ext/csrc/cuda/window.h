@@ -8,6 +8,7 @@
 // Positions and weights are worked out by warps for themselves, one tap a thread, a batch of pixels at a time.
 #pragma once
 #include <cmath>
+#include <cstring>
 
 #include "launch.h"
 
@@ -55,13 +56,30 @@ inline Span span_of(int64_t pixels, int64_t stride, int64_t dilation, int64_t ke
 // What a kernel keeps in shared memory: bytes a cell, a pixel, a warp, and once; rows of cells behind the window.
 struct WindowBytes {
   int64_t cell, pixel, warp, fixed, rows;
+  int64_t copied = 1;  // cells of a row that are fetched at once
   int64_t most_pixels_a_warp = INT32_MAX;
-  bool whole = false;                                                 // one tile must do for the map
+  int64_t whole = 0;                                                  // 1: one tile must do for the map
   int64_t most_threads = kMostWindowThreads, blocks = kWindowBlocks;  // of a block; blocks of so many that have the registers
 };
 
+// What plans depend on of a device.
+struct WindowDevice {
+  int64_t processors, most, all;  // shared memory that a block may ask for, and that a multiprocessor has
+};
+
+// Calls `visit(tile)` for the even edges of tiles of `size` pixels, from 64 down to 4 by eighths.
+template <class Visit>
+void visit_edges(int64_t size, Visit visit) {
+  int64_t before = 0;
+  for (int64_t edge = 64; edge >= 4; edge -= std::max<int64_t>(1, edge / 8)) {
+    const int64_t tile = even_edge(size, edge);
+    if (tile != before) visit(tile);
+    before = tile;
+  }
+}
+
 // The tile and the block that cost least; blocks = 0 where no window is worth while.
-inline Window plan_window(const dcnv4_problem& p, int64_t slices, const WindowBytes& bytes) {
+inline Window find_window(const dcnv4_problem& p, int64_t slices, const WindowBytes& bytes, const WindowDevice& device) {
   Window best{};
   const double scale = p.offset_scale;
   if (!(std::fabs(scale) <= 16) || p.H > kMostEdge || p.W > kMostEdge) return best;
@@ -74,35 +92,34 @@ inline Window plan_window(const dcnv4_problem& p, int64_t slices, const WindowBy
   if (p.value_stride > farthest / (p.H * p.W) || p.offset_mask_stride > farthest / (p.Ho * p.Wo) ||
       p.output_stride > farthest / (p.Ho * p.Wo))
     return best;
-  const int64_t processors = std::max(1, multiprocessors(p.device)), most = shared_limit(p.device),
-                all = shared_total(p.device);
   double least = 0;
-  for (const int64_t edge : {64, 32, 16, 8, 4}) {
-    const int64_t tile_w = even_edge(p.Wo, edge), tile_h = even_edge(p.Ho, edge), pixels = tile_w * tile_h;
+  const auto consider = [&](int64_t tile_w, int64_t tile_h) {
+    const int64_t pixels = tile_w * tile_h;
     const Span x = span_of(tile_w, p.stride_w, p.dilation_w, p.kernel_w, scale, p.W);
     const Span y = span_of(tile_h, p.stride_h, p.dilation_h, p.kernel_h, scale, p.H);
     const int64_t tiles_x = divide_up(p.Wo, tile_w), tiles_y = divide_up(p.Ho, tile_h);
     const int64_t batches = divide_up(pixels, kBatch), blocks = tiles_x * tiles_y * p.N * p.G * slices;
     if (bytes.whole) {
-      if (tiles_x * tiles_y > 1 || x.cells < p.W + 2 * kAround || y.cells < p.H + 2 * kAround) continue;
+      if (tiles_x * tiles_y > 1 || x.cells < p.W + 2 * kAround || y.cells < p.H + 2 * kAround) return;
       // A few blocks with much to do each: the kernels without a window spread it further.
-      if (blocks < processors && pixels > 256 && !forced(p, kForceWindow)) continue;
+      if (blocks < device.processors && pixels > 256 && !forced(p, kForceWindow)) return;
     }
-    if (x.cells >= most / bytes.cell / y.cells || blocks > INT32_MAX) continue;
+    if (x.cells >= device.most / bytes.cell / y.cells || blocks > INT32_MAX) return;
     const int64_t pitch = round_up(x.cells, 2), cells = pitch * y.cells;
     // Worth it where fetching a cell is shared by several of the reads it saves.
-    if (cells > 4 * pixels * taps_of(p) && !forced(p, kForceWindow)) continue;
+    if (cells > 4 * pixels * taps_of(p) && !forced(p, kForceWindow)) return;
     for (const int64_t warps : {16, 14, 12, 8, 6, 4, 2}) {
       if ((warps > batches && warps > 2) || warps * kWarp > bytes.most_threads) continue;
       const int64_t shared =
           (cells + bytes.rows * pitch) * bytes.cell + pixels * bytes.pixel + warps * bytes.warp + bytes.fixed;
-      if (shared > most || pixels > warps * bytes.most_pixels_a_warp) continue;
-      const int64_t fit = std::min<int64_t>(all / (shared + 1024), bytes.blocks * bytes.most_threads / (warps * kWarp)),
-                    load = divide_up(blocks, processors);
+      if (shared > device.most || pixels > warps * bytes.most_pixels_a_warp) continue;
+      const int64_t fit = std::min<int64_t>(device.all / (shared + 1024), bytes.blocks * bytes.most_threads / (warps * kWarp)),
+                    load = divide_up(blocks, device.processors);
       if (fit < 1) continue;
       // In units of a batch's work, constants fitted to an H200: rounds of batches, the warps' starts, cells to fetch, the
       // block's start; slower the fewer warps there are to hide latencies.
-      const double work = double(divide_up(batches, warps) * warps) + 0.8 * double(warps) + 0.012 * double(cells) + 4;
+      const double fetched = double(round_up(x.cells, bytes.copied) * y.cells);
+      const double work = double(divide_up(batches, warps) * warps) + 0.8 * double(warps) + 0.012 * fetched + 4;
       const double busy = std::min(1.0, double(std::min(fit, load) * warps) / 32);
       const double cost = double(load) * work / busy;
       if (best.blocks != 0 && cost >= least) continue;
@@ -121,7 +138,8 @@ inline Window plan_window(const dcnv4_problem& p, int64_t slices, const WindowBy
       best.tiles_x = divisor_of(tiles_x);
       best.tiles_y = divisor_of(tiles_y);
     }
-  }
+  };
+  visit_edges(p.Wo, [&](int64_t tile_w) { visit_edges(p.Ho, [&](int64_t tile_h) { consider(tile_w, tile_h); }); });
   if (best.blocks == 0) return best;
   best.slices = int32_t(slices);
   best.scale = float(scale);
@@ -149,6 +167,33 @@ inline Window plan_window(const dcnv4_problem& p, int64_t slices, const WindowBy
   best.by_slices = divisor_of(slices);
   best.groups = divisor_of(p.G);
   return best;
+}
+
+// The same, of a problem that this thread has asked for before without looking anew, which takes microseconds.
+inline Window plan_window(const dcnv4_problem& p, int64_t slices, const WindowBytes& bytes) {
+  struct Question {
+    dcnv4_problem problem;
+    WindowBytes bytes;
+    WindowDevice device;
+    int64_t slices;
+  };
+  static_assert(sizeof(dcnv4_problem) == 16 * sizeof(int32_t) + 13 * sizeof(int64_t) + sizeof(double) &&
+                    sizeof(Question) == sizeof(dcnv4_problem) + sizeof(WindowBytes) + sizeof(WindowDevice) + sizeof(int64_t),
+                "without gaps, to be compared byte by byte");
+  struct Answer {
+    Question asked;
+    Window window;
+  };
+  constexpr uint64_t kKept = 32;
+  static thread_local Answer answers[kKept];
+  const Question question{
+      p, bytes, {std::max(1, multiprocessors(p.device)), shared_limit(p.device), shared_total(p.device)}, slices};
+  uint64_t hash = 0;
+  for (const int64_t number : {p.N, p.H, p.W, p.G, p.D, p.Ho, p.Wo, int64_t(p.dtype), bytes.cell, bytes.pixel, bytes.warp})
+    hash = (hash ^ uint64_t(number)) * 0x9e3779b97f4a7c15u;
+  Answer& kept = answers[(hash >> 32) % kKept];
+  if (memcmp(&kept.asked, &question, sizeof question) != 0) kept = {question, find_window(p, slices, bytes, question.device)};
+  return kept.window;
 }
 
 // Which tile, group, slice and image a block has, and where its window lies: inside the map and kAround cells beyond.
