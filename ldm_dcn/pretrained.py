@@ -24,7 +24,7 @@ from .autoencoder import Autoencoder
 from .denoiser import Denoiser
 from .errors import UserError
 from .export import INDEX, check_widths, is_export, is_run, read_export
-from .hub import Unavailable, from_hub_or_cache
+from .hub import HUB_ID, Unavailable, from_hub_or_cache
 from .sampling import PREDICTION_TYPES
 from .text import IGNORED_WHEN_COMPARED
 from .unet import load_pretrained_unet
@@ -73,6 +73,11 @@ def load_pretrained(source: str) -> Pretrained:
 
     Raises `UserError` for what is none of these or damaged.
     """
+    if not Path(source).exists() and not HUB_ID.fullmatch(source):
+        raise UserError(
+            f"no such folder: {source}; model.pretrained names a run, an export, a pipeline, a U-Net's folder or a hub id, which "
+            "has to be there at each start of the run"
+        )
     beside = _files_beside(source)
     if is_run(Path(source)) or is_export(beside.get(INDEX, {})):
         export = read_export(source)

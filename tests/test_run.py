@@ -428,7 +428,7 @@ def test_two_processes_match_and_thaw_like_one(pretrained: Path, tmp_path: Path)
 
 
 def test_a_missing_pretrained_network_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder: nowhere"):
+    with pytest.raises(UserError, match=r"no such folder: nowhere; model\.pretrained names .*at each start"):
         train(tiny_config(tmp_path, "model.unet=null", "model.pretrained=nowhere"))
 
 
