@@ -86,11 +86,6 @@ class Front {
   }
 
   bool rolls() const { return rolls_; }
-  // The values of the next rows to be packed.
-  Stream values_of(int64_t rows) const {
-    const int64_t first = std::max<int64_t>(0, packed_ - 1), last = std::min(p_.H, first + rows);
-    return Stream(image_ + first * p_.W * p_.value_stride, p_.value_stride, (last - first) * p_.W, p_.D);
-  }
 
  private:
   // Value rows below `row`.
@@ -281,10 +276,11 @@ DCNV4_NOINLINE void scatter_lookups(ScalarOf<V>* map, int64_t width, int64_t row
   }
 }
 
-// Gradients of the offsets and weights of `count` pixels from the dot products, to rows `step` apart.
+// Gradients of the offsets and weights of `count` pixels from the dot products, to rows `step` apart. `fetch`: nobody has asked
+// for those rows ahead; those of the next pixels are.
 template <class V, class T, int kTaps>
 DCNV4_NOINLINE void finish_lookups(V scale, const ScalarOf<V>* sums, const LookupStates<V>& states, bool softmax, int count,
-                                   T* target, int64_t step) {
+                                   T* target, int64_t step, bool fetch) {
   using S = ScalarOf<V>;
   alignas(64) T pairs[2 * V::width * kTaps], weights[V::width * kTaps];
   alignas(64) S softmax_gradients[V::width * kTaps];
@@ -304,6 +300,10 @@ DCNV4_NOINLINE void finish_lookups(V scale, const ScalarOf<V>* sums, const Looku
     }
   }
   for (int i = 0; i < count; ++i, target += step) {
+    if (fetch) {
+      V::prefetch(target + V::width * step);
+      V::prefetch(target + V::width * step + 3 * kTaps - 1);
+    }
     const int at = i * kTaps;
     if (softmax) {
       S mean = 0;
@@ -430,8 +430,8 @@ Sorting backward_block_sorted(const dcnv4_problem& p, const Plan<ScalarOf<V>>& p
     const int64_t at = done * kTaps;
     const LookupStates<V> states = {taps.lx + at, taps.ly + at, taps.weight + at, taps.used + at / V::width};
     finish_lookups<V, T, kTaps>(frame.frame.scale, taps.sums + 4 * at, states, p.softmax, count,
-                                grad_offset_mask + (row * p.Wo + column) * p.grad_offset_mask_stride,
-                                p.grad_offset_mask_stride);
+                                grad_offset_mask + (row * p.Wo + column) * p.grad_offset_mask_stride, p.grad_offset_mask_stride,
+                                front.rolls());
     done += count;
   });
   return Sorting::done;
@@ -469,23 +469,15 @@ void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
       }
       if (grad_offset_mask)
         finish_lookups<V, T, kTaps>(frame.frame.scale, sums, states.view(), p.softmax, count,
-                                    grad_offset_mask + pixel * p.grad_offset_mask_stride, p.grad_offset_mask_stride);
+                                    grad_offset_mask + pixel * p.grad_offset_mask_stride, p.grad_offset_mask_stride,
+                                    front.rolls());
     });
   };
   if constexpr (V::sorts) {
     const int64_t rows = rows_of_block<V>(p), columns = columns_of_block<V>(p);
     bool narrow = true;  // until taps leave the columns around a block
     for (int64_t top = first_row; rows > 0 && top < last_row; top += rows) {
-      const int64_t bottom = std::min(last_row, top + rows), after = std::min(last_row, bottom + rows);
-      if (front.rolls()) {
-        const int64_t skipped = bottom * p.Wo, pixels = (after - bottom) * p.Wo;
-        Stream written;
-        if (grad_offset_mask)
-          written = {grad_offset_mask + skipped * p.grad_offset_mask_stride, p.grad_offset_mask_stride, pixels, 3 * kTaps};
-        ahead = Ahead<V>{front.values_of(after - bottom),
-                         Stream(offset_mask + skipped * p.offset_mask_stride, p.offset_mask_stride, pixels, 3 * kTaps),
-                         Stream(grad_output + skipped * p.output_stride, p.output_stride, pixels, p.D), written};
-      }
+      const int64_t bottom = std::min(last_row, top + rows);
       for (int64_t left = 0; left < p.Wo; left += columns) {
         const Block block{top, bottom, left, left + columns};
         const auto sorted = [&]() {
@@ -500,7 +492,7 @@ void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
         }
         if (found == Sorting::does_not_pay) batch_by_batch(block);
       }
-      front.expect(bottom, after);
+      front.expect(bottom, std::min(last_row, bottom + rows));
     }
     if (rows > 0) return;
   }

@@ -114,6 +114,7 @@ DCNV4_INLINE bool locate_batch(const dcnv4_problem& p, const LookupFrame<V>& on,
   const T* offsets = batch.offsets;
   for (int i = 0; i < batch.count; ++i, offsets += batch.step) {
     V::prefetch(offsets + batch.below * batch.step);
+    V::prefetch(offsets + batch.below * batch.step + 3 * kTaps - 1);  // most pixels' numbers lie in two lines
     memcpy(pairs + i * 2 * kTaps, offsets, 2 * kTaps * sizeof(T));
     if (softmax) {
       softmax_row(offsets + 2 * kTaps, kTaps, weights + i * kTaps);
