@@ -160,6 +160,7 @@ def _find(transformers: Any, spec: str, local: bool) -> tuple[str, str, str]:
                 spec, subfolder=model_folder, local_files_only=local
             )
         except Exception:
+            # There is none, which the library says in several ways; of the last place it says it to the user.
             if model_folder:
                 continue
             raise

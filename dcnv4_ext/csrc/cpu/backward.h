@@ -66,8 +66,7 @@ class Front {
   void cover(int64_t first, int64_t last) {
     if (last > packed_) {
       pack<C>(p_, plan_, image_, Window{packed_ - 1, last - 1}, map_ + packed_ * row_size_);
-      memset(grad_map_ + packed_ * row_size_, 0, (last - packed_) * row_size_ * sizeof(S));
-      packed_ = last;
+      clear_to(last);
     }
     if (first - 1 < unpacked_) {
       halo_ += unpacked_ - std::max<int64_t>(0, first - 1);
@@ -80,14 +79,20 @@ class Front {
     if (rolls_ && target_ && first < last) unpack_to(std::min(packed_ - 1, window_of(p_, plan_, first, last, halo_).first));
   }
 
+  // No taps are to come: rows that none has looked at have a gradient of zero.
   void finish() {
-    cover(p_.H + 2, p_.H + 2);
+    clear_to(p_.H + 2);
     if (target_) unpack_to(p_.H);
   }
 
   bool rolls() const { return rolls_; }
 
  private:
+  void clear_to(int64_t row) {
+    memset(grad_map_ + packed_ * row_size_, 0, (row - packed_) * row_size_ * sizeof(S));
+    packed_ = row;
+  }
+
   // Value rows below `row`.
   void unpack_to(int64_t row) {
     if (row <= unpacked_) return;

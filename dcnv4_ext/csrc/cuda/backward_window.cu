@@ -38,6 +38,19 @@ DCNV4_DEVICE DotTap dot_tap(const dcnv4_problem& p, const WindowOrigin& o, const
   return {tap.lx, tap.ly, tap.weight, tap.near || tap.far ? corners : 0, pixel.live ? pixel.number : kNoPixel};
 }
 
+// Works out the taps of a batch, and what is left of them: place(slot, tap) says where their corners lie.
+template <class T, int TAPS, class Place>
+DCNV4_DEVICE void work_out_dots(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, int batch,
+                                const TapSlot<T> (&slots)[kSlotRounds], uint32_t (&far)[kSlotRounds],
+                                DotTap (&taps)[kSlotRounds], Place place) {
+#pragma unroll
+  for (int r = 0; r < kSlotRounds; ++r) taps[r].pixel = kNoPixel;
+  work_out_slots<T, TAPS, false>(p, w, o, batch, slots, far, [&](int r, const TilePixel& pixel, const WindowTap& tap) {
+    taps[r] = dot_tap(p, o, pixel, tap);
+    place(slots[r], tap);
+  });
+}
+
 // The gradients of a batch's taps from the dot products at `dots`, by the threads that worked the taps out.
 template <class T, int TAPS>
 DCNV4_DEVICE void write_gradients(const dcnv4_problem& p, const Window& w, const TapSlot<T> (&slots)[kSlotRounds],
@@ -133,11 +146,8 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
   for (int batch = warp; batch * pixels < w.pixels; batch += warps) {
     uint32_t far[kSlotRounds];
     DotTap taps[kSlotRounds];
-#pragma unroll
-    for (int r = 0; r < kSlotRounds; ++r) taps[r].pixel = kNoPixel;
-    work_out_slots<T, TAPS, false>(p, w, o, batch, slots, far, [&](int r, const TilePixel& pixel, const WindowTap& tap) {
-      taps[r] = dot_tap(p, o, pixel, tap);
-      places[slots[r].of * odd(TAPS) + slots[r].k] = tap.near ? uint32_t(tap.y * w.pitch + tap.x) * cell_bytes : nowhere;
+    work_out_dots<T, TAPS>(p, w, o, batch, slots, far, taps, [&](const TapSlot<T>& slot, const WindowTap& tap) {
+      places[slot.of * odd(TAPS) + slot.k] = tap.near ? uint32_t(tap.y * w.pitch + tap.x) * cell_bytes : nowhere;
     });
     __syncwarp();
 
@@ -246,11 +256,7 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
     }
     uint32_t far[kSlotRounds];
     DotTap taps[kSlotRounds];
-#pragma unroll
-    for (int r = 0; r < kSlotRounds; ++r) taps[r].pixel = kNoPixel;
-    work_out_slots<T, TAPS, false>(p, w, o, batch, slots, far, [&](int r, const TilePixel& pixel, const WindowTap& tap) {
-      taps[r] = dot_tap(p, o, pixel, tap);
-      const TapSlot<T>& slot = slots[r];
+    work_out_dots<T, TAPS>(p, w, o, batch, slots, far, taps, [&](const TapSlot<T>& slot, const WindowTap& tap) {
       const int block = slot.k / 2,
                 at = TAPS == 9 && slot.k == 8 ? kNinthPlace : slot.k % 2 * kBlocks + block % 2 * 2 + block / 2;
       places[slot.of * kPlaceWords + at] = tap.near ? uint32_t(tap.y) * pitch_bytes + uint32_t(tap.x) * cell_bytes : nowhere;

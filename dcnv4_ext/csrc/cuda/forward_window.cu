@@ -8,8 +8,7 @@
 namespace dcnv4 {
 namespace {
 
-constexpr int kBatch = 8;             // pixels whose taps a warp works out at once
-constexpr int kQuad = 4;              // threads of each: q works out taps q and q + 4
+constexpr int kQuad = 4;              // threads of a batch's pixel: q works out taps q and q + 4
 constexpr int kRow = odd(2 * kQuad);  // of a pixel's taps in memory
 constexpr int kNinths = 3;            // batches of a warp whose ninth taps are worked out at once: a fourth's room is a block's
 constexpr int kEights = kBatch * kRow;  // where those begin

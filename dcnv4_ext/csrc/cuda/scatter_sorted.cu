@@ -123,12 +123,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
   const int run_length = (cells + int(blockDim.x)) / int(blockDim.x), first = int(threadIdx.x) * run_length;
   int own = 0;
   for (int i = first; i < min(first + run_length, cells); ++i) own += starts[i];
-  int before = own;
-#pragma unroll
-  for (int d = 1; d < kWarp; d *= 2) {
-    const int other = __shfl_sync(0xffffffffu, before, (lane - d) & 31);
-    if (lane >= d) before += other;
-  }
+  int before = sum_of_lanes(own);
   if (lane == kWarp - 1) counts[warp] = before;
   before -= own;
   __syncthreads();
@@ -145,15 +140,10 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
   // Where the cells of each length begin in the order, the longest first; behind them how many there are.
   if (warp == 0) {
     constexpr int each = kLengths / kWarp;
-    int of[each], above = 0;
+    int of[each], mine = 0;
 #pragma unroll
-    for (int i = 0; i < each; ++i) above += of[i] = lengths[kLengths - 1 - (lane * each + i)];
-    const int mine = above;
-#pragma unroll
-    for (int d = 1; d < kWarp; d *= 2) {
-      const int other = __shfl_sync(0xffffffffu, above, (lane - d) & 31);
-      if (lane >= d) above += other;
-    }
+    for (int i = 0; i < each; ++i) mine += of[i] = lengths[kLengths - 1 - (lane * each + i)];
+    int above = sum_of_lanes(mine);
     if (lane == kWarp - 1) lengths[kLengths] = above;
     above -= mine;
 #pragma unroll

@@ -15,7 +15,7 @@
 namespace dcnv4 {
 
 constexpr int kCorners = 4;                                 // of a tap
-constexpr int kBatch = 8;                                   // pixels whose taps a warp works out at once, at most
+constexpr int kBatch = 8;                                   // pixels whose taps a warp works out at once
 constexpr int kMostWindowThreads = 512, kWindowBlocks = 2;  // of a block; blocks of so many that have the registers they need
 constexpr int kSlots = 64;                                  // taps that backward's warps work out at once: of 7 or 8 pixels
 constexpr int kAround = 1;                                  // cells of zeros on each side of the map
@@ -401,6 +401,17 @@ DCNV4_DEVICE void work_out_slots(const dcnv4_problem& p, const Window& w, const 
 template <int TAPS>
 DCNV4_DEVICE uint32_t far_slots(const uint32_t (&far)[kSlotRounds], int of) {
   return uint32_t((uint64_t(far[1]) << 32 | far[0]) >> (of * TAPS)) & ((1u << TAPS) - 1);
+}
+
+// The sum of `value` over this lane and those before it.
+DCNV4_DEVICE int sum_of_lanes(int value) {
+  const int lane = int(threadIdx.x % kWarp);
+#pragma unroll
+  for (int d = 1; d < kWarp; d *= 2) {
+    const int other = __shfl_sync(0xffffffffu, value, (lane - d) & 31);
+    if (lane >= d) value += other;
+  }
+  return value;
 }
 
 // How kernels whose threads hold 16 bytes each cut a group's channels: slices of `bytes`, of 128, 64 or 32; 0 where D does not
