@@ -16,8 +16,13 @@ MOST_POINTS = 2**20  # of a kernel, as in csrc/check.h
 
 def pair(name: str, value: Pair, least: int) -> tuple[int, int]:
     """`value` as (height, width); both from `least` to `MOST`."""
-    if type(value) is int and least <= value <= MOST:  # the common case, cheaply: this runs in every call
+    # The common cases, cheaply: this runs in every call.
+    if type(value) is int and least <= value <= MOST:
         return value, value
+    if type(value) is tuple and len(value) == 2:
+        h, w = value
+        if type(h) is type(w) is int and least <= h <= MOST and least <= w <= MOST:
+            return value
     both = (
         (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
     )

@@ -114,6 +114,11 @@ def cuda() -> ctypes.CDLL:
     return library
 
 
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in _DTYPE_CODES:
+        raise TypeError(f"{name} is {dtype}; use float32, float64, bfloat16 or float16")
+
+
 def extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> int:
     """Bytes from the first to the last element of a tensor, both included; 0 for an empty one."""
     if 0 in shape:
@@ -122,33 +127,34 @@ def extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> i
 
 
 def pixel_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Elements between neighbouring pixels of a tensor with uniform rows (see `rows`). The stride of a dimension of size 1 is
+    """Elements between neighbouring pixels of a tensor with uniform rows (see `has_rows`). The stride of a dimension of size 1 is
     whatever the tensor's history left there, also in what torch calls contiguous."""
     return next((strides[axis] for axis in (2, 1, 0) if shape[axis] > 1), shape[3])
 
 
 def check_memory(name: str, tensor: Tensor, size: int) -> None:
     """`tensor` has `size` bytes behind its first element. With a storage that was freed or cut (`resize_`) it has not."""
-    held = tensor.untyped_storage().nbytes()
-    if held < size or held < size + tensor.storage_offset() * tensor.itemsize:
+    held, offset = tensor.untyped_storage().nbytes(), tensor.storage_offset()
+    if held < size or (offset and held < size + offset * tensor.itemsize):
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)} but a storage of {held} bytes; it was freed or resized"
         )
 
 
-def rows(tensor: Tensor, name: str = "value") -> Tensor:
-    """`tensor` itself where its pixels stand a constant number of elements apart (a slice of a wider Linear's output does),
-    else a contiguous copy."""
+def has_rows(tensor: Tensor) -> bool:
+    """Whether the pixels of an (N, H, W, C) tensor stand a constant number of elements apart (in a slice of a wider Linear's output
+    they do), each with its channels side by side."""
     if tensor.is_contiguous():
-        return tensor
-    if tensor.dim() == 4:
-        _, h, w, c = tensor.shape
-        by_image, by_row, by_pixel, by_channel = tensor.stride()
-        if by_channel == 1 and by_pixel >= c and by_row == w * by_pixel and by_image == h * by_row:
-            return tensor
-    # torch's copy reads a freed storage without asking, and the process ends.
-    check_memory(name, tensor, extent(tensor.shape, tensor.stride(), tensor.itemsize))
-    return tensor.contiguous()
+        return True
+    _, h, w, c = tensor.shape
+    by_image, by_row, by_pixel, by_channel = tensor.stride()
+    return by_channel == 1 and by_pixel >= c and by_row == w * by_pixel and by_image == h * by_row
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """`tensor` itself where it has uniform rows, else a contiguous copy. Its memory must have been checked: torch's copy reads a
+    freed storage without asking, and the process ends."""
+    return tensor if has_rows(tensor) else tensor.contiguous()
 
 
 def problem(
@@ -157,8 +163,6 @@ def problem(
     value_stride: int, offset_mask_stride: int, output_stride: int, deterministic: bool, threads: int, device: int,
 ) -> Problem:  # fmt: skip
     """The struct of a checked call. Gradients are written to contiguous tensors."""
-    if dtype not in _DTYPE_CODES:
-        raise TypeError(f"value is {dtype}; use float32, float64, bfloat16 or float16")
     n, h, w, c = value_shape
     return Problem(
         abi_version=ABI_VERSION, dtype=_DTYPE_CODES[dtype], N=n, H=h, W=w, G=groups, D=c // groups,
@@ -199,10 +203,6 @@ def _raise(status: int, problem: Problem, library: ctypes.CDLL) -> None:
     raise RuntimeError(f"dcnv4: unknown status {status} ({sizes})")
 
 
-def _stream(device: torch.device) -> int:
-    return torch._C._cuda_getCurrentRawStream(device.index)
-
-
 @contextlib.contextmanager
 def forced_isa(name: str):
     """Run the CPU kernels of one instruction set ("avx512", "avx2", "portable") within the context; for tests and benchmarks."""
@@ -217,7 +217,7 @@ def forced_isa(name: str):
 
 
 def forward(problem: Problem, value: Tensor, offset_mask: Tensor, output: Tensor) -> None:
-    """Fill `output`; the tensors have uniform rows, see `rows`."""
+    """Fill `output`; the tensors have uniform rows, see `has_rows`."""
     if value.is_cpu:
         library = cpu()
         status = library.dcnv4_cpu_forward(
@@ -225,8 +225,9 @@ def forward(problem: Problem, value: Tensor, offset_mask: Tensor, output: Tensor
         )
     else:
         library = cuda()
+        stream = torch._C._cuda_getCurrentRawStream(problem.device)
         status = library.dcnv4_cuda_forward(
-            problem, value.data_ptr(), offset_mask.data_ptr(), output.data_ptr(), _stream(value.device)
+            problem, value.data_ptr(), offset_mask.data_ptr(), output.data_ptr(), stream
         )
     if status != _OK:
         _raise(status, problem, library)
@@ -259,7 +260,10 @@ def backward(
         if size < 0:
             _raise(-size, problem, library)
         # From torch's caching allocator, so that CUDA graphs own it too.
-        workspace = torch.empty(size, dtype=torch.uint8, device=value.device)
-        status = library.dcnv4_cuda_backward(problem, *pointers, workspace.data_ptr(), _stream(value.device))
+        workspace = value.new_empty(size, dtype=torch.uint8) if size else None
+        stream = torch._C._cuda_getCurrentRawStream(problem.device)
+        status = library.dcnv4_cuda_backward(
+            problem, *pointers, workspace.data_ptr() if size else None, stream
+        )
     if status != _OK:
         _raise(status, problem, library)

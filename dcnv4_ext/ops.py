@@ -1,6 +1,7 @@
 """The operator in torch: schemas, shapes, gradients, autocast.
 
 Path of a call: functional.dcnv4 (checks) -> ops (this file: torch.ops.dcnv4_ext.forward) -> native (pointers) -> csrc.
+Where nobody but autograd would see the operator go by, `direct` takes the place of torch.ops.dcnv4_ext.forward.
 
 AOTInductor packages hold a call of torch.ops.dcnv4_ext.forward. The kernels behind it are registered from Python, so a package
 loads in Python processes that import dcnv4_ext, and not in a C++ program without Python ("Could not find schema").
@@ -10,13 +11,13 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from functools import lru_cache
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 
 from . import native
 from .geometry import MOST, Geometry
@@ -102,64 +103,61 @@ def _check_needed(needed: list[bool]) -> None:
         raise ValueError(f"needed must be two bools, for value and offset_mask; got {needed}")
 
 
-class _Description(NamedTuple):
-    """What a call needs to know of a tensor, hashable."""
-
-    shape: torch.Size
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def bytes(self) -> int:
-        return native.extent(self.shape, self.strides, self.dtype.itemsize)
-
-    def pixel_stride(self) -> int:
-        return native.pixel_stride(self.shape, self.strides)
-
-
 class _Call(NamedTuple):
-    """A checked call: what the kernel is told, the shape of the output, and the bytes that each input must have behind it."""
+    """A checked call: what the kernel is told, the shape of the output, the bytes that each input must have behind it, and
+    whether an input must be copied first, because its pixels do not stand a constant number of elements apart."""
 
     problem: native.Problem
     output_shape: tuple[int, int, int, int]
     bytes: tuple[int, ...]
+    scattered: bool
 
 
-# Calls repeat: a network makes the same few over and over. Checks and the struct are paid for once. Tensors come as the fields of
-# a _Description: a plain tuple is made in half the time.
-@lru_cache(maxsize=4096)
-def _call(
-    value, offset_mask, grad_output, kernel_size, stride, padding, dilation, groups, scale, remove_center, softmax,
-    deterministic, threads,
-) -> _Call:  # fmt: skip
-    value, offset_mask = _Description(*value), _Description(*offset_mask)
+# Calls repeat: a network makes the same few over and over. Checks and the struct are paid for once. A dict that forgets all when
+# it is full costs less to ask than lru_cache, and a new call is checked with its tensors at hand.
+_calls: dict[tuple, _Call] = {}
+_MOST_CALLS = 4096
+# Bound here, as others below, because every call asks them.
+_deterministic, _threads = torch._C._get_deterministic_algorithms, torch.get_num_threads
+
+
+def _check(value, offset_mask, grad_output, settings, deterministic: bool, threads: int) -> _Call:
+    kernel_size, stride, padding, dilation, groups, scale, remove_center, softmax = settings
+    native.check_dtype("value", value.dtype)
+    native.check_dtype("offset_mask", offset_mask.dtype)
     geometry = Geometry.of(kernel_size, stride, padding, dilation, remove_center)
     shape = output_shape(value, offset_mask, geometry, groups, scale)
-    sizes = [value.bytes(), offset_mask.bytes()]
-    output_stride = shape[3]
+    tensors = [value, offset_mask]
     if grad_output is not None:
-        grad_output = _Description(*grad_output)
         check_grad_output(grad_output, shape, value)
-        sizes.append(grad_output.bytes())
-        output_stride = grad_output.pixel_stride()
+        tensors.append(grad_output)
+    strides = [native.pixel_stride(tensor.shape, tensor.stride()) for tensor in tensors]
     problem = native.problem(
         geometry, groups, scale, softmax, value.dtype, value.shape, offset_mask.shape, shape,
-        value_stride=value.pixel_stride(), offset_mask_stride=offset_mask.pixel_stride(), output_stride=output_stride,
+        value_stride=strides[0], offset_mask_stride=strides[1],
+        output_stride=shape[3] if grad_output is None else strides[2],
         deterministic=deterministic, threads=threads, device=value.device.index or 0,
     )  # fmt: skip
-    return _Call(problem, shape, tuple(sizes))
+    sizes = [native.extent(tensor.shape, tensor.stride(), tensor.itemsize) for tensor in tensors]
+    return _Call(problem, shape, tuple(sizes), not all(map(native.has_rows, tensors)))
 
 
 def _prepare(value, offset_mask, grad_output, settings) -> _Call:
-    kernel_size, stride, padding, dilation, *others = settings
-    call = _call(
-        (value.shape, value.stride(), value.dtype, value.device),
-        (offset_mask.shape, offset_mask.stride(), offset_mask.dtype, offset_mask.device),
-        None if grad_output is None
-        else (grad_output.shape, grad_output.stride(), grad_output.dtype, grad_output.device),
-        tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), *others,
-        torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(),
+    """The checked call; there are no lists among the settings. Also checks the memory, which may go from under a tensor at any time."""
+    deterministic, threads = _deterministic(), _threads()
+    key = (
+        value.shape, value.stride(), value.dtype, value.device,
+        offset_mask.shape, offset_mask.stride(), offset_mask.dtype, offset_mask.device,
+        tuple(settings), deterministic, threads,
     )  # fmt: skip
+    if grad_output is not None:
+        key += (grad_output.shape, grad_output.stride(), grad_output.dtype, grad_output.device)
+    call = _calls.get(key)
+    if call is None:
+        call = _check(value, offset_mask, grad_output, settings, deterministic, threads)
+        if len(_calls) >= _MOST_CALLS:
+            _calls.clear()
+        _calls[key] = call
     native.check_memory("value", value, call.bytes[0])
     native.check_memory("offset_mask", offset_mask, call.bytes[1])
     if grad_output is not None:
@@ -167,29 +165,42 @@ def _prepare(value, offset_mask, grad_output, settings) -> _Call:
     return call
 
 
-def _forward_kernel(value, offset_mask, *settings):
-    value, offset_mask = native.rows(value), native.rows(offset_mask, "offset_mask")
-    call = _prepare(value, offset_mask, None, settings)
-    output = value.new_empty(*call.output_shape)
-    if call.output_shape[0] > 0:
-        native.forward(call.problem, value, offset_mask, output)
+def _forward(value, offset_mask, settings):
+    problem, shape, _, scattered = _prepare(value, offset_mask, None, settings)
+    if scattered:
+        return _forward(native.rows(value), native.rows(offset_mask), settings)
+    output = value.new_empty(*shape)
+    if shape[0] > 0:
+        native.forward(problem, value, offset_mask, output)
     return output
+
+
+def _backward(value, offset_mask, grad_output, settings, needed):
+    problem, shape, _, scattered = _prepare(value, offset_mask, grad_output, settings)
+    if scattered:
+        return _backward(*map(native.rows, (value, offset_mask, grad_output)), settings, needed)
+    grad_value = value.new_empty(*value.shape) if needed[0] else None
+    grad_offset_mask = offset_mask.new_empty(*offset_mask.shape) if needed[1] else None
+    if shape[0] > 0:
+        native.backward(problem, value, offset_mask, grad_output, grad_value, grad_offset_mask)
+    return grad_value, grad_offset_mask
+
+
+def _without_lists(settings) -> tuple:
+    """The settings as torch's dispatcher hands them over, so that they can be looked up."""
+    kernel_size, stride, padding, dilation, *others = settings
+    return tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), *others
+
+
+def _forward_kernel(value, offset_mask, *settings):
+    return _forward(value, offset_mask, _without_lists(settings))
 
 
 def _backward_kernel(value, offset_mask, grad_output, *settings):
     *settings, needed = settings
     _check_needed(needed)
-    value, offset_mask = native.rows(value), native.rows(offset_mask, "offset_mask")
-    grad_output = native.rows(grad_output, "grad_output")
-    call = _prepare(value, offset_mask, grad_output, settings)
-    grad_value = value.new_empty(*value.shape) if needed[0] else value.new_empty(0)
-    grad_offset_mask = offset_mask.new_empty(*offset_mask.shape) if needed[1] else offset_mask.new_empty(0)
-    if call.output_shape[0] > 0:
-        native.backward(
-            call.problem, value, offset_mask, grad_output,
-            grad_value if needed[0] else None, grad_offset_mask if needed[1] else None,
-        )  # fmt: skip
-    return grad_value, grad_offset_mask
+    gradients = _backward(value, offset_mask, grad_output, _without_lists(settings), needed)
+    return tuple(value.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 for _device in ("CPU", "CUDA"):
@@ -221,7 +232,7 @@ def _backward_shape(value, offset_mask, grad_output, *settings):
 
 
 forward = torch.ops.dcnv4_ext.forward.default
-_backward = torch.ops.dcnv4_ext.backward.default
+backward = torch.ops.dcnv4_ext.backward.default
 
 
 def _keys(*names: str) -> int:
@@ -233,23 +244,61 @@ def _keys(*names: str) -> int:
 
 
 # The state in which nothing stands between the Autograd key and the kernels: ordinary dense tensors, no mode, no transform, no
-# tracing. The dispatcher's second round, which would find just that, is then left out: it is a quarter of a small call.
+# tracing. The dispatcher's rounds, which would find just that, are then left out: they are more than half of a small call.
 _ORDINARY_STATE = _keys("BackendSelect", "ADInplaceOrView")
+_ORDINARY_CLASSES = frozenset((Tensor, torch.nn.Parameter))
 _ORDINARY_TENSORS = frozenset(
     _keys(device, "ADInplaceOrView", f"Autograd{device}", f"Autocast{device}") for device in ("CPU", "CUDA")
 )
+_AUTOGRAD = _keys("AutogradCPU") & ~_keys("CPU")  # whatever the device
+
+_QUESTIONS = (
+    "_dispatch_tls_local_include_set", "_dispatch_tls_local_exclude_set", "_dispatch_keys", "_is_any_autocast_enabled",
+    "_is_torch_function_mode_enabled", "_autograd._profiler_enabled",
+)  # fmt: skip
+try:
+    _included, _excluded, _keys_of, _autocast, _function_mode, _profiler_enabled = attrgetter(*_QUESTIONS)(
+        torch._C
+    )
+    _answers = hasattr(profiler, "_is_profiler_enabled")
+except AttributeError:  # another torch, which cannot be asked: every call goes by its dispatcher
+    _answers = False
 
 
 def _ordinary(*tensors: Tensor) -> bool:
-    if torch._C._dispatch_tls_local_include_set().raw_repr() != _ORDINARY_STATE:
+    if not _answers or _included().raw_repr() != _ORDINARY_STATE:
         return False
-    return all(torch._C._dispatch_keys(tensor).raw_repr() in _ORDINARY_TENSORS for tensor in tensors)
+    for tensor in tensors:
+        if type(tensor) not in _ORDINARY_CLASSES or _keys_of(tensor).raw_repr() not in _ORDINARY_TENSORS:
+            return False
+    # Profilers list what the dispatcher calls: one of this thread, or one of all threads. Whether an ExecutionTraceObserver runs
+    # without a profiler, nobody can tell.
+    return not (_profiler_enabled() or profiler._is_profiler_enabled)
+
+
+def unwatched(value, offset_mask) -> bool:
+    """Whether the dispatcher would find autograd and the kernels in a call's way and nothing else: `direct` does the same then."""
+    return (
+        _ordinary(value, offset_mask)
+        and not _autocast()
+        and not _function_mode()
+        and forward_ad._current_level < 0
+    )
+
+
+def direct(value, offset_mask, settings):
+    """What `forward` computes, for tensors that are `unwatched`."""
+    wanted = torch.is_grad_enabled() and (value.requires_grad or offset_mask.requires_grad)
+    # Within an operator that has its own gradients autograd is left out.
+    if wanted and not _excluded().raw_repr() & _AUTOGRAD:
+        return _Differentiable.apply(value, offset_mask, settings, _forward)
+    return _forward(value, offset_mask, settings)
 
 
 def _below_autograd(value, offset_mask, settings):
     with torch._C._AutoDispatchBelowAutograd():
         if _ordinary(value, offset_mask):
-            return _forward_kernel(value, offset_mask, *settings)
+            return _forward(value, offset_mask, settings)
         return forward(value, offset_mask, *settings)
 
 
@@ -286,15 +335,19 @@ def _refuse_tangents(*tensors: Tensor) -> None:
         _NoTangents.apply(*tensors)
 
 
+def _below_autograd_of_one_level(value, offset_mask, settings):
+    with _other_levels_differentiate():
+        return _below_autograd(value, offset_mask, settings)
+
+
 class _Differentiable(_Function):
+    """`run(value, offset_mask, settings)`, which knows nothing of gradients, with gradients."""
+
     @staticmethod
-    def forward(ctx, value, offset_mask, settings):
+    def forward(ctx, value, offset_mask, settings, run):
         ctx.settings = settings
         ctx.save_for_backward(value, offset_mask)
-        if not torch._C._are_functorch_transforms_active():
-            return _below_autograd(value, offset_mask, settings)
-        with _other_levels_differentiate():
-            return _below_autograd(value, offset_mask, settings)
+        return run(value, offset_mask, settings)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -302,9 +355,10 @@ class _Differentiable(_Function):
         needed = ctx.needs_input_grad[:2]
         # Only with create_graph=True does autograd run backward with gradients enabled.
         plain = not torch.is_grad_enabled() and forward_ad._current_level < 0
-        run = _backward_kernel if plain and _ordinary(value, offset_mask, grad_output) else _backward
-        grad_value, grad_offset_mask = run(value, offset_mask, grad_output, *ctx.settings, needed)
-        return grad_value if needed[0] else None, grad_offset_mask if needed[1] else None, None
+        if plain and _ordinary(value, offset_mask, grad_output):
+            return *_backward(value, offset_mask, grad_output, ctx.settings, needed), None, None
+        grad_value, grad_offset_mask = backward(value, offset_mask, grad_output, *ctx.settings, needed)
+        return grad_value if needed[0] else None, grad_offset_mask if needed[1] else None, None, None
 
 
 class _DifferentiableOnce(_Function):
@@ -313,7 +367,7 @@ class _DifferentiableOnce(_Function):
     @staticmethod
     def forward(ctx, value, offset_mask, grad_output, settings):
         with _other_levels_differentiate(), torch._C._AutoDispatchBelowAutograd():
-            return _backward(value, offset_mask, grad_output, *settings)
+            return backward(value, offset_mask, grad_output, *settings)
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -324,13 +378,14 @@ class _DifferentiableOnce(_Function):
 
 # A kernel under the Autograd key costs half of what torch.library.register_autograd does in a call with gradients.
 def _autograd_kernel(value, offset_mask, *settings):
+    settings = _without_lists(settings)
     if forward_ad._current_level >= 0:
         _refuse_tangents(value, offset_mask)
     if torch.is_grad_enabled() and (value.requires_grad or offset_mask.requires_grad):
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
-                return _Differentiable.apply(value, offset_mask, settings)
-        return _Differentiable.apply(value, offset_mask, settings)
+                return _Differentiable.apply(value, offset_mask, settings, _below_autograd_of_one_level)
+        return _Differentiable.apply(value, offset_mask, settings, _below_autograd)
     return _below_autograd(value, offset_mask, settings)
 
 
@@ -342,7 +397,7 @@ def _backward_autograd_kernel(value, offset_mask, grad_output, *settings):
         with enable_single_level_autograd_function():
             return _DifferentiableOnce.apply(*tensors, settings)
     with torch._C._AutoDispatchBelowAutograd():
-        return _backward(*tensors, *settings)
+        return backward(*tensors, *settings)
 
 
 _library.impl("forward", _autograd_kernel, "Autograd")
@@ -374,7 +429,7 @@ def _backward_vmap(info, dims, value, offset_mask, grad_output, *settings):
     size = info.batch_size
     tensors = {"value": value, "offset_mask": offset_mask, "grad_output": grad_output}
     folded = [_fold(*named, dim, size) for named, dim in zip(tensors.items(), dims, strict=False)]
-    gradients = _backward(*folded, *settings)
+    gradients = backward(*folded, *settings)
     # A gradient nobody needs is an empty tensor and has no batch to unfold.
     needed = settings[-1]
     unfolded = tuple(g.unflatten(0, (size, -1)) if n else g for g, n in zip(gradients, needed, strict=True))
