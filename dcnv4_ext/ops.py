@@ -179,8 +179,9 @@ def _backward(value, offset_mask, grad_output, settings, needed):
     problem, shape, _, scattered = _prepare(value, offset_mask, grad_output, settings)
     if scattered:
         return _backward(*map(native.rows, (value, offset_mask, grad_output)), settings, needed)
-    grad_value = value.new_empty(*value.shape) if needed[0] else None
-    grad_offset_mask = offset_mask.new_empty(*offset_mask.shape) if needed[1] else None
+    plain = torch.contiguous_format
+    grad_value = torch.empty_like(value, memory_format=plain) if needed[0] else None
+    grad_offset_mask = torch.empty_like(offset_mask, memory_format=plain) if needed[1] else None
     if shape[0] > 0:
         native.backward(problem, value, offset_mask, grad_output, grad_value, grad_offset_mask)
     return grad_value, grad_offset_mask

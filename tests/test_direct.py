@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.autograd.profiler_legacy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dcnv4_ext import DCNv4, dcnv4, dcnv4_reference, ops
+from dcnv4_ext import DCNv4, dcnv4, dcnv4_reference, native, ops
 
 FORWARD, BACKWARD = torch.ops.dcnv4_ext.forward.default, torch.ops.dcnv4_ext.backward.default
 
@@ -81,6 +82,22 @@ def test_both_roads_give_the_same(
     for direct, dispatched in zip(*results, strict=True):
         assert type(direct) is torch.Tensor
         assert torch.equal(direct, dispatched) and direct.stride() == dispatched.stride()
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or native.library_file("cuda") is None, reason="needs a GPU and its library"
+)
+def test_cuda_tensors_take_the_short_road(roads: list[str]) -> None:
+    value, offset_mask = inputs()
+    leaves = [tensor.detach().cuda().requires_grad_() for tensor in (value, offset_mask)]
+    output = dcnv4(*leaves, groups=2)
+    gradients = torch.autograd.grad(output.square().sum(), leaves)
+    assert roads == ["direct"]
+    on_cpu = [tensor.requires_grad_() for tensor in (value, offset_mask)]
+    want = dcnv4(*on_cpu, groups=2)
+    torch.testing.assert_close(output.cpu(), want, rtol=1e-4, atol=1e-5)
+    for got, expected in zip(gradients, torch.autograd.grad(want.square().sum(), on_cpu), strict=True):
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-3, atol=1e-4)
 
 
 class Labelled(torch.Tensor):
@@ -160,6 +177,7 @@ WATCHED = {
     "inference mode": torch.inference_mode,
     "profiler": torch.profiler.profile,
     "profiler of autograd": torch.autograd.profiler.profile,
+    "profiler of old": torch.autograd.profiler_legacy.profile,
     "profiler of all threads": profile_of_all_threads,
     "forward-mode level": torch.autograd.forward_ad.dual_level,
 }
