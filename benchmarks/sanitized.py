@@ -18,19 +18,19 @@ from dcnv4_ext import native
 from dcnv4_ext.geometry import Geometry
 
 # Bits of dcnv4_problem.reserved (csrc/cuda/launch.h), alone and together: 1 scalar, 2 general, 4 direct, 8 tiled, 16 no window,
-# 32 a window wherever one fits. A deterministic backward has two kernels, with vectors and without.
+# 32 a window wherever one fits, 64 windows fetched by threads. A deterministic backward has two kernels, with vectors and without.
 FORCED, FORCED_DETERMINISTIC = (0, 1, 2, 4, 6, 8, 16, 32), (0, 1)
 # (N, H, W, G, D): widths that vectors divide and that they do not.
 SHAPES = ((2, 7, 5, 2, 32), (1, 9, 11, 1, 40), (1, 5, 6, 3, 12), (1, 18, 17, 2, 16))
 # Windows by cells of 32, 64 and 128 bytes, whole maps and tiles of larger ones; as the shape chooses alone.
 WINDOWS = (
-    (1, 40, 6, 1, 32),
+    (1, 80, 6, 1, 32),
     (1, 6, 5, 1, 64),
-    (1, 40, 4, 1, 64),
+    (1, 80, 6, 1, 64),
     (1, 6, 5, 1, 16),
-    (1, 40, 5, 1, 16),
+    (1, 80, 6, 1, 16),
     (1, 6, 5, 1, 8),
-    (1, 40, 5, 1, 8),
+    (1, 80, 6, 1, 8),
 )
 # (kernel, stride, padding, dilation, remove_center)
 GEOMETRIES = (
@@ -49,6 +49,7 @@ class Problem(NamedTuple):
     softmax: bool
     deterministic: bool
     forced: tuple[int, ...]
+    in_step: bool = False  # rows of offset_mask with 16 bytes, which modules see to and boxes need
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """value, offset_mask, grad_output, on the CPU."""
@@ -56,7 +57,8 @@ class Problem(NamedTuple):
         ho, wo = self.geometry.output_size(h, w)
         generator = torch.Generator().manual_seed(h * w + d)
         value = torch.randn(n, h, w, g * d, generator=generator)
-        offset_mask = torch.randn(n, ho, wo, 3 * g * self.geometry.taps + 1, generator=generator)
+        used = 3 * g * self.geometry.taps
+        offset_mask = torch.randn(n, ho, wo, used + (-used % 8 if self.in_step else 1), generator=generator)
         offset_mask *= 3
         offset_mask.view(-1)[::101] = float("nan")
         grad_output = torch.randn(n, ho, wo, g * d, generator=generator)
@@ -68,7 +70,7 @@ def problems() -> Iterator[Problem]:
         for deterministic, forced in ((False, FORCED), (True, FORCED_DETERMINISTIC)):
             yield Problem(shape, Geometry.of(*settings), dtype, index % 3 == 0, deterministic, forced)
     for shape, settings, dtype in itertools.product(WINDOWS + SHAPES[:1], GEOMETRIES[:2], DTYPES[:3]):
-        yield Problem(shape, Geometry.of(*settings), dtype, False, False, (0,))
+        yield Problem(shape, Geometry.of(*settings), dtype, False, False, (0, 64), in_step=True)
 
 
 ordinary = native.forward, native.backward

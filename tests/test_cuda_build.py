@@ -106,17 +106,25 @@ WIDTHS = {"float": 4, "bf16": 8, "f16": 8}
 FAST = {
     "forward": [("sample", t, n, k) for t, n in WIDTHS.items() for k in (8, 9)],
     "forward_window": [
-        ("sample_window", t, *shape, k)
+        ("sample_window", t, *shape, k, runs)
         for t in WIDTHS
         for shape in ((2, 2), (4, 1), *([(8, 1)] if t == "float" else []))
         for k in (8, 9)
+        for runs in (0, 1)
     ],
     "backward": [
         ("differentiate", t, n, k, scatter) for t, n in WIDTHS.items() for scatter in (0, 1) for k in (8, 9)
     ]
     + [("round_sums", t, 8) for t in ("bf16", "f16")],
-    "backward_window": [("dot_window", "float", units, k) for units in (4, 8) for k in (8, 9)]
-    + [("dot_matrix", t, halves, k) for t in ("bf16", "f16") for halves in (1, 2) for k in (8, 9)],
+    "backward_window": [
+        (*kernel, k, runs)
+        for kernel in (
+            *(("dot_window", "float", units) for units in (4, 8)),
+            *(("dot_matrix", t, halves) for t in ("bf16", "f16") for halves in (1, 2)),
+        )
+        for k in (8, 9)
+        for runs in (0, 1)
+    ],
     "scatter_sorted": [
         ("gather_sorted", t, units, k, whole)
         for t in WIDTHS
@@ -138,8 +146,16 @@ def test_fast_kernels_keep_everything_in_registers(kernels, source, architecture
         if kernel[0] == "dot_matrix" and architecture < 80:
             continue  # there are no matrix units for it, and it is not launched
         usage = made.usage[kernel]
-        assert usage["stack"] == usage["stores"] == usage["loads"] == 0, (kernel, usage)
+        assert usage["stores"] == usage["loads"] == 0, (kernel, usage)
+        assert usage["stack"] == 0 or _stores_for_boxes(kernel, architecture), (kernel, usage)
         assert usage["registers"] <= MOST_REGISTERS.get(kernel[0], OTHERWISE), (kernel, usage)
+
+
+def _stores_for_boxes(kernel: tuple, architecture: int) -> bool:
+    """For sm_120 ptxas writes zeros to local memory, which nothing reads, before each box that it has fetched: once a block."""
+    return (
+        architecture == 120 and kernel[0] in ("sample_window", "dot_window", "dot_matrix") and kernel[-1] == 1
+    )
 
 
 def _wide_loads(kernel: tuple) -> int:
@@ -185,7 +201,8 @@ def test_windows_are_read_16_bytes_at_a_time(kernels, architecture):
             if kernel[0] == "dot_matrix" and architecture < 80:
                 continue  # not launched there
             count = {
-                name: sum(op.startswith(name) for op in operations) for name in ("LDSM", "LDGSTS", "HMMA")
+                name: sum(op.startswith(name) for op in operations)
+                for name in ("LDSM", "LDGSTS", "UTMALDG", "HMMA")
             }
             wide = sum(op.startswith("LDS") and ".128" in op for op in operations)
             if kernel[0] == "dot_matrix":
@@ -193,8 +210,12 @@ def test_windows_are_read_16_bytes_at_a_time(kernels, architecture):
             else:
                 # Of one tap at least, where the loop is not unrolled; a thread may have two corners and their weights.
                 assert wide >= 3, (kernel, wide)
-            assert architecture < 80 or count["LDGSTS"] > 0, (kernel, count)
-            assert not any(op.startswith(("LDL", "STL")) for op in operations), kernel
+            boxes = kernel[-1] == 1 and architecture >= 90  # before, a kernel with runs is not launched
+            assert count["UTMALDG"] == (2 if boxes else 0), (kernel, count)
+            assert architecture < 80 or kernel[-1] == 1 or count["LDGSTS"] > 0, (kernel, count)
+            local = [op for op in operations if op.startswith(("LDL", "STL"))]
+            most = 2 if _stores_for_boxes(kernel, architecture) else 0
+            assert len(local) <= most and not any(op.startswith("LDL") for op in local), kernel
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

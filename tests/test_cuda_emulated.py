@@ -37,10 +37,12 @@ BACKWARD = {
     "general": {"force": ("general", "direct")},
     "no window": {"force": ("no_window",)},
     "window": {"force": ("window",)},
+    "threads": {"force": ("threads",)},
 }
 LARGE = 0  # multiprocessors of a device for which every problem is a large one
 FORWARD = {
     "auto": (), "scalar": ("scalar",), "general": ("general",), "no window": ("no_window",), "window": ("window",),
+    "threads": ("threads",),
 }  # fmt: skip
 
 
@@ -164,7 +166,13 @@ def test_windows_smaller_than_the_map(emulation, dtype, depth, offsets):
         ((9, 40), Operator(2, stride=(1, 2), dilation=(2, 1), remove_center=True)),
     ):
         case = case_of(
-            op, 2 if size[0] < 20 else 1, size, depth, dtype=dtype, padding_channels=3, offsets=offsets
+            op,
+            2 if size[0] < 20 else 1,
+            size,
+            depth,
+            dtype=dtype,
+            padding_channels=-3 * op.groups * op.taps % 8,
+            offsets=offsets,
         )
         tensors = tensors_of(case)
         expected = reference(op, tensors)
@@ -182,7 +190,11 @@ def test_every_kernel_runs(emulation):
             for kernel, remove_center in (((3, 3), False), ((3, 3), True), ((2, 3), False)):
                 for depth in (5, WIDTHS.get(NAMES[dtype], 2), 8, 16, 32, 64):
                     op = Operator(1, kernel_size=kernel, remove_center=remove_center, softmax=depth == 5)
-                    assert_all(emulation, case_of(op, 1, (3, 4), depth, dtype=dtype, padding_channels=3))
+                    # Runs come as boxes where rows of offset_mask lie in step with 16 bytes.
+                    padding = -3 * op.taps % 8
+                    assert_all(
+                        emulation, case_of(op, 1, (3, 4), depth, dtype=dtype, padding_channels=padding)
+                    )
                     if depth >= 8 and kernel == (3, 3):  # tiles of a larger map
                         case = case_of(op, 1, (1, 80), depth, dtype=dtype)
                         tensors = tensors_of(case)

@@ -39,16 +39,22 @@ DCNV4_DEVICE DotTap dot_tap(const dcnv4_problem& p, const WindowOrigin& o, const
 }
 
 // Works out the taps of a batch, and what is left of them: place(slot, tap) says where their corners lie.
-template <class T, int TAPS, class Place>
+template <class T, int TAPS, bool RUNS, class Place>
 DCNV4_DEVICE void work_out_dots(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, int batch,
-                                const TapSlot<T> (&slots)[kSlotRounds], uint32_t (&far)[kSlotRounds],
-                                DotTap (&taps)[kSlotRounds], Place place) {
+                                const TileTaps<T, TAPS, RUNS>& tile, const TapSlot<T> (&slots)[kSlotRounds],
+                                uint32_t (&far)[kSlotRounds], DotTap (&taps)[kSlotRounds], Place place) {
 #pragma unroll
   for (int r = 0; r < kSlotRounds; ++r) taps[r].pixel = kNoPixel;
-  work_out_slots<T, TAPS, false>(p, w, o, batch, slots, far, [&](int r, const TilePixel& pixel, const WindowTap& tap) {
-    taps[r] = dot_tap(p, o, pixel, tap);
-    place(slots[r], tap);
-  });
+  work_out_slots<TAPS>(
+      p, w, o, batch, slots, far,
+      [&](int r, int index, const TilePixel& pixel) {
+        const int k = slots[r].k;
+        return tile.template tap<false, false>(p, w, o, min(index, w.pixels - 1), pixel, k, w.grid_x[k], w.grid_y[k]);
+      },
+      [&](int r, const TilePixel& pixel, const WindowTap& tap) {
+        taps[r] = dot_tap(p, o, pixel, tap);
+        place(slots[r], tap);
+      });
 }
 
 // The gradients of a batch's taps from the dot products at `dots`, by the threads that worked the taps out.
@@ -115,9 +121,10 @@ constexpr DCNV4_HD int64_t thread_bytes() {
   return (kSlots / TAPS * (dots_length<TAPS>() + odd(TAPS)) * 4 + 15) / 16 * 16;
 }
 
-template <class T, int UNITS, int TAPS>
+template <class T, int UNITS, int TAPS, bool RUNS>
 __global__ void __launch_bounds__(kMostDotThreads, 2)
-    dot_window(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w, const T* __restrict__ value,
+    dot_window(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w,
+               const __grid_constant__ BulkMap value_map, const __grid_constant__ BulkMap mask_map, const T* __restrict__ value,
                const T* __restrict__ offset_mask, const T* __restrict__ grad_output, T* __restrict__ grad_offset_mask) {
   constexpr int N = 16 / int(sizeof(T)), items = kWarp / UNITS, cell_bytes = UNITS * 16;
   constexpr int pixels = kSlots / TAPS;
@@ -129,24 +136,25 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
   const T* gradients = image_of(grad_output, o, w.output_image) + channel;
   T* image = grad_offset_mask + first_output * p.grad_offset_mask_stride;
 
-  char* window = dynamic_shared();
+  char* window = window_of<T, TAPS, RUNS>(w);
   const uint32_t pitch_bytes = uint32_t(w.pitch) * cell_bytes, nowhere = pitch_bytes * uint32_t(w.height);
-  float* dots = reinterpret_cast<float*>(window + nowhere + pitch_bytes + 2 * cell_bytes + warp * thread_bytes<TAPS>());
+  char* barrier = window + nowhere + pitch_bytes + 2 * cell_bytes;
+  float* dots = reinterpret_cast<float*>(barrier + kBarrierBytes + warp * thread_bytes<TAPS>());
   uint32_t* places = reinterpret_cast<uint32_t*>(dots + pixels * dots_length<TAPS>());
-  fetch_window<UNITS>(p, w, o, map, window);
+  const TileTaps<T, TAPS, RUNS> tile(w, o, offset_mask);
+  start_window<UNITS>(p, w, o, tile, value_map, mask_map, map, channel * int(sizeof(T)), window, barrier);
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
   TapSlot<T> slots[kSlotRounds];
 #pragma unroll
   for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<T, TAPS>(w, o, offset_mask, r * kWarp + lane);
-  copy_async_wait();
-  __syncthreads();
+  wait_for_window<RUNS>(barrier);
 
   const int item = lane / UNITS, unit = lane % UNITS;
   const char* cells = window + unit * 16;
   for (int batch = warp; batch * pixels < w.pixels; batch += warps) {
     uint32_t far[kSlotRounds];
     DotTap taps[kSlotRounds];
-    work_out_dots<T, TAPS>(p, w, o, batch, slots, far, taps, [&](const TapSlot<T>& slot, const WindowTap& tap) {
+    work_out_dots<T, TAPS>(p, w, o, batch, tile, slots, far, taps, [&](const TapSlot<T>& slot, const WindowTap& tap) {
       places[slot.of * odd(TAPS) + slot.k] = tap.near ? uint32_t(tap.y * w.pitch + tap.x) * cell_bytes : nowhere;
     });
     __syncwarp();
@@ -206,9 +214,10 @@ constexpr DCNV4_HD int64_t matrix_bytes() {
 }
 
 // HALVES of 64 bytes a cell.
-template <class T, int HALVES, int TAPS>
+template <class T, int HALVES, int TAPS, bool RUNS>
 __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotThreads, 2)
-    dot_matrix(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w, const T* __restrict__ value,
+    dot_matrix(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w,
+               const __grid_constant__ BulkMap value_map, const __grid_constant__ BulkMap mask_map, const T* __restrict__ value,
                const T* __restrict__ offset_mask, const T* __restrict__ grad_output, T* __restrict__ grad_offset_mask) {
   constexpr int pieces = 4 * HALVES, cell_bytes = 64 * HALVES;
   constexpr int pixels = kSlots / TAPS;
@@ -222,18 +231,19 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
   const T* gradients = image_of(grad_output, o, w.output_image) + channel;
   T* image = grad_offset_mask + first_output * p.grad_offset_mask_stride;
 
-  char* window = dynamic_shared();
+  char* window = window_of<T, TAPS, RUNS>(w);
   const uint32_t pitch_bytes = uint32_t(w.pitch) * cell_bytes, nowhere = pitch_bytes * uint32_t(w.height);
-  char* gradient_rows = window + nowhere + pitch_bytes + 2 * cell_bytes + warp * matrix_bytes<HALVES, TAPS>();
+  char* barrier = window + nowhere + pitch_bytes + 2 * cell_bytes;
+  char* gradient_rows = barrier + kBarrierBytes + warp * matrix_bytes<HALVES, TAPS>();
   float* dots = reinterpret_cast<float*>(gradient_rows + pixels * cell_bytes);
   uint32_t* places = reinterpret_cast<uint32_t*>(dots + pixels * dots_length<TAPS>());
-  fetch_window<pieces>(p, w, o, map, window);
+  const TileTaps<T, TAPS, RUNS> tile(w, o, offset_mask);
+  start_window<pieces>(p, w, o, tile, value_map, mask_map, map, channel * int(sizeof(T)), window, barrier);
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
   TapSlot<T> slots[kSlotRounds];
 #pragma unroll
   for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<T, TAPS>(w, o, offset_mask, r * kWarp + lane);
-  copy_async_wait();
-  __syncthreads();
+  wait_for_window<RUNS>(barrier);
 
   // As a row of A: matrices 0 and 1 of a load are of an even and the next odd block at one piece of the channels, 2 and 3 at
   // the next piece. A row begins `turn` pieces on.
@@ -256,7 +266,7 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
     }
     uint32_t far[kSlotRounds];
     DotTap taps[kSlotRounds];
-    work_out_dots<T, TAPS>(p, w, o, batch, slots, far, taps, [&](const TapSlot<T>& slot, const WindowTap& tap) {
+    work_out_dots<T, TAPS>(p, w, o, batch, tile, slots, far, taps, [&](const TapSlot<T>& slot, const WindowTap& tap) {
       const int block = slot.k / 2,
                 at = TAPS == 9 && slot.k == 8 ? kNinthPlace : slot.k % 2 * kBlocks + block % 2 * 2 + block / 2;
       places[slot.of * kPlaceWords + at] = tap.near ? uint32_t(tap.y) * pitch_bytes + uint32_t(tap.x) * cell_bytes : nowhere;
@@ -315,34 +325,52 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
 }
 
 template <class T>
-int32_t start(const BackwardCall& call, void (*kernel)(dcnv4_problem, Window, const T*, const T*, const T*, T*), int64_t cell,
-              int64_t warp, int64_t most_threads = kMostDotThreads) {
+using DotKernel = void (*)(dcnv4_problem, Window, BulkMap, BulkMap, const T*, const T*, const T*, T*);
+
+template <class T, int TAPS, bool RUNS>
+int32_t start(const BackwardCall& call, DotKernel<T> kernel, int64_t cell, int64_t warp, int64_t most_threads) {
   const dcnv4_problem& p = call.p;
-  WindowBytes bytes{cell, 0, warp, 2 * cell, 1, kWarp * 16 / cell};
+  WindowBytes bytes{cell, RUNS ? kRunBytes<T, TAPS> : 0, warp, window_fixed<RUNS>(cell), 1, kWarp * 16 / cell};
   bytes.most_threads = most_threads;
   bytes.blocks = 2;
-  bytes.whole = sizeof(T) == 4;  // as forward does
+  bytes.whole = sizeof(T) == 4 && !RUNS ? INT32_MAX : 0;  // as forward does
+  bytes.batch = kSlots / TAPS;
+  bytes.cost = sizeof(T) == 2 ? WindowCost{5.8, 0.052, 0.0039, 0.5} : WindowCost{45, 0.047, 0.034, 0};
   const Window w = plan_window(p, 1, bytes);
-  // With cells of 128 bytes by threads, fewer than three blocks a multiprocessor are slower than none.
+  // Whole maps with cells of 128 bytes by threads: fewer than three blocks a multiprocessor are slower than none.
   if (w.blocks == 0 || (bytes.whole && 3 * (w.shared + 1024) > shared_total(p.device))) return DCNV4_NO_KERNEL;
-  return launch(kernel, w.blocks, w.threads, w.shared, call.stream, p, w, static_cast<const T*>(call.value),
-                static_cast<const T*>(call.offset_mask), static_cast<const T*>(call.grad_output),
-                static_cast<T*>(call.grad_offset_mask));
+  BulkMap value_map{}, mask_map{};
+  if (RUNS && !make_maps<T, TAPS>(p, w, call.value, cell, call.offset_mask, value_map, mask_map)) return DCNV4_NO_KERNEL;
+  return launch(kernel, w.blocks, w.threads, w.shared, call.stream, p, w, value_map, mask_map,
+                static_cast<const T*>(call.value), static_cast<const T*>(call.offset_mask),
+                static_cast<const T*>(call.grad_output), static_cast<T*>(call.grad_offset_mask));
 }
 
-template <class T, int TAPS>
-int32_t run_taps(const BackwardCall& call) {
+template <class T, int TAPS, bool RUNS>
+int32_t run_cells(const BackwardCall& call) {
   const int64_t bytes = call.p.D * int64_t(sizeof(T));
   if constexpr (sizeof(T) == 2) {
     // Before sm_80 threads would have to do what matrix units do.
     if (attribute(cudaDevAttrComputeCapabilityMajor, call.p.device, 0) < 8) return DCNV4_NO_KERNEL;
-    if (bytes == 128) return start<T>(call, dot_matrix<T, 2, TAPS>, 128, matrix_bytes<2, TAPS>(), kMostWideDotThreads);
-    if (bytes == 64) return start<T>(call, dot_matrix<T, 1, TAPS>, 64, matrix_bytes<1, TAPS>());
+    if (bytes == 128)
+      return start<T, TAPS, RUNS>(call, dot_matrix<T, 2, TAPS, RUNS>, 128, matrix_bytes<2, TAPS>(), kMostWideDotThreads);
+    if (bytes == 64)
+      return start<T, TAPS, RUNS>(call, dot_matrix<T, 1, TAPS, RUNS>, 64, matrix_bytes<1, TAPS>(), kMostDotThreads);
   } else {
-    if (bytes == 128) return start<T>(call, dot_window<T, 8, TAPS>, 128, thread_bytes<TAPS>());
-    if (bytes == 64) return start<T>(call, dot_window<T, 4, TAPS>, 64, thread_bytes<TAPS>());
+    if (bytes == 128)
+      return start<T, TAPS, RUNS>(call, dot_window<T, 8, TAPS, RUNS>, 128, thread_bytes<TAPS>(), kMostDotThreads);
+    if (bytes == 64) return start<T, TAPS, RUNS>(call, dot_window<T, 4, TAPS, RUNS>, 64, thread_bytes<TAPS>(), kMostDotThreads);
   }
   return DCNV4_NO_KERNEL;
+}
+
+template <class T, int TAPS>
+int32_t run_taps(const BackwardCall& call) {
+  if (can_have_runs(call.p, call.offset_mask)) {
+    const int32_t status = run_cells<T, TAPS, true>(call);
+    if (status != DCNV4_NO_KERNEL) return status;
+  }
+  return run_cells<T, TAPS, false>(call);
 }
 
 template <class T>

@@ -10,7 +10,10 @@ namespace {
 
 constexpr int kQuad = 4;              // threads of a batch's pixel: q works out taps q and q + 4
 constexpr int kRow = odd(2 * kQuad);  // of a pixel's taps in memory
-constexpr int kNinths = 3;            // batches of a warp whose ninth taps are worked out at once: a fourth's room is a block's
+// Taps of odd pixels begin elsewhere in their row: written by eight threads at once, those of two pixels then touch every bank
+// once.
+DCNV4_DEVICE int turn_of(int pixel) { return pixel % 2 * 3; }
+constexpr int kNinths = 3;  // batches of a warp whose ninth taps are worked out at once: a fourth's room is a block's
 constexpr int kEights = kBatch * kRow;  // where those begin
 
 // What a thread reads of a tap: weights of its corners, and where the upper and the lower row of them lie in the window.
@@ -32,10 +35,12 @@ constexpr DCNV4_HD int64_t staged_bytes() {
                     : plane_length<TAPS>() * int64_t(sizeof(Four<float>) + sizeof(uint2));
 }
 
-template <class T, int UNITS, int SIDES, int TAPS>
+// RUNS: what comes from offset_mask lies in shared memory too, and all of it was fetched as boxes.
+template <class T, int UNITS, int SIDES, int TAPS, bool RUNS>
 __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
-    sample_window(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w, const T* __restrict__ value,
-                  const T* __restrict__ offset_mask, T* __restrict__ output) {
+    sample_window(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w,
+                  const __grid_constant__ BulkMap value_map, const __grid_constant__ BulkMap mask_map,
+                  const T* __restrict__ value, const T* __restrict__ offset_mask, T* __restrict__ output) {
   constexpr int N = 16 / int(sizeof(T)), lanes = UNITS * SIDES, items = kWarp / lanes, cell_bytes = UNITS * 16;
   constexpr int plane = plane_length<TAPS>();
   constexpr int unrolled = UNITS == 4 ? 8 : sizeof(T) == 4 ? 2 : 4;  // as far as registers allow
@@ -44,17 +49,17 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
   const int channel = o.g * int(p.D) + o.slice * UNITS * N;
   const T* map = image_of(value, o, w.value_image) + channel;
 
-  // The window; behind it two rows whose first two cells are zeros, for taps that add nothing; then each warp's taps.
-  char* window = dynamic_shared();
+  // Behind the window two rows whose first two cells are zeros, for taps that add nothing; a barrier; then each warp's taps.
+  char* window = window_of<T, TAPS, RUNS>(w);
   const uint32_t pitch_bytes = uint32_t(w.pitch) * cell_bytes, nowhere = pitch_bytes * uint32_t(w.height);
-  char* staged = window + nowhere + pitch_bytes + 2 * cell_bytes + warp * staged_bytes<SIDES, TAPS>();
-  fetch_window<UNITS>(p, w, o, map, window);
+  char* barrier = window + nowhere + pitch_bytes + 2 * cell_bytes;
+  char* staged = barrier + kBarrierBytes + warp * staged_bytes<SIDES, TAPS>();
+  const TileTaps<T, TAPS, RUNS> taps(w, o, offset_mask);
+  start_window<UNITS>(p, w, o, taps, value_map, mask_map, map, channel * int(sizeof(T)), window, barrier);
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
   const int q = lane % kQuad;
-  const T* offsets = offsets_of<T, TAPS>(w, o, offset_mask, q);
   const float grid_x[2] = {w.grid_x[q], w.grid_x[q + kQuad]}, grid_y[2] = {w.grid_y[q], w.grid_y[q + kQuad]};
-  copy_async_wait();
-  __syncthreads();
+  wait_for_window<RUNS>(barrier);
 
   const auto stage = [&](int place, int of, const WindowTap& tap) {
     const Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.weight, 1.0f);
@@ -87,22 +92,20 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
     const int ninths = kEights + turn * kBatch;
     if (TAPS == 9 && turn == 0) {
       // Of this batch and the warp's next.
-      const int of = lane % kBatch;
-      const PixelTaps<T> taps = pixel_taps<T, TAPS, true>(
-          p, w, tile_pixel(p, w, o, (batch + lane / kBatch * warps) * kBatch + of), offsets + 2 * (8 - q), 8);
-      const WindowTap tap = window_tap<true>(w, o, taps, 0, w.grid_x[kMostTaps - 1], w.grid_y[kMostTaps - 1]);
+      const int of = lane % kBatch, index = (batch + lane / kBatch * warps) * kBatch + of;
+      const WindowTap tap = taps.template tap<true, true>(p, w, o, min(index, w.pixels - 1), tile_pixel(p, w, o, index),
+                                                          kMostTaps - 1, w.grid_x[kMostTaps - 1], w.grid_y[kMostTaps - 1]);
       far_ninths = __ballot_sync(0xffffffffu, tap.far);
       if (lane < kNinths * kBatch) stage(kEights + lane, of, tap);
     }
-    const int of = lane / kQuad;
-    const TilePixel own = tile_pixel(p, w, o, batch * kBatch + of);
-    const PixelTaps<T> taps = pixel_taps<T, TAPS, true>(p, w, own, offsets, q);
+    const int of = lane / kQuad, index = batch * kBatch + of;
+    const TilePixel own = tile_pixel(p, w, o, index);
     uint32_t far[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const WindowTap tap = window_tap<true>(w, o, taps, r * kQuad, grid_x[r], grid_y[r]);
+      const WindowTap tap = taps.template tap<true, true>(p, w, o, index, own, q + r * kQuad, grid_x[r], grid_y[r]);
       far[r] = __ballot_sync(0xffffffffu, tap.far);
-      stage(of * kRow + q + r * kQuad, of, tap);
+      stage(of * kRow + (q + r * kQuad + turn_of(of)) % (2 * kQuad), of, tap);
     }
     __syncwarp();
 
@@ -162,7 +165,10 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
         const uint32_t far_bits =
             (far[0] >> (of_pass * kQuad) & 0xfu) | (far[1] >> (of_pass * kQuad) & 0xfu) << 4 | (far_here >> of_pass & 1) << 8;
 #pragma unroll 1
-        for (int k = 0; k < TAPS; ++k) add_tap(k == 8 ? ninth : row + k, (far_bits >> k & 1) != 0);
+        for (int k = 0; k < TAPS; ++k) {
+          const int entry = k == 8 ? ninth : row + (k + turn_of(of_pass)) % (2 * kQuad);
+          add_tap(entry, (far_bits >> k & 1) != 0);
+        }
       }
 
       const TilePixel pixel = items == kBatch ? own : tile_pixel(p, w, o, batch * kBatch + of_pass);
@@ -184,32 +190,49 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
   }
 }
 
-template <class T, int UNITS, int SIDES, int TAPS>
+template <class T, int UNITS, int SIDES, int TAPS, bool RUNS>
 int32_t run(const ForwardCall& call, int64_t slices) {
   const dcnv4_problem& p = call.p;
   constexpr int64_t cell = UNITS * 16;
-  WindowBytes bytes{cell, 0, staged_bytes<SIDES, TAPS>(), 2 * cell, 1, kWarp * 16 / cell};
-  bytes.whole = UNITS == 8;
+  WindowBytes bytes{
+      cell, RUNS ? kRunBytes<T, TAPS> : 0, staged_bytes<SIDES, TAPS>(), window_fixed<RUNS>(cell), 1, kWarp * 16 / cell};
+  bytes.cost = sizeof(T) == 2 ? WindowCost{1.85, 0.2, 0.002, 1} : WindowCost{0.35, 2.24, 0.0024, 0.5};
+  if (UNITS == 8) {
+    // Cells of 128 bytes leave room for few warps beside the halo of a tile: worth while for whole maps, and with runs, where
+    // tiles cost less, for small ones. In halves of 64 bytes every tap is worked out twice.
+    bytes.whole = RUNS ? 256 : INT32_MAX;
+    bytes.cost = {8, 0, 0.008, 0};
+  }
   const Window w = plan_window(p, slices, bytes);
-  if (w.blocks == 0) return DCNV4_NO_KERNEL;
-  return launch(sample_window<T, UNITS, SIDES, TAPS>, w.blocks, w.threads, w.shared, call.stream, p, w,
-                static_cast<const T*>(call.value), static_cast<const T*>(call.offset_mask), static_cast<T*>(call.output));
+  BulkMap value_map{}, mask_map{};
+  if (w.blocks == 0 || (RUNS && !make_maps<T, TAPS>(p, w, call.value, cell, call.offset_mask, value_map, mask_map)))
+    return DCNV4_NO_KERNEL;
+  return launch(sample_window<T, UNITS, SIDES, TAPS, RUNS>, w.blocks, w.threads, w.shared, call.stream, p, w, value_map,
+                mask_map, static_cast<const T*>(call.value), static_cast<const T*>(call.offset_mask),
+                static_cast<T*>(call.output));
+}
+
+template <class T, int TAPS, bool RUNS>
+int32_t run_units(const ForwardCall& call) {
+  const Slicing slicing = slicing_of(call.p);
+  if constexpr (sizeof(T) == 4) {
+    if (slicing.bytes == 128) {
+      const int32_t status = run<T, 8, 1, TAPS, RUNS>(call, slicing.slices);
+      if (status != DCNV4_NO_KERNEL || (!RUNS && !forced(call.p, kForceWindow))) return status;
+    }
+  }
+  if (slicing.bytes >= 64) return run<T, 4, 1, TAPS, RUNS>(call, slicing.slices * slicing.bytes / 64);
+  if (slicing.bytes == 32) return run<T, 2, 2, TAPS, RUNS>(call, slicing.slices);
+  return DCNV4_NO_KERNEL;
 }
 
 template <class T, int TAPS>
 int32_t run_taps(const ForwardCall& call) {
-  const Slicing slicing = slicing_of(call.p);
-  // Cells of 128 bytes leave room for few warps beside the halo of a tile: worth while for whole maps. In halves of 64 bytes
-  // every tap is worked out twice.
-  if constexpr (sizeof(T) == 4) {
-    if (slicing.bytes == 128) {
-      const int32_t status = run<T, 8, 1, TAPS>(call, slicing.slices);
-      if (status != DCNV4_NO_KERNEL || !forced(call.p, kForceWindow)) return status;
-    }
+  if (can_have_runs(call.p, call.offset_mask)) {
+    const int32_t status = run_units<T, TAPS, true>(call);
+    if (status != DCNV4_NO_KERNEL) return status;
   }
-  if (slicing.bytes >= 64) return run<T, 4, 1, TAPS>(call, slicing.slices * slicing.bytes / 64);
-  if (slicing.bytes == 32) return run<T, 2, 2, TAPS>(call, slicing.slices);
-  return DCNV4_NO_KERNEL;
+  return run_units<T, TAPS, false>(call);
 }
 
 template <class T>

@@ -85,7 +85,8 @@ enum Force : int32_t {
   kForceDirect = 4,     // backward: every corner's gradient straight to global memory
   kForceTiled = 8,      // backward: merged in shared memory first, where it can be
   kForceNoWindow = 16,  // no window in shared memory, no sorting
-  kForceWindow = 32     // a window wherever one fits
+  kForceWindow = 32,    // a window wherever one fits
+  kForceThreads = 64    // windows fetched by threads, as before sm_90
 };
 inline bool forced(const dcnv4_problem& p, Force bit) { return (p.reserved & bit) != 0; }
 

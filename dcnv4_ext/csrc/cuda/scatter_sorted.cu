@@ -216,7 +216,13 @@ Window plan_sorted(const dcnv4_problem& p, int taps, const Slicing& slicing) {
   bytes.most_threads = kMostSortThreads;
   bytes.blocks = 2;
   bytes.most_pixels_a_warp = kSlots / taps * kMostBatches;
-  return plan_window(p, slicing.slices, bytes);
+  bytes.batch = kSlots / taps;
+  bytes.cost = p.dtype == DCNV4_FLOAT32 ? WindowCost{5, 0.01, 0.0015, 1} : WindowCost{5, 0.07, 0.010, 1};
+  // A whole map's sums are written at once; others are cleared before and rounded after.
+  WindowBytes whole = bytes;
+  whole.whole = INT32_MAX;
+  const Window w = plan_window(p, slicing.slices, whole);
+  return w.blocks != 0 ? w : plan_window(p, slicing.slices, bytes);
 }
 
 template <class T, int UNITS, int TAPS>

@@ -80,14 +80,17 @@ struct SoftmaxNorm {
   Real peak, scale;
 };
 
+// `weight(k)` reads the weight of a tap.
+template <class Real, class Weight>
+DCNV4_DEVICE SoftmaxNorm<Real> softmax_norm(int taps, Weight weight) {
+  Real peak = weight(0), sum = 0;
+  for (int k = 1; k < taps; ++k) peak = fmax(peak, weight(k));
+  for (int k = 0; k < taps; ++k) sum += exp(weight(k) - peak);
+  return {peak, Real(1) / sum};
+}
 template <class T>
 DCNV4_DEVICE SoftmaxNorm<typename compute_of<T>::type> softmax_norm(const T* run, int taps) {
-  using Real = typename compute_of<T>::type;
-  const T* weights = run + 2 * taps;
-  Real peak = load_one(weights), sum = 0;
-  for (int k = 1; k < taps; ++k) peak = fmax(peak, load_one(weights + k));
-  for (int k = 0; k < taps; ++k) sum += exp(load_one(weights + k) - peak);
-  return {peak, Real(1) / sum};
+  return softmax_norm<typename compute_of<T>::type>(taps, [&](int k) { return load_one(run + 2 * taps + k); });
 }
 
 template <class Real>
@@ -140,6 +143,8 @@ DCNV4_DEVICE bool is_weight(double value) {
   memcpy(&bits, &value, sizeof bits);
   return bits != 0x7ffbdcdcdcdcdcdcull;
 }
+
+constexpr DCNV4_HD uint32_t round_up_to(uint32_t number, uint32_t step) { return (number + step - 1) / step * step; }
 
 // Rows of staged taps have odd length: with an even one of 16-byte entries, items would meet in the same banks.
 constexpr DCNV4_HD int odd(int length) { return length | 1; }

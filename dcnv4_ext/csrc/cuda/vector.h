@@ -20,7 +20,7 @@ struct alignas(16) Four {
 // The block's dynamic shared memory, the only kind used: its size is exact, so that overruns are found.
 DCNV4_DEVICE char* dynamic_shared() {
 #if defined(__CUDACC__)
-  extern __shared__ uint4 dcnv4_shared[];
+  extern __shared__ __align__(1024) uint4 dcnv4_shared[];
   return reinterpret_cast<char*>(dcnv4_shared);
 #else
   return static_cast<char*>(host_cuda::dynamic_shared());
@@ -177,6 +177,12 @@ template <class T>
 DCNV4_DEVICE typename compute_of<T>::type load_one(const T* address) {
   typename compute_of<T>::type value[1];
   load<T, 1>(address, value);
+  return value[0];
+}
+template <class T>
+DCNV4_DEVICE typename compute_of<T>::type load_one_shared(const T* address) {
+  typename compute_of<T>::type value[1];
+  load_shared<T, 1>(address, value);
   return value[0];
 }
 

@@ -10,7 +10,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "launch.h"
+#include "bulk.h"
 
 namespace dcnv4 {
 
@@ -53,13 +53,23 @@ inline Span span_of(int64_t pixels, int64_t stride, int64_t dilation, int64_t ke
   return {first, std::min(last - first + 1, size + 2 * kAround)};
 }
 
+// What a block's time is made of, fitted to an H200, in units of a batch's work where all warps are busy.
+struct WindowCost {
+  double round;   // how long a warp takes over a batch, waiting included
+  double warp;    // how much longer for each warp that the others of its block wait for
+  double cell;    // work on a cell of the window: fetching it, or sorting into it and adding its sum
+  double rounds;  // phases without batches, each as long as a round
+};
+
 // What a kernel keeps in shared memory: bytes a cell, a pixel, a warp, and once; rows of cells behind the window.
 struct WindowBytes {
   int64_t cell, pixel, warp, fixed, rows;
   int64_t copied = 1;  // cells of a row that are fetched at once
   int64_t most_pixels_a_warp = INT32_MAX;
-  int64_t whole = 0;                                                  // 1: one tile must do for the map
+  int64_t whole = 0;  // where not 0: one tile must do for the map, of at most so many pixels
   int64_t most_threads = kMostWindowThreads, blocks = kWindowBlocks;  // of a block; blocks of so many that have the registers
+  int64_t batch = kBatch;                                             // pixels of a batch
+  WindowCost cost{8, 0, 0.008, 0};
 };
 
 // What plans depend on of a device.
@@ -98,9 +108,11 @@ inline Window find_window(const dcnv4_problem& p, int64_t slices, const WindowBy
     const Span x = span_of(tile_w, p.stride_w, p.dilation_w, p.kernel_w, scale, p.W);
     const Span y = span_of(tile_h, p.stride_h, p.dilation_h, p.kernel_h, scale, p.H);
     const int64_t tiles_x = divide_up(p.Wo, tile_w), tiles_y = divide_up(p.Ho, tile_h);
-    const int64_t batches = divide_up(pixels, kBatch), blocks = tiles_x * tiles_y * p.N * p.G * slices;
+    const int64_t batches = divide_up(pixels, bytes.batch), blocks = tiles_x * tiles_y * p.N * p.G * slices;
+    const double alive = double(p.Wo * p.Ho) / double(tiles_x * tiles_y * bytes.batch),
+                 fetched = double(round_up(x.cells, bytes.copied) * y.cells);
     if (bytes.whole) {
-      if (tiles_x * tiles_y > 1 || x.cells < p.W + 2 * kAround || y.cells < p.H + 2 * kAround) return;
+      if (tiles_x * tiles_y > 1 || pixels > bytes.whole || x.cells < p.W + 2 * kAround || y.cells < p.H + 2 * kAround) return;
       // A few blocks with much to do each: the kernels without a window spread it further.
       if (blocks < device.processors && pixels > 256 && !forced(p, kForceWindow)) return;
     }
@@ -116,12 +128,12 @@ inline Window find_window(const dcnv4_problem& p, int64_t slices, const WindowBy
       const int64_t fit = std::min<int64_t>(device.all / (shared + 1024), bytes.blocks * bytes.most_threads / (warps * kWarp)),
                     load = divide_up(blocks, device.processors);
       if (fit < 1) continue;
-      // In units of a batch's work, constants fitted to an H200: rounds of batches, the warps' starts, cells to fetch, the
-      // block's start; slower the fewer warps there are to hide latencies.
-      const double fetched = double(round_up(x.cells, bytes.copied) * y.cells);
-      const double work = double(divide_up(batches, warps) * warps) + 0.8 * double(warps) + 0.012 * fetched + 4;
-      const double busy = std::min(1.0, double(std::min(fit, load) * warps) / 32);
-      const double cost = double(load) * work / busy;
+      // In units of a batch's work. What a multiprocessor has to do: its blocks' pixels, without those beyond the map, and
+      // cells. And what it waits for, once a wave of blocks that fit together: rounds of batches, one after the other.
+      const double busy = double(load) * (alive + bytes.cost.cell * fetched),
+                   rounds = double(divide_up(batches, warps)) * (1 + bytes.cost.warp * double(warps)),
+                   waiting = double(divide_up(load, fit)) * bytes.cost.round * (rounds + bytes.cost.rounds);
+      const double cost = busy + waiting;
       if (best.blocks != 0 && cost >= least) continue;
       least = cost;
       best.tile_w = int32_t(tile_w);
@@ -252,6 +264,17 @@ DCNV4_DEVICE void fetch_window(const dcnv4_problem& p, const Window& w, const Wi
   }
 }
 
+// What fetches windows of a tensor as boxes, of `cell` bytes a cell; false where it cannot be.
+inline bool window_map(const dcnv4_problem& p, const Window& w, const void* value, int64_t cell, BulkMap& map) {
+  if (w.pitch > kMostBox || w.height > kMostBox) return false;
+  BulkSizes sizes{};
+  sizes.words = uint64_t(p.G * p.D * element_bytes(p.dtype) / 4);
+  sizes.width = uint64_t(p.W), sizes.height = uint64_t(p.H), sizes.images = uint64_t(p.N);
+  sizes.pixel_bytes = w.value_bytes, sizes.row_bytes = w.row_bytes, sizes.image_bytes = w.value_image;
+  sizes.box_words = uint32_t(cell / 4), sizes.box_width = uint32_t(w.pitch), sizes.box_height = uint32_t(w.height);
+  return make_bulk_map(value, sizes, map);
+}
+
 // Zeros in the first two cells of the two rows behind the window, for taps that look nowhere.
 template <int CELL>
 DCNV4_DEVICE void clear_nowhere(char* nowhere, uint32_t pitch_bytes) {
@@ -340,25 +363,32 @@ DCNV4_DEVICE PixelTaps<T> pixel_taps(const dcnv4_problem& p, const Window& w, co
   return taps;
 }
 
-// The tap `ahead` of the thread's first one; the same arithmetic as read_tap's. With FINITE a tap whose weight is not is
-// called far: zeros that stand for the outside of the map do not make it harmless.
-template <bool FINITE, class T>
-DCNV4_DEVICE WindowTap window_tap(const Window& w, const WindowOrigin& o, const PixelTaps<T>& pixel, int ahead, float grid_x,
-                                  float grid_y) {
-  const float x = pixel.x + (grid_x + load_one(pixel.offsets + 2 * ahead)) * w.scale;
-  const float y = pixel.y + (grid_y + load_one(pixel.offsets + 2 * ahead + 1)) * w.scale;
+// A tap at a position, the same arithmetic as read_tap's. With FINITE a tap whose weight is not is called far: zeros that stand
+// for the outside of the map do not make it harmless.
+template <bool FINITE>
+DCNV4_DEVICE WindowTap tap_at(const Window& w, const WindowOrigin& o, bool live, float x, float y, float weight) {
   WindowTap tap;
-  tap.weight = load_one(pixel.weight + ahead);
-  if (pixel.softmax) tap.weight = exp(tap.weight - pixel.norm.peak) * pixel.norm.scale;
+  tap.weight = weight;
   split_position(x, o.x, tap.x, tap.lx);
   split_position(y, o.y, tap.y, tap.ly);
   // No branches: what is compared in vain costs less.
-  const bool above = pixel.live & (x > -1.0f) & (y > -1.0f), used = above & (x < w.limit_x) & (y < w.limit_y);
+  const bool above = live & (x > -1.0f) & (y > -1.0f), used = above & (x < w.limit_x) & (y < w.limit_y);
   tap.near = above & (uint32_t(tap.x) < uint32_t(w.width - 1)) & (uint32_t(tap.y) < uint32_t(w.height - 1));
   if (FINITE) tap.near = tap.near & (fabsf(tap.weight) < bits_to_float(0x7f800000u));
   tap.far = used & !tap.near;
   if (!used) tap.lx = tap.ly = tap.weight = 0;
   return tap;
+}
+
+// Tap k of a pixel whose numbers are read from global memory.
+template <class T>
+DCNV4_DEVICE WindowTap window_tap(const Window& w, const WindowOrigin& o, const PixelTaps<T>& pixel, float grid_x,
+                                  float grid_y) {
+  const float x = pixel.x + (grid_x + load_one(pixel.offsets)) * w.scale;
+  const float y = pixel.y + (grid_y + load_one(pixel.offsets + 1)) * w.scale;
+  float weight = load_one(pixel.weight);
+  if (pixel.softmax) weight = exp(weight - pixel.norm.peak) * pixel.norm.scale;
+  return tap_at<false>(w, o, pixel.live, x, y, weight);
 }
 
 // Tap `slot % TAPS` of pixel `slot / TAPS` of a batch.
@@ -376,25 +406,34 @@ template <class T, int TAPS, bool SOFTMAX>
 DCNV4_DEVICE WindowTap slot_tap(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, const TilePixel& pixel,
                                 const TapSlot<T>& slot) {
   const PixelTaps<T> taps = pixel_taps<T, TAPS, SOFTMAX>(p, w, pixel, slot.offsets, slot.k);
-  return window_tap<false>(w, o, taps, 0, w.grid_x[slot.k], w.grid_y[slot.k]);
+  return window_tap(w, o, taps, w.grid_x[slot.k], w.grid_y[slot.k]);
 }
 
 // The taps of a batch of kSlots / TAPS pixels, one after the other, by the threads of a warp: visit(round, pixel, tap),
 // where an unused tap has a weight of zero. A far tap gets a bit in `far`, in the order of the taps.
 constexpr int kSlotRounds = kSlots / kWarp;
-template <class T, int TAPS, bool SOFTMAX, class Visit>
-DCNV4_DEVICE void work_out_slots(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, int batch,
-                                 const TapSlot<T> (&slots)[kSlotRounds], uint32_t (&far)[kSlotRounds], Visit visit) {
+// tap_of(r, index, pixel) is the tap of a round's slot; `index` counts the tile's pixels.
+template <int TAPS, class Slots, class TapOf, class Visit>
+DCNV4_DEVICE void work_out_slots(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, int batch, const Slots& slots,
+                                 uint32_t (&far)[kSlotRounds], TapOf tap_of, Visit visit) {
   constexpr int pixels = kSlots / TAPS;
   const int lane = int(threadIdx.x % kWarp);
 #pragma unroll
   for (int r = 0; r < kSlotRounds; ++r) {
     const bool has_slot = (r + 1) * kWarp <= pixels * TAPS || r * kWarp + lane < pixels * TAPS;
-    const TilePixel pixel = tile_pixel(p, w, o, batch * pixels + slots[r].of);
-    const WindowTap tap = slot_tap<T, TAPS, SOFTMAX>(p, w, o, pixel, slots[r]);
+    const int index = batch * pixels + slots[r].of;
+    const TilePixel pixel = tile_pixel(p, w, o, index);
+    const WindowTap tap = tap_of(r, index, pixel);
     far[r] = __ballot_sync(0xffffffffu, has_slot && tap.far);
     if (has_slot) visit(r, pixel, tap);
   }
+}
+template <class T, int TAPS, bool SOFTMAX, class Visit>
+DCNV4_DEVICE void work_out_slots(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, int batch,
+                                 const TapSlot<T> (&slots)[kSlotRounds], uint32_t (&far)[kSlotRounds], Visit visit) {
+  work_out_slots<TAPS>(
+      p, w, o, batch, slots, far,
+      [&](int r, int, const TilePixel& pixel) { return slot_tap<T, TAPS, SOFTMAX>(p, w, o, pixel, slots[r]); }, visit);
 }
 
 // The far taps of pixel `of`, from bit 0 on.
@@ -412,6 +451,115 @@ DCNV4_DEVICE int sum_of_lanes(int value) {
     if (lane >= d) value += other;
   }
   return value;
+}
+
+// ---- The numbers of offset_mask of a tile and a group, its runs, in shared memory.
+
+// Of a pixel's place: a run of nine taps begins anywhere in 16 bytes.
+template <class T, int TAPS>
+constexpr int kRunBytes = (3 * TAPS * int(sizeof(T)) + (TAPS == 9 ? 16 - int(sizeof(T)) : 0) + 15) / 16 * 16;
+
+// What fetches those of a tile as boxes; false where it cannot be.
+template <class T, int TAPS>
+bool runs_map(const dcnv4_problem& p, const Window& w, const void* offset_mask, BulkMap& map) {
+  BulkSizes sizes{};
+  sizes.words = uint64_t(divide_up(p.P * int64_t(sizeof(T)), 4));
+  sizes.width = uint64_t(p.Wo), sizes.height = uint64_t(p.Ho), sizes.images = uint64_t(p.N);
+  sizes.pixel_bytes = w.run_bytes, sizes.row_bytes = uint64_t(p.Wo) * w.run_bytes, sizes.image_bytes = w.mask_image;
+  sizes.box_words = kRunBytes<T, TAPS> / 4, sizes.box_width = uint32_t(w.tile_w), sizes.box_height = uint32_t(w.tile_h);
+  sizes.swizzled = kRunBytes<T, TAPS> == 128;
+  return make_bulk_map(offset_mask, sizes, map);
+}
+
+// The runs of a block's tile and group.
+template <class T, int TAPS>
+class Runs {
+ public:
+  DCNV4_DEVICE Runs(const WindowOrigin& o, const char* at) : at_(at), first_byte_(o.g * 3 * TAPS * int(sizeof(T))) {}
+  DCNV4_DEVICE int first_word() const { return first_byte_ / 16 * 4; }
+  DCNV4_DEVICE float read(int pixel, int index) const {
+    const uint32_t byte = uint32_t(pixel * kRunBytes<T, TAPS> + first_byte_ % 16 + index * int(sizeof(T)));
+    return load_one_shared(reinterpret_cast<const T*>(at_ + (kRunBytes<T, TAPS> == 128 ? swizzle(byte) : byte)));
+  }
+
+ private:
+  const char* at_;
+  int first_byte_;
+};
+
+// Works out the taps of a tile's pixels and a group, with RUNS out of those at the start of the block's shared memory.
+template <class T, int TAPS, bool RUNS>
+class TileTaps {
+ public:
+  DCNV4_DEVICE TileTaps(const Window& w, const WindowOrigin& o, const T* offset_mask)
+      : runs_(o, dynamic_shared()), image_(RUNS ? nullptr : offsets_of<T, TAPS>(w, o, offset_mask, 0)) {}
+  DCNV4_DEVICE int first_word() const { return runs_.first_word(); }
+
+  // Tap k of pixel `index`. RUNS reads what happens to lie behind the runs where there is no such pixel.
+  template <bool FINITE, bool SOFTMAX>
+  DCNV4_DEVICE WindowTap tap(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, int index, const TilePixel& pixel,
+                             int k, float grid_x, float grid_y) const {
+    const T* run = reinterpret_cast<const T*>(reinterpret_cast<const char*>(image_) + uint64_t(pixel.number) * w.run_bytes);
+    const auto read = [&](int i) { return RUNS ? runs_.read(index, i) : load_one(run + i); };
+    const float x = float(pixel.wo * p.stride_w + w.base_x) + (grid_x + read(2 * k)) * w.scale;
+    const float y = float(pixel.ho * p.stride_h + w.base_y) + (grid_y + read(2 * k + 1)) * w.scale;
+    float weight = read(2 * TAPS + k);
+    if (SOFTMAX && p.softmax) {
+      const SoftmaxNorm<float> norm = softmax_norm<float>(TAPS, [&](int i) { return read(2 * TAPS + i); });
+      weight = exp(weight - norm.peak) * norm.scale;
+    }
+    return tap_at<FINITE>(w, o, pixel.live, x, y, weight);
+  }
+
+ private:
+  Runs<T, TAPS> runs_;
+  const T* image_;
+};
+
+// ---- A tile's window and, with RUNS, its runs.
+
+// The start of the window. Runs lie before it.
+template <class T, int TAPS, bool RUNS>
+DCNV4_DEVICE char* window_of(const Window& w) {
+  return dynamic_shared() + (RUNS ? round_up_to(uint32_t(w.pixels) * kRunBytes<T, TAPS>, uint32_t(kBulkAlignment)) : 0);
+}
+// Of what a kernel keeps once, in bytes: cells of zeros, the barrier, a gap before the window.
+template <bool RUNS>
+constexpr int64_t window_fixed(int64_t cell) {
+  return 2 * cell + kBarrierBytes + (RUNS ? kBulkAlignment : 0);
+}
+
+// Starts fetching cells of UNITS * 16 bytes that begin at byte `channel` of a pixel, at `map` of the image's first one. With
+// RUNS both come as boxes.
+template <int UNITS, class T, int TAPS, bool RUNS>
+DCNV4_DEVICE void start_window(const dcnv4_problem& p, const Window& w, const WindowOrigin& o,
+                               const TileTaps<T, TAPS, RUNS>& taps, const BulkMap& value_map, const BulkMap& mask_map,
+                               const T* map, int channel, char* window, char* barrier) {
+  if (!RUNS) {
+    fetch_window<UNITS>(p, w, o, map, window);
+  } else if (threadIdx.x == 0) {
+    expect_bulk(barrier, uint32_t(w.pixels) * kRunBytes<T, TAPS> + uint32_t(w.pitch * w.height) * (UNITS * 16));
+    start_bulk(mask_map, dynamic_shared(), barrier, taps.first_word(), o.tile_x, o.tile_y, int(o.n));
+    start_bulk(value_map, window, barrier, channel / 4, o.x, o.y, int(o.n));
+  }
+}
+// A barrier for all threads, behind which all of it is there.
+template <bool RUNS>
+DCNV4_DEVICE void wait_for_window(const char* barrier) {
+  if (!RUNS) copy_async_wait();
+  __syncthreads();
+  if (RUNS) wait_for_bulk(barrier);
+}
+
+// Whether runs can come as boxes: from sm_90 on, and where rows of offset_mask lie in step with 16 bytes.
+inline bool can_have_runs(const dcnv4_problem& p, const void* offset_mask) {
+  return attribute(cudaDevAttrComputeCapabilityMajor, p.device, 0) >= 9 && !forced(p, kForceThreads) &&
+         aligned(offset_mask, p.offset_mask_stride, element_bytes(p.dtype), 16);
+}
+template <class T, int TAPS>
+bool make_maps(const dcnv4_problem& p, const Window& w, const void* value, int64_t cell, const void* offset_mask,
+               BulkMap& value_map, BulkMap& mask_map) {
+  return window_map(p, w, value, cell, value_map) && runs_map<T, TAPS>(p, w, offset_mask, mask_map);
 }
 
 // How kernels whose threads hold 16 bytes each cut a group's channels: slices of `bytes`, of 128, 64 or 32; 0 where D does not
