@@ -71,6 +71,7 @@ def problems() -> Iterator[Problem]:
             yield Problem(shape, Geometry.of(*settings), dtype, index % 3 == 0, deterministic, forced)
     for shape, settings, dtype in itertools.product(WINDOWS + SHAPES[:1], GEOMETRIES[:2], DTYPES[:3]):
         yield Problem(shape, Geometry.of(*settings), dtype, False, False, (0, 64), in_step=True)
+        yield Problem(shape, Geometry.of(*settings), dtype, False, False, (0,))
 
 
 ordinary = native.forward, native.backward

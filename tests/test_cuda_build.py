@@ -131,6 +131,14 @@ FAST = {
         for units in (2, 4, 8)
         for k in (8, 9)
         for whole in (0, 1)
+    ]
+    + [
+        ("gather_matrix", t, units, k, whole, runs)
+        for t in ("bf16", "f16")
+        for units in (2, 4, 8)
+        for k in (8, 9)
+        for whole in (0, 1)
+        for runs in (0, 1)
     ],
     "scatter_tiled": [("merge_tiles", t) for t in WIDTHS],
     "scatter_ordered": [("gather_taps", t, 4) for t in WIDTHS] + [("find_taps", t) for t in WIDTHS],
@@ -143,7 +151,7 @@ def test_fast_kernels_keep_everything_in_registers(kernels, source, architecture
     made = kernels(source, architecture)
     assert "warning" not in made.log.replace("nvcc warning : Support for offline compilation", ""), made.log
     for kernel in FAST[source]:
-        if kernel[0] == "dot_matrix" and architecture < 80:
+        if kernel[0] in ("dot_matrix", "gather_matrix") and architecture < 80:
             continue  # there are no matrix units for it, and it is not launched
         usage = made.usage[kernel]
         assert usage["stores"] == usage["loads"] == 0, (kernel, usage)
@@ -153,9 +161,8 @@ def test_fast_kernels_keep_everything_in_registers(kernels, source, architecture
 
 def _stores_for_boxes(kernel: tuple, architecture: int) -> bool:
     """For sm_120 ptxas writes zeros to local memory, which nothing reads, before each box that it has fetched: once a block."""
-    return (
-        architecture == 120 and kernel[0] in ("sample_window", "dot_window", "dot_matrix") and kernel[-1] == 1
-    )
+    boxes = kernel[0] in ("sample_window", "dot_window", "dot_matrix", "gather_matrix") and kernel[-1] == 1
+    return architecture == 120 and boxes
 
 
 def _wide_loads(kernel: tuple) -> int:
@@ -224,17 +231,18 @@ def test_results_are_stored_in_one_piece(kernels, source, architecture):
     """16 bytes a thread, 8 where two threads share them: the compiler made four stores of one where it did not see through."""
     instructions = kernels(source, architecture).instructions()
     for kernel in FAST[source]:
-        if kernel[0] == "differentiate" or (kernel[0] == "gather_sorted" and kernel[-1] == 0):
+        if kernel[0] == "differentiate" or (source == "scatter_sorted" and kernel[4] == 0):
             continue  # offsets are stored one by one, tiles are reduced
         stores = [name for name in instructions[kernel] if name.startswith("STG")]
-        width = ".64" if kernel[0] == "sample_window" and kernel[3] == 2 else ".128"
+        halved = kernel[0] == "gather_matrix" or (kernel[0] == "sample_window" and kernel[3] == 2)
+        width = ".64" if halved else ".128"
         assert stores and all(width in name for name in stores), (kernel, stores)
 
 
 @pytest.mark.parametrize("source", ["scatter_tiled", "scatter_sorted"])
 def test_gradients_are_added_four_at_a_time(kernels, source):
     for kernel, operations in kernels(source, MAIN).instructions().items():
-        if kernel[0] == "gather_sorted" and kernel[-1] == 1:
+        if source == "scatter_sorted" and kernel[4] == 1:
             continue  # a whole map's are stored
         reductions = [name for name in operations if name.startswith("RED")]
         assert reductions and all(".F32x4" in name for name in reductions), kernel

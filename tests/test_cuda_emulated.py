@@ -145,7 +145,8 @@ def test_fast_sizes_run_the_fast_kernels(emulation, depth, remove_center, dtype)
         assert ran <= fast, sorted(ran - fast)
         # A window in shared memory and sorted taps where a group is a multiple of 32 bytes; its gradient so for 64 and 128.
         size = depth * tensors.value.itemsize
-        assert names >= ({"sample_window", "gather_sorted"} if size % 32 == 0 else {"sample", "merge_tiles"})
+        gather = "gather_sorted" if dtype == torch.float32 else "gather_matrix"
+        assert names >= ({"sample_window", gather} if size % 32 == 0 else {"sample", "merge_tiles"})
         dots = "dot_window" if dtype == torch.float32 else "dot_matrix"
         assert (dots in names) == (size in (64, 128))
 
@@ -195,10 +196,14 @@ def test_every_kernel_runs(emulation):
                     assert_all(
                         emulation, case_of(op, 1, (3, 4), depth, dtype=dtype, padding_channels=padding)
                     )
-                    if depth >= 8 and kernel == (3, 3):  # tiles of a larger map
-                        case = case_of(op, 1, (1, 80), depth, dtype=dtype)
+                    if depth < 8 or kernel != (3, 3):
+                        continue
+                    # A whole map without boxes, tiles of a larger one with them and without.
+                    for size, more in (((3, 4), 1), ((1, 80), 0), ((1, 80), 1)):
+                        case = case_of(op, 1, size, depth, dtype=dtype, padding_channels=padding + more)
                         tensors = tensors_of(case)
-                        assert_backward(emulation, case, tensors, reference(op, tensors), "window")
+                        for variant in ("window", "threads"):
+                            assert_backward(emulation, case, tensors, reference(op, tensors), variant)
     ran, compiled = emulation.launched(), set(emulation.kernels.values())
     assert len(compiled) > 70 and ran == compiled, sorted(compiled - ran)
 

@@ -49,7 +49,7 @@ class Operator:
 
 _TYPES = {"f": "float", "d": "double", "NS_4bf16E": "bf16", "NS_3f16E": "f16"}
 _KERNEL = re.compile(
-    rf"(sample|sample_window|differentiate|round_sums|merge_tiles|gather_sorted|dot_window|dot_matrix|find_taps|gather_taps)I({'|'.join(_TYPES)})((?:L[ib]\d+E)*)E"
+    rf"(sample|sample_window|differentiate|round_sums|merge_tiles|gather_sorted|gather_matrix|dot_window|dot_matrix|find_taps|gather_taps)I({'|'.join(_TYPES)})((?:L[ib]\d+E)*)E"
 )
 
 

@@ -61,25 +61,23 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
   const float grid_x[2] = {w.grid_x[q], w.grid_x[q + kQuad]}, grid_y[2] = {w.grid_y[q], w.grid_y[q + kQuad]};
   wait_for_window<RUNS>(barrier);
 
+  // A far tap is left to be added afterwards.
   const auto stage = [&](int place, int of, const WindowTap& tap) {
-    const Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.weight, 1.0f);
+    const Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.near ? tap.weight : 0.0f, 1.0f);
     const uint32_t at = tap.near ? uint32_t(tap.y * w.pitch + tap.x) * cell_bytes : nowhere;
-    // Of a far tap, its cell in the map instead of places in the window.
     if constexpr (SIDES == 2) {
       Side* to = reinterpret_cast<Side*>(staged) + place;
-      const uint32_t upper = tap.far ? uint32_t(tap.x + o.x) : at, lower = tap.far ? uint32_t(tap.y + o.y) : at + pitch_bytes;
-      to[0] = {weights.w00, weights.w10, upper, lower};
-      to[plane] = {weights.w01, weights.w11, upper, lower};
+      to[0] = {weights.w00, weights.w10, at, at + pitch_bytes};
+      to[plane] = {weights.w01, weights.w11, at, at + pitch_bytes};
     } else {
       // Two pixels share the banks where a cell takes half of them: one reads cells of even number first, the other of odd.
-      const bool swap = UNITS == 4 && !tap.far && ((at / cell_bytes + uint32_t(of)) & 1) != 0;
+      const bool swap = UNITS == 4 && ((at / cell_bytes + uint32_t(of)) & 1) != 0;
       const uint32_t right = swap ? cell_bytes : 0;
       Four<float>* to = reinterpret_cast<Four<float>*>(staged) + place;
       *to = {{swap ? weights.w01 : weights.w00, swap ? weights.w00 : weights.w01, swap ? weights.w11 : weights.w10,
               swap ? weights.w10 : weights.w11}};
       uint2* places = reinterpret_cast<uint2*>(reinterpret_cast<Four<float>*>(staged) + plane) + place;
       *places = make_uint2(at + right, at + cell_bytes - right);
-      if (tap.far) *places = make_uint2(uint32_t(tap.x + o.x), uint32_t(tap.y + o.y));
     }
   };
 
@@ -117,22 +115,10 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
 #pragma unroll
         for (int i = 0; i < N; ++i) sums[i] += weight * corner[i];
       };
-      // A corner of a far tap, from global memory.
-      const auto add_far = [&](float weight, int x, int y) {
-        if (x < 0 || y < 0 || x >= int(p.W) || y >= int(p.H)) return;
-        float corner[N];
-        load<T, N>(at_pixel(map + unit * N, uint32_t(y) * uint32_t(p.W) + uint32_t(x), p.value_stride), corner);
-        add(weight, corner);
-      };
-      const auto add_tap = [&](int place, bool from_map) {
+      const auto add_tap = [&](int place) {
         float corner[N];
         if constexpr (SIDES == 2) {
           const Side tap = reinterpret_cast<const Side*>(staged)[side * plane + place];
-          if (from_map) {
-            add_far(tap.top, int(tap.at_top) + side, int(tap.at_bottom));
-            add_far(tap.bottom, int(tap.at_top) + side, int(tap.at_bottom) + 1);
-            return;
-          }
           load_shared<T, N>(cells + tap.at_top, corner);
           add(tap.top, corner);
           load_shared<T, N>(cells + tap.at_bottom, corner);
@@ -141,11 +127,6 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
           const Four<float>* from = reinterpret_cast<const Four<float>*>(staged);
           const Four<float> weights = from[place];
           const uint2 at = reinterpret_cast<const uint2*>(from + plane)[place];
-          if (from_map) {
-#pragma unroll
-            for (int c = 0; c < kCorners; ++c) add_far(weights.v[c], int(at.x) + c % 2, int(at.y) + c / 2);
-            return;
-          }
           load_shared<T, N>(cells + at.x, corner);
           add(weights.v[0], corner);
           load_shared<T, N>(cells + at.y, corner);
@@ -156,22 +137,39 @@ __global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
           add(weights.v[3], corner);
         }
       };
-      const uint32_t far_here = far_ninths >> (turn * kBatch) & 0xffu;
-      if ((far[0] | far[1] | far_here) == 0) {
 #pragma unroll(unrolled)
-        for (int k = 0; k < 2 * kQuad; ++k) add_tap(row + k, false);
-        if (TAPS == 9) add_tap(ninth, false);
-      } else {
-        const uint32_t far_bits =
-            (far[0] >> (of_pass * kQuad) & 0xfu) | (far[1] >> (of_pass * kQuad) & 0xfu) << 4 | (far_here >> of_pass & 1) << 8;
-#pragma unroll 1
-        for (int k = 0; k < TAPS; ++k) {
-          const int entry = k == 8 ? ninth : row + (k + turn_of(of_pass)) % (2 * kQuad);
-          add_tap(entry, (far_bits >> k & 1) != 0);
-        }
-      }
+      for (int k = 0; k < 2 * kQuad; ++k) add_tap(row + k);
+      if (TAPS == 9) add_tap(ninth);
 
       const TilePixel pixel = items == kBatch ? own : tile_pixel(p, w, o, batch * kBatch + of_pass);
+      const uint32_t far_here = far_ninths >> (turn * kBatch) & 0xffu;
+      if ((far[0] | far[1] | far_here) != 0) {
+        // Far taps, each worked out anew by the threads of its pixel; their corners come from global memory.
+        uint32_t todo = (far[0] >> (of_pass * kQuad) & 0xfu) | (far[1] >> (of_pass * kQuad) & 0xfu) << kQuad |
+                        (far_here >> of_pass & 1) << (2 * kQuad);
+#pragma unroll 1
+        for (; todo != 0; todo &= todo - 1) {
+          const int k = __ffs(int(todo)) - 1;
+          const WindowTap tap =
+              taps.template tap<true, true>(p, w, o, batch * kBatch + of_pass, pixel, k, w.grid_x[k], w.grid_y[k]);
+          const Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.weight, 1.0f);
+          const Inside inside(p, o, tap);
+          const char* cell = reinterpret_cast<const char*>(map + unit * N);
+          cell += int64_t(tap.y + o.y) * int64_t(w.row_bytes) + int64_t(tap.x + o.x) * int64_t(w.value_bytes);
+#pragma unroll
+          for (int row = 0; row < 2; ++row) {
+            // Both loads are on their way before the first is waited for.
+            const bool across = row == 0 ? inside.top : inside.bottom;
+            const bool left = across && inside.left && side == 0, right = across && inside.right && (SIDES == 1 || side == 1);
+            float left_corner[N], right_corner[N];
+            load_if<T, N>(left, cell, left_corner);
+            load_if<T, N>(right, cell + w.value_bytes, right_corner);
+            if (left) add(row == 0 ? weights.w00 : weights.w10, left_corner);
+            if (right) add(row == 0 ? weights.w01 : weights.w11, right_corner);
+            cell += w.row_bytes;
+          }
+        }
+      }
       T* to = at_pixel(result, pixel.number, p.output_stride) + unit * N;
       if constexpr (SIDES == 2) {
         // Each side takes half of the channels.

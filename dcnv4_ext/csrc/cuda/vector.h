@@ -115,6 +115,14 @@ DCNV4_DEVICE void load(const void* address, Real (&values)[N]) {
   spread<T>(words, values);
 }
 
+// The same where `use` holds; else zeros.
+template <class T, int N, class Real>
+DCNV4_DEVICE void load_if(bool use, const void* address, Real (&values)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] = 0;
+  if (use) load<T, N>(address, values);
+}
+
 // The same from shared memory, or from what a kernel has written.
 template <class T, int N, class Real>
 DCNV4_DEVICE void load_shared(const void* address, Real (&values)[N]) {
