@@ -90,26 +90,53 @@ DCNV4_DEVICE void write_padding(const dcnv4_problem& p, const Window& w, const W
   }
 }
 
-// Dot products of a far tap's corners by a whole warp, from global memory. `gradients`: grad_output of the image's first pixel
-// and this group, `map` likewise; `channels` of the group.
-template <class T, int TAPS>
-DCNV4_DEVICE void dot_far(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, const TilePixel& pixel,
-                          const T* offset_mask, const T* map, const T* gradients, int channels, uint32_t far, float* dots) {
-  const int lane = int(threadIdx.x % kWarp);
-  for (; far != 0; far &= far - 1) {
-    const int k = __ffs(int(far)) - 1;
-    const WindowTap tap = slot_tap<T, TAPS, false>(p, w, o, pixel, tap_slot<T, TAPS>(w, o, offset_mask, k));
-    const T* row = at_pixel(gradients, pixel.number, p.output_stride);
-    for (int c = 0; c < kCorners; ++c) {
-      const int x = tap.x + o.x + c % 2, y = tap.y + o.y + c / 2;
-      float dot = 0;
-      if (x >= 0 && y >= 0 && x < int(p.W) && y < int(p.H)) {
-        const T* cell = at_pixel(map, uint32_t(y) * uint32_t(p.W) + uint32_t(x), p.value_stride);
-        for (int i = lane; i < channels; i += kWarp) dot += load_one(row + i) * load_one(cell + i);
+// Dot products of the corners of a batch's far taps (a bit a slot), from global memory: PIECES threads a tap, each with 16
+// bytes of the channels. `gradients`: grad_output of the image's first pixel and this group, `map` likewise.
+static_assert(kSlotRounds == 2, "a word of far taps each");
+template <int PIECES, class T, int TAPS, bool RUNS>
+DCNV4_DEVICE void dot_far(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, const TileTaps<T, TAPS, RUNS>& tile,
+                          int batch, const T* map, const T* gradients, const uint32_t (&far)[kSlotRounds], float* dots) {
+  constexpr int N = 16 / int(sizeof(T)), pixels = kSlots / TAPS, at_once = kWarp / PIECES;
+  const int lane = int(threadIdx.x % kWarp), piece = lane % PIECES;
+#pragma unroll 1
+  for (int r = 0; r < kSlotRounds; ++r) {
+#pragma unroll 1
+    for (uint32_t rest = r == 0 ? far[0] : far[1]; rest != 0;) {
+      // Of the next taps each takes its own.
+      uint32_t mine = rest;
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) {
+        if (i < lane / PIECES) mine &= mine - 1;
+        rest &= rest - 1;
+      }
+      const bool has_tap = mine != 0;
+      const int slot = r * kWarp + (has_tap ? __ffs(int(mine)) - 1 : 0), of = slot / TAPS, k = slot - of * TAPS;
+      float dot[kCorners] = {};
+      if (has_tap) {
+        const int index = batch * pixels + of;
+        const TilePixel pixel = tile_pixel(p, w, o, index);
+        const WindowTap tap = tile.template tap<false, false>(p, w, o, index, pixel, k, w.grid_x[k], w.grid_y[k]);
+        const Inside inside(p, o, tap);
+        float gradient[N];
+        load<T, N>(at_pixel(gradients + piece * N, pixel.number, p.output_stride), gradient);
+        const char* cell = reinterpret_cast<const char*>(map + piece * N);
+        cell += int64_t(tap.y + o.y) * int64_t(w.row_bytes) + int64_t(tap.x + o.x) * int64_t(w.value_bytes);
+#pragma unroll
+        for (int c = 0; c < kCorners; ++c) {
+          float corner[N];
+          load_if<T, N>((c % 2 ? inside.right : inside.left) && (c / 2 ? inside.bottom : inside.top),
+                        cell + c % 2 * int64_t(w.value_bytes) + c / 2 * int64_t(w.row_bytes), corner);
+#pragma unroll
+          for (int i = 0; i < N; ++i) dot[c] += gradient[i] * corner[i];
+        }
       }
 #pragma unroll
-      for (int d = kWarp / 2; d > 0; d /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, d);
-      if (lane == 0) dots[k * kCorners + c] = dot;
+      for (int c = 0; c < kCorners; ++c) {
+#pragma unroll
+        for (int d = PIECES / 2; d > 0; d /= 2) dot[c] += __shfl_xor_sync(0xffffffffu, dot[c], d);
+      }
+      if (has_tap && piece == 0)
+        *reinterpret_cast<Four<float>*>(dots + of * dots_length<TAPS>() + k * kCorners) = {{dot[0], dot[1], dot[2], dot[3]}};
     }
   }
 }
@@ -191,10 +218,7 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
     }
     __syncwarp();
     if ((far[0] | far[1]) != 0) {
-#pragma unroll 1
-      for (int of = 0; of < pixels; ++of)
-        dot_far<T, TAPS>(p, w, o, tile_pixel(p, w, o, batch * pixels + of), offset_mask, map, gradients, int(p.D),
-                         far_slots<TAPS>(far, of), dots + of * dots_length<TAPS>());
+      dot_far<UNITS>(p, w, o, tile, batch, map, gradients, far, dots);
       __syncwarp();
     }
     write_gradients<T, TAPS>(p, w, slots, taps, dots, image + o.g * 3 * TAPS);
@@ -312,10 +336,7 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
     }
     __syncwarp();
     if ((far[0] | far[1]) != 0) {
-#pragma unroll 1
-      for (int of = 0; of < pixels; ++of)
-        dot_far<T, TAPS>(p, w, o, tile_pixel(p, w, o, batch * pixels + of), offset_mask, map, gradients, int(p.D),
-                         far_slots<TAPS>(far, of), dots + of * dots_length<TAPS>());
+      dot_far<pieces>(p, w, o, tile, batch, map, gradients, far, dots);
       __syncwarp();
     }
     write_gradients<T, TAPS>(p, w, slots, taps, dots, image + o.g * 3 * TAPS);

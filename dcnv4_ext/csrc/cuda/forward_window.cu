@@ -194,7 +194,7 @@ int32_t run(const ForwardCall& call, int64_t slices) {
   constexpr int64_t cell = UNITS * 16;
   WindowBytes bytes{
       cell, RUNS ? kRunBytes<T, TAPS> : 0, staged_bytes<SIDES, TAPS>(), window_fixed<RUNS>(cell), 1, kWarp * 16 / cell};
-  bytes.cost = sizeof(T) == 2 ? WindowCost{1.85, 0.2, 0.002, 1} : WindowCost{0.35, 2.24, 0.0024, 0.5};
+  bytes.cost = sizeof(T) == 2 ? WindowCost{1.85, 0.2, 0.002, 1} : WindowCost{11.3, 0.32, 0.0042, 2};
   if (UNITS == 8) {
     // Cells of 128 bytes leave room for few warps beside the halo of a tile: worth while for whole maps, and with runs, where
     // tiles cost less, for small ones. In halves of 64 bytes every tap is worked out twice.
