@@ -443,11 +443,11 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
   const auto is_inside = [&](int column, int row) {
     return uint32_t(o.x + column) < uint32_t(p.W) && uint32_t(o.y + row) < uint32_t(p.H);
   };
-  // Four sums of a cell, of the group's channels or those from `vector` fours on. In a map 32 bits count its numbers.
+  // Four sums of a cell, of the group's channels or those from `vector` fours on. 32 bits count a map's sums.
   const auto write = [&](bool used, int column, int row, int vector, const float (&values)[4]) {
     const uint32_t cell = uint32_t(o.y + row) * uint32_t(p.W) + uint32_t(o.x + column);
     if (WHOLE) {
-      if (used) store<T, 4>(value_map + cell * uint32_t(p.grad_value_stride) + vector * 4, values);
+      if (used) store<T, 4>(at_pixel(value_map, cell, p.grad_value_stride) + vector * 4, values);
     } else {
       if (used) add_if(true, sums_map + cell * uint32_t(sums_stride) + vector * 4, values);
     }
