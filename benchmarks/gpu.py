@@ -349,7 +349,7 @@ def networks(session: Session, limit: float) -> Outcome:
             continue
         if code == 0:
             known[name] = json.loads(part.read_text(encoding="utf-8"))
-            content = {"sources": sources_hash(), "measurements": known}
+            content = {"environment": made_with(), "sources": sources_hash(), "measurements": known}
             file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         elif code is None:
             left += 1

@@ -119,6 +119,36 @@ def full_size(results: dict[str, Any]) -> str:
     return markdown(rows)
 
 
+def networks(results: dict[str, Any]) -> str:
+    """Times of `eval.throughput` at each batch: milliseconds of the last network, multiples of them of the others."""
+    from statistics import median
+
+    titles = {"forward": "forward", "training": "training step", "sampling": "sampling, 10 steps"}
+    rows: list[list[str]] = []
+    for name, measured in results["measurements"].items():
+        *swapped, base = measured["figures"]
+        if not rows:
+            names = (f"`{f['name']}`, {f['parameters'] / 1e6:.0f} M" for f in measured["figures"])
+            rows.append(["", "", *names])
+        for key in (key for key in titles if key in base["timings"]):
+            of_base = base["timings"][key]["seconds"]
+            ratios = (
+                median(a / b for a, b in zip(f["timings"][key]["seconds"], of_base, strict=True))
+                for f in swapped
+            )
+            rows.append(
+                [
+                    name.split(",")[0],
+                    titles[key],
+                    *(f"{r:.2f}" for r in ratios),
+                    f"{1e3 * median(of_base):.0f} ms",
+                ]
+            )
+        peaks = (f"{f['peak_bytes'] / 2**30:.1f} GiB" for f in measured["figures"])
+        rows.append([name.split(",")[0], "peak memory of a training step", *peaks])
+    return markdown(rows)
+
+
 def operator_kinds(records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     dtypes = dict.fromkeys(r["dtype"] for r in records)
     return [(dtype, direction) for dtype in dtypes for direction in ("forward", "backward")]
@@ -146,6 +176,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
         dtypes=("bfloat16", "float32"),
         leave_out=("attention_math", "depthwise_native", "dcnv3_rule"),
     ),
+    "networks_nvidia_h200": networks,
     "photographs_compare": scores,
     "full_size_cpu": full_size,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -63,6 +64,7 @@ def test_the_report_is_of_all_results(readme: ModuleType) -> None:
         "digits_unet_loop.json",
         "full_size_cpu.json",
         "gpu.json",
+        "networks_nvidia_h200.json",  # several of eval.throughput in one file
         "times.json",
     ]
 
@@ -134,7 +136,10 @@ def test_what_is_said_of_the_operator_on_a_gpu_is_in_the_json(readme: ModuleType
     text = " ".join(EVIDENCE.split())
 
     def rows(dtype: str, direction: str) -> list[dict]:
-        return [r for r in content["measurements"] if (r["dtype"], r["direction"]) == (dtype, direction)]
+        kind = (dtype, direction, 2, "op")
+        return [
+            r for r in content["measurements"] if (r["dtype"], r["direction"], r["sigma"], r["level"]) == kind
+        ]
 
     def ahead(dtype: str, direction: str, peer: str) -> tuple[int, int, str]:
         ratios = [readme.times_as_long(r, peer) for r in rows(dtype, direction) if peer in r["times"]]
@@ -170,16 +175,40 @@ def test_what_is_said_of_the_operator_on_a_gpu_is_in_the_json(readme: ModuleType
     different = {
         r["shape"]
         for r in content["measurements"]
-        if "official" in r["times"] and (r["times"]["official"]["difference"] or 0) > 0.5
+        if r["sigma"] == 2 and "official" in r["times"] and (r["times"]["official"]["difference"] or 0) > 0.5
     }
     assert different == {"64x14x14x512", "64x7x7x1024"}
     assert all("BFloat16" in r["skipped"]["official"] for r in rows("bfloat16", "backward"))
     failing = {r["shape"] for r in rows("float32", "backward") if "official" in r["skipped"]}
     assert failing == {"64x8x8x1280", "64x4x4x1280"}
+    modules = [
+        readme.times_as_long(r, "official")
+        for r in content["measurements"]
+        if (r["level"], r["dtype"], r["direction"]) == ("module", "bfloat16", "forward")
+    ]
+    assert len(modules) == 14 and f"1/{statistics.geometric_mean(modules):.2f}, in geometric mean" in text
     stages = json.loads((readme.RESULTS / "gpu.json").read_text(encoding="utf-8"))
     assert stages["known"]["device"] == "NVIDIA H200"
     for stage in ("correctness", "memcheck", "racecheck"):
         assert stages["stages"][stage]["status"] == "passed"
+
+
+def test_what_is_said_of_whole_networks_on_a_gpu_is_in_the_json(readme: ModuleType) -> None:
+    measured = json.loads((readme.RESULTS / "networks_nvidia_h200.json").read_text(encoding="utf-8"))[
+        "measurements"
+    ]
+    ratios: dict[str, list[float]] = {"training": [], "sampling": []}
+    for one in measured.values():
+        *swapped, unet = one["figures"]
+        for figure, key in itertools.product(swapped, ratios):
+            pairs = zip(figure["timings"][key]["seconds"], unet["timings"][key]["seconds"], strict=True)
+            ratios[key].append(statistics.median(a / b for a, b in pairs))
+        parameters = [figure["parameters"] / unet["parameters"] for figure in swapped]
+    text = " ".join(EVIDENCE.split())
+    assert "With {:.2f} and {:.2f} of the parameters".format(*parameters) in text
+    training, sampling = ((min(r), max(r)) for r in ratios.values())
+    assert "train at {:.2f} to {:.2f} of the U-Net's".format(*training) in text
+    assert "sample at {:.2f} to {:.2f}.".format(*sampling) in text
 
 
 def test_times_of_the_commands_are_those_of_the_json(readme: ModuleType) -> None:
