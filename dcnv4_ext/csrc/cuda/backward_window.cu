@@ -356,7 +356,10 @@ int32_t start(const BackwardCall& call, DotKernel<T> kernel, int64_t cell, int64
   bytes.blocks = 2;
   bytes.whole = sizeof(T) == 4 && !RUNS ? INT32_MAX : 0;  // as forward does
   bytes.batch = kSlots / TAPS;
-  bytes.cost = sizeof(T) == 2 ? WindowCost{5.8, 0.052, 0.0039, 0.5} : WindowCost{45, 0.047, 0.034, 0};
+  if (RUNS)
+    bytes.cost = sizeof(T) == 2 ? WindowCost{5.8, 0.052, 0.0039, 0.5} : WindowCost{45, 0.047, 0.034, 0};
+  else
+    bytes.cost = sizeof(T) == 2 ? WindowCost{10, 0.03, 0.008, 0} : WindowCost{6, 0.02, 0.008, 0};
   const Window w = plan_window(p, 1, bytes);
   // Whole maps with cells of 128 bytes by threads: fewer than three blocks a multiprocessor are slower than none.
   if (w.blocks == 0 || (bytes.whole && 3 * (w.shared + 1024) > shared_total(p.device))) return DCNV4_NO_KERNEL;

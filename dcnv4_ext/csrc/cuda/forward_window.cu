@@ -194,7 +194,8 @@ int32_t run(const ForwardCall& call, int64_t slices) {
   constexpr int64_t cell = UNITS * 16;
   WindowBytes bytes{
       cell, RUNS ? kRunBytes<T, TAPS> : 0, staged_bytes<SIDES, TAPS>(), window_fixed<RUNS>(cell), 1, kWarp * 16 / cell};
-  bytes.cost = sizeof(T) == 2 ? WindowCost{1.85, 0.2, 0.002, 1} : WindowCost{11.3, 0.32, 0.0042, 2};
+  // Where threads fetch, cells cost more, and tiles are better larger.
+  if (RUNS) bytes.cost = sizeof(T) == 2 ? WindowCost{1.85, 0.2, 0.002, 1} : WindowCost{11.3, 0.32, 0.0042, 2};
   if (UNITS == 8) {
     // Cells of 128 bytes leave room for few warps beside the halo of a tile: worth while for whole maps, and with runs, where
     // tiles cost less, for small ones. In halves of 64 bytes every tap is worked out twice.
