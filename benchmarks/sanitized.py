@@ -24,13 +24,13 @@ FORCED, FORCED_DETERMINISTIC = (0, 1, 2, 4, 6, 8, 16, 32), (0, 1)
 SHAPES = ((2, 7, 5, 2, 32), (1, 9, 11, 1, 40), (1, 5, 6, 3, 12), (1, 18, 17, 2, 16))
 # Windows by cells of 32, 64 and 128 bytes, whole maps and tiles of larger ones; as the shape chooses alone.
 WINDOWS = (
-    (1, 80, 6, 1, 32),
+    (1, 40, 6, 1, 32),
     (1, 6, 5, 1, 64),
-    (1, 80, 6, 1, 64),
+    (1, 40, 6, 1, 64),
     (1, 6, 5, 1, 16),
-    (1, 80, 6, 1, 16),
+    (1, 40, 6, 1, 16),
     (1, 6, 5, 1, 8),
-    (1, 80, 6, 1, 8),
+    (1, 40, 6, 1, 8),
 )
 # (kernel, stride, padding, dilation, remove_center)
 GEOMETRIES = (
