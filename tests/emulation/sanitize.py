@@ -58,7 +58,20 @@ def run(kind: str, arguments: list[str]) -> int:
     plugin = ["-p", "sanitize"] if kind == "cpu" else []
     # Output unbuffered: a finding ends the process at once.
     return subprocess.call(
-        [sys.executable, "-m", "pytest", *plugin, "-s", "-x", str(FILES[kind]), *arguments], env=environment
+        # Sanitized, a test takes some twenty times as long.
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            *plugin,
+            "--timeout",
+            "3600",
+            "-s",
+            "-x",
+            str(FILES[kind]),
+            *arguments,
+        ],
+        env=environment,
     )
 
 
