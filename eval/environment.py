@@ -21,7 +21,7 @@ def environment(threads: int | None = None) -> dict[str, Any]:
     """
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *map(_named, sys.argv[1:])]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {package: _version(package) for package in PACKAGES},
@@ -32,6 +32,17 @@ def environment(threads: int | None = None) -> dict[str, Any]:
         if gpu is None
         else f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}",
     }
+
+
+def without_here(text: str) -> str:
+    """`text` with paths below the working directory as from there: where it lies is nobody else's business."""
+    return text.replace(str(Path.cwd()) + os.sep, "")
+
+
+def _named(argument: str) -> str:
+    """An argument of the command line; of a file elsewhere its name alone."""
+    argument = without_here(argument)
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def noted(part: dict[str, Any], content: dict[str, Any], threads: int | None = None) -> dict[str, Any]:

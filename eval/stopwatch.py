@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from .environment import without_here
+
 MEBIBYTE = 2**20
 CPU_TURN = 0.02  # seconds: well above the clock's resolution and a scheduler's slice of 4 ms
 CUDA_TURN = 0.001
@@ -239,7 +241,7 @@ class Stopwatch:
 
 def describe(error: BaseException) -> str:
     """An exception in one line."""
-    lines = str(error).strip().splitlines()
+    lines = without_here(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from dcnv4_ext import dcnv4, dcnv4_reference
 from eval import operators, peers, stopwatch
+from eval.environment import environment
 from eval.peers import PEERS, Case, Shape
+from eval.stopwatch import describe
 from problems import between_cells
 
 ROOT = Path(__file__).parent.parent
@@ -585,3 +587,15 @@ def test_variants_of_the_cuda_library_are_compared(capsys) -> None:
     assert "differs" not in printed and "status" not in printed and "nan" not in printed
     for kind in variants.KINDS:
         assert printed.count(f" {kind} ") == 4, kind  # a row and a mean of two types
+
+
+def test_results_do_not_tell_where_the_machine_keeps_its_files(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "sys.argv",
+        ["x/operators.py", "--json", str(tmp_path / "out" / "a.json"), "--chart", "/elsewhere/b.png"],
+    )
+    expected = f"operators.py --json {Path('out', 'a.json')} --chart b.png"
+    assert environment()["command"] == expected
+    error = RuntimeError(f'assert failed at "{tmp_path / "peer" / "x.cpp"}":3')
+    assert describe(error) == f'RuntimeError: assert failed at "{Path("peer", "x.cpp")}":3'

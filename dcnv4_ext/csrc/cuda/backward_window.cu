@@ -41,29 +41,23 @@ DCNV4_DEVICE DotTap dot_tap(const dcnv4_problem& p, const WindowOrigin& o, const
 // Works out the taps of a batch, and what is left of them: place(slot, tap) says where their corners lie.
 template <class T, int TAPS, bool RUNS, class Place>
 DCNV4_DEVICE void work_out_dots(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, int batch,
-                                const TileTaps<T, TAPS, RUNS>& tile, const TapSlot<T> (&slots)[kSlotRounds],
+                                const TileTaps<T, TAPS, RUNS>& tile, const TapSlot (&slots)[kSlotRounds],
                                 uint32_t (&far)[kSlotRounds], DotTap (&taps)[kSlotRounds], Place place) {
 #pragma unroll
   for (int r = 0; r < kSlotRounds; ++r) taps[r].pixel = kNoPixel;
-  work_out_slots<TAPS>(
-      p, w, o, batch, slots, far,
-      [&](int r, int index, const TilePixel& pixel) {
-        const int k = slots[r].k;
-        return tile.template tap<false, false>(p, w, o, min(index, w.pixels - 1), pixel, k, w.grid_x[k], w.grid_y[k]);
-      },
-      [&](int r, const TilePixel& pixel, const WindowTap& tap) {
-        taps[r] = dot_tap(p, o, pixel, tap);
-        place(slots[r], tap);
-      });
+  work_out_slots<false>(p, w, o, batch, tile, slots, far, [&](int r, const TilePixel& pixel, const WindowTap& tap) {
+    taps[r] = dot_tap(p, o, pixel, tap);
+    place(slots[r], tap);
+  });
 }
 
 // The gradients of a batch's taps from the dot products at `dots`, by the threads that worked the taps out.
 template <class T, int TAPS>
-DCNV4_DEVICE void write_gradients(const dcnv4_problem& p, const Window& w, const TapSlot<T> (&slots)[kSlotRounds],
+DCNV4_DEVICE void write_gradients(const dcnv4_problem& p, const Window& w, const TapSlot (&slots)[kSlotRounds],
                                   const DotTap (&taps)[kSlotRounds], const float* dots, T* rows) {
 #pragma unroll
   for (int r = 0; r < kSlotRounds; ++r) {
-    const TapSlot<T>& slot = slots[r];
+    const TapSlot& slot = slots[r];
     if (taps[r].pixel == kNoPixel) continue;
     const Four<float> of = *reinterpret_cast<const Four<float>*>(dots + slot.of * dots_length<TAPS>() + slot.k * kCorners);
     // A corner outside the map counts as zero, whatever grad_output is; all four of a tap that is not used do.
@@ -171,9 +165,9 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
   const TileTaps<T, TAPS, RUNS> tile(w, o, offset_mask);
   start_window<UNITS>(p, w, o, tile, value_map, mask_map, map, channel * int(sizeof(T)), window, barrier);
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
-  TapSlot<T> slots[kSlotRounds];
+  TapSlot slots[kSlotRounds];
 #pragma unroll
-  for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<T, TAPS>(w, o, offset_mask, r * kWarp + lane);
+  for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<TAPS>(r * kWarp + lane);
   wait_for_window<RUNS>(barrier);
 
   const int item = lane / UNITS, unit = lane % UNITS;
@@ -181,7 +175,7 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
   for (int batch = warp; batch * pixels < w.pixels; batch += warps) {
     uint32_t far[kSlotRounds];
     DotTap taps[kSlotRounds];
-    work_out_dots<T, TAPS>(p, w, o, batch, tile, slots, far, taps, [&](const TapSlot<T>& slot, const WindowTap& tap) {
+    work_out_dots<T, TAPS>(p, w, o, batch, tile, slots, far, taps, [&](const TapSlot& slot, const WindowTap& tap) {
       places[slot.of * odd(TAPS) + slot.k] = tap.near ? uint32_t(tap.y * w.pitch + tap.x) * cell_bytes : nowhere;
     });
     __syncwarp();
@@ -264,9 +258,9 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
   const TileTaps<T, TAPS, RUNS> tile(w, o, offset_mask);
   start_window<pieces>(p, w, o, tile, value_map, mask_map, map, channel * int(sizeof(T)), window, barrier);
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
-  TapSlot<T> slots[kSlotRounds];
+  TapSlot slots[kSlotRounds];
 #pragma unroll
-  for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<T, TAPS>(w, o, offset_mask, r * kWarp + lane);
+  for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<TAPS>(r * kWarp + lane);
   wait_for_window<RUNS>(barrier);
 
   // As a row of A: matrices 0 and 1 of a load are of an even and the next odd block at one piece of the channels, 2 and 3 at
@@ -290,7 +284,7 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
     }
     uint32_t far[kSlotRounds];
     DotTap taps[kSlotRounds];
-    work_out_dots<T, TAPS>(p, w, o, batch, tile, slots, far, taps, [&](const TapSlot<T>& slot, const WindowTap& tap) {
+    work_out_dots<T, TAPS>(p, w, o, batch, tile, slots, far, taps, [&](const TapSlot& slot, const WindowTap& tap) {
       const int block = slot.k / 2,
                 at = TAPS == 9 && slot.k == 8 ? kNinthPlace : slot.k % 2 * kBlocks + block % 2 * 2 + block / 2;
       places[slot.of * kPlaceWords + at] = tap.near ? uint32_t(tap.y) * pitch_bytes + uint32_t(tap.x) * cell_bytes : nowhere;

@@ -40,12 +40,16 @@ DCNV4_DEVICE bool has_to_write(const dcnv4_problem& p, const Window& w, const Wi
   return uint32_t(x) < uint32_t(p.W) && uint32_t(y) < uint32_t(p.H);
 }
 
-// Adds what the taps of `far` give to their corners, by a whole warp, one reduction a corner and four channels.
+// Adds what the taps of `far` give to their corners, by a whole warp, one reduction a corner and four channels. Their numbers
+// come from global memory: where runs lay, other things lie by now.
 template <class T, int CHANNELS, int TAPS>
-DCNV4_DEVICE void add_far(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, const TilePixel& pixel,
-                          const T* offset_mask, const char* gradients, uint32_t far, float* sums_map, int64_t sums_stride) {
+DCNV4_DEVICE void add_far(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, int index, const T* offset_mask,
+                          const char* gradients, uint32_t far, float* sums_map, int64_t sums_stride) {
+  const TileTaps<T, TAPS, false> tile(w, o, offset_mask);
+  const TilePixel pixel = tile_pixel(p, w, o, index);
   for (; far != 0; far &= far - 1) {
-    const WindowTap tap = slot_tap<T, TAPS, true>(p, w, o, pixel, tap_slot<T, TAPS>(w, o, offset_mask, __ffs(int(far)) - 1));
+    const int k = __ffs(int(far)) - 1;
+    const WindowTap tap = tile.template tap<false, true>(p, w, o, index, pixel, k, w.grid_x[k], w.grid_y[k]);
     const Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.weight, 1.0f);
     for (int i = int(threadIdx.x % kWarp); i < CHANNELS; i += kWarp) {
       const int c = i % kCorners, channel = i / kCorners * 4, x = tap.x + o.x + c % 2, y = tap.y + o.y + c / 2;
@@ -58,6 +62,44 @@ DCNV4_DEVICE void add_far(const dcnv4_problem& p, const Window& w, const WindowO
       const uint32_t cell = inside ? uint32_t(y) * uint32_t(p.W) + uint32_t(x) : 0;
       add_if(inside, sums_map + (uint64_t(cell) * uint64_t(sums_stride) + channel), part);
     }
+  }
+}
+
+// The same for all of a block's batches, a bit a tap in `far_of`.
+template <class T, int CHANNELS, int TAPS>
+DCNV4_DEVICE void add_all_far(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, const T* offset_mask,
+                              const char* gradients, const uint2* far_of, float* sums_map, int64_t sums_stride) {
+  constexpr int pixels = kSlots / TAPS;
+  const int warps = int(blockDim.x / kWarp);
+  for (int batch = int(threadIdx.x / kWarp); batch * pixels < w.pixels; batch += warps) {
+    const uint2 bits = far_of[batch];
+    const uint32_t far[kSlotRounds] = {bits.x, bits.y};
+    if ((far[0] | far[1]) == 0) continue;
+#pragma unroll 1
+    for (int of = 0; of < pixels; ++of)
+      add_far<T, CHANNELS, TAPS>(p, w, o, batch * pixels + of, offset_mask, gradients, far_slots<TAPS>(far, of), sums_map,
+                                 sums_stride);
+  }
+}
+
+// Where each list starts, in place of how long it is; behind the last its end. Every thread sums a run of lengths, the warps'
+// totals follow. visit(list, length), also of what comes behind the last.
+template <class Visit>
+DCNV4_DEVICE void find_starts(int* starts, int lists, int* totals, Visit visit) {
+  const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp);
+  const int run_length = (lists + int(blockDim.x)) / int(blockDim.x), first = int(threadIdx.x) * run_length;
+  int own = 0;
+  for (int i = first; i < min(first + run_length, lists); ++i) own += starts[i];
+  int before = sum_of_lanes(own);
+  if (lane == kWarp - 1) totals[warp] = before;
+  before -= own;
+  __syncthreads();
+  for (int i = 0; i < warp; ++i) before += totals[i];
+  for (int i = first; i < min(first + run_length, lists + 1); ++i) {
+    const int length = starts[i];
+    starts[i] = before;
+    before += length;
+    visit(i, length);
   }
 }
 
@@ -91,9 +133,9 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
   }
   for (int i = int(threadIdx.x); i <= cells; i += int(blockDim.x)) starts[i] = 0;
   for (int i = int(threadIdx.x); i <= kLengths; i += int(blockDim.x)) lengths[i] = 0;
-  TapSlot<T> slots[kSlotRounds];
+  TapSlot slots[kSlotRounds];
 #pragma unroll
-  for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<T, TAPS>(w, o, offset_mask, r * kWarp + lane);
+  for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<TAPS>(r * kWarp + lane);
   __syncthreads();
 
   // Taps, their cells, and the number of each corner among those of its cell, from 1 on, two in a word; 0 for none.
@@ -107,39 +149,29 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
 #pragma unroll
     for (int r = 0; r < kSlotRounds; ++r) upper[b][r] = lower[b][r] = 0;
     if (batch * pixels >= w.pixels) continue;
-    work_out_slots<T, TAPS, true>(p, w, o, batch, slots, far, [&](int r, const TilePixel&, const WindowTap& tap) {
-      lx[b][r] = tap.lx;
-      ly[b][r] = tap.ly;
-      weight[b][r] = tap.weight;
-      if (!tap.near) return;
-      cell_of[b][r] = tap.y * w.width + tap.x;
-      int* count = starts + cell_of[b][r];
-      const Inside inside(p, o, tap);
-      const auto number = [](bool live, int* of) { return live ? uint32_t(atomicAdd(of, 1) + 1) : 0u; };
-      upper[b][r] = number(inside.top && inside.left, count) | number(inside.top && inside.right, count + 1) << 16;
-      count += w.width;
-      lower[b][r] = number(inside.bottom && inside.left, count) | number(inside.bottom && inside.right, count + 1) << 16;
-    });
+    work_out_slots<true>(
+        p, w, o, batch, TileTaps<T, TAPS, false>(w, o, offset_mask), slots, far,
+        [&](int r, const TilePixel&, const WindowTap& tap) {
+          lx[b][r] = tap.lx;
+          ly[b][r] = tap.ly;
+          weight[b][r] = tap.weight;
+          if (!tap.near) return;
+          cell_of[b][r] = tap.y * w.width + tap.x;
+          int* count = starts + cell_of[b][r];
+          const Inside inside(p, o, tap);
+          const auto number = [](bool live, int* of) { return live ? uint32_t(atomicAdd(of, 1) + 1) : 0u; };
+          upper[b][r] = number(inside.top && inside.left, count) | number(inside.top && inside.right, count + 1) << 16;
+          count += w.width;
+          lower[b][r] = number(inside.bottom && inside.left, count) | number(inside.bottom && inside.right, count + 1) << 16;
+        });
     if (!WHOLE && lane == 0) far_of[batch] = make_uint2(far[0], far[1]);
   }
   __syncthreads();
 
-  // Where each cell's taps start: every thread sums a run of counts, the warps' totals follow.
-  const int run_length = (cells + int(blockDim.x)) / int(blockDim.x), first = int(threadIdx.x) * run_length;
-  int own = 0;
-  for (int i = first; i < min(first + run_length, cells); ++i) own += starts[i];
-  int before = sum_of_lanes(own);
-  if (lane == kWarp - 1) counts[warp] = before;
-  before -= own;
-  __syncthreads();
-  for (int i = 0; i < warp; ++i) before += counts[i];
   const auto length_of = [](int count) { return min(count, kLengths - 1); };
-  for (int i = first; i < min(first + run_length, cells + 1); ++i) {
-    const int count = starts[i];
-    starts[i] = before;
-    before += count;
-    if (i < cells && has_to_write<WHOLE>(p, w, o, i, count)) atomicAdd(lengths + length_of(count), 1);
-  }
+  find_starts(starts, cells, counts, [&](int cell, int count) {
+    if (cell < cells && has_to_write<WHOLE>(p, w, o, cell, count)) atomicAdd(lengths + length_of(count), 1);
+  });
   __syncthreads();
 
   // Where the cells of each length begin in the order, the longest first; behind them how many there are.
@@ -205,15 +237,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
     }
   }
 
-  for (int batch = warp; !WHOLE && batch * pixels < w.pixels; batch += warps) {
-    const uint2 bits = far_of[batch];
-    const uint32_t far[kSlotRounds] = {bits.x, bits.y};
-    if ((far[0] | far[1]) == 0) continue;
-#pragma unroll 1
-    for (int of = 0; of < pixels; ++of)
-      add_far<T, UNITS * N, TAPS>(p, w, o, tile_pixel(p, w, o, batch * pixels + of), offset_mask, gradients,
-                                  far_slots<TAPS>(far, of), sums_map, sums_stride);
-  }
+  if (!WHOLE) add_all_far<T, UNITS * N, TAPS>(p, w, o, offset_mask, gradients, far_of, sums_map, sums_stride);
 }
 
 // ---- By matrices.
@@ -353,9 +377,9 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
     *reinterpret_cast<uint2*>(row + (unit / 2 * 2 ^ turn) * 16) = make_uint2(words.x, words.z);
     *reinterpret_cast<uint2*>(row + ((unit / 2 * 2 + 1) ^ turn) * 16) = make_uint2(words.y, words.w);
   }
-  TapSlot<T> slots[kSlotRounds];
+  TapSlot slots[kSlotRounds];
 #pragma unroll
-  for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<T, TAPS>(w, o, offset_mask, r * kWarp + lane);
+  for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<TAPS>(r * kWarp + lane);
   __syncthreads();
   if (RUNS) wait_for_bulk(barrier);
   if ((odd_bits & kNotFinite) != 0) *hostile = 1;
@@ -372,40 +396,21 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
 #pragma unroll
     for (int r = 0; r < kSlotRounds; ++r) number[b][r] = 0;
     if (batch * pixels >= w.pixels) continue;
-    work_out_slots<TAPS>(
-        p, w, o, batch, slots, far,
-        [&](int r, int index, const TilePixel& pixel) {
-          const int k = slots[r].k;
-          return tile.template tap<false, true>(p, w, o, min(index, w.pixels - 1), pixel, k, w.grid_x[k], w.grid_y[k]);
-        },
-        [&](int r, const TilePixel&, const WindowTap& tap) {
-          lx[b][r] = tap.lx;
-          ly[b][r] = tap.ly;
-          weight[b][r] = tap.weight;
-          if (!tap.near) return;
-          key_of[b][r] = (tap.y >> 1) * groups.pitch + tap.x;
-          int* count = starts + key_of[b][r];
-          number[b][r] = uint32_t(atomicAdd(count, 1) + 1);
-          if (tap.y & 1) number[b][r] |= uint32_t(atomicAdd(count + groups.pitch, 1) + 1) << 16;
-        });
+    work_out_slots<true>(p, w, o, batch, tile, slots, far, [&](int r, const TilePixel&, const WindowTap& tap) {
+      lx[b][r] = tap.lx;
+      ly[b][r] = tap.ly;
+      weight[b][r] = tap.weight;
+      if (!tap.near) return;
+      key_of[b][r] = (tap.y >> 1) * groups.pitch + tap.x;
+      int* count = starts + key_of[b][r];
+      number[b][r] = uint32_t(atomicAdd(count, 1) + 1);
+      if (tap.y & 1) number[b][r] |= uint32_t(atomicAdd(count + groups.pitch, 1) + 1) << 16;
+    });
     if (!WHOLE && lane == 0) far_of[batch] = make_uint2(far[0], far[1]);
   }
   __syncthreads();
 
-  // Where each key's entries start: every thread sums a run of counts, the warps' totals follow.
-  const int run_length = (keys + int(blockDim.x)) / int(blockDim.x), first = int(threadIdx.x) * run_length;
-  int own = 0;
-  for (int i = first; i < min(first + run_length, keys); ++i) own += starts[i];
-  int before = sum_of_lanes(own);
-  if (lane == kWarp - 1) counts[warp] = before;
-  before -= own;
-  __syncthreads();
-  for (int i = 0; i < warp; ++i) before += counts[i];
-  for (int i = first; i < min(first + run_length, keys + 1); ++i) {
-    const int count = starts[i];
-    starts[i] = before;
-    before += count;
-  }
+  find_starts(starts, keys, counts, [](int, int) {});
   __syncthreads();
 
 #pragma unroll
@@ -544,15 +549,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
     }
   }
 
-  for (int batch = warp; !WHOLE && batch * pixels < w.pixels; batch += warps) {
-    const uint2 bits = far_of[batch];
-    const uint32_t far[kSlotRounds] = {bits.x, bits.y};
-    if ((far[0] | far[1]) == 0) continue;
-#pragma unroll 1
-    for (int of = 0; of < pixels; ++of)
-      add_far<T, UNITS * N, TAPS>(p, w, o, tile_pixel(p, w, o, batch * pixels + of), offset_mask, gradients,
-                                  far_slots<TAPS>(far, of), sums_map, sums_stride);
-  }
+  if (!WHOLE) add_all_far<T, UNITS * N, TAPS>(p, w, o, offset_mask, gradients, far_of, sums_map, sums_stride);
 }
 
 // What a problem's gradient is gathered with; w.blocks = 0 where it cannot be.

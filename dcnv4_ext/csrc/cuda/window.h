@@ -334,35 +334,6 @@ struct Inside {
   }
 };
 
-// The offsets of tap k and this group, of the image's first pixel.
-template <class T, int TAPS>
-DCNV4_DEVICE const T* offsets_of(const Window& w, const WindowOrigin& o, const T* offset_mask, int k) {
-  return image_of(offset_mask, o, w.mask_image) + (o.g * 3 * TAPS + 2 * k);
-}
-
-// What a thread knows of a pixel: where its taps look without offsets, where the numbers of the thread's first tap lie.
-template <class T>
-struct PixelTaps {
-  float x, y;
-  bool live, softmax;
-  const T *offsets, *weight;
-  SoftmaxNorm<float> norm;
-};
-// `offsets` is of the image's first pixel.
-template <class T, int TAPS, bool SOFTMAX>
-DCNV4_DEVICE PixelTaps<T> pixel_taps(const dcnv4_problem& p, const Window& w, const TilePixel& pixel, const T* offsets, int k) {
-  PixelTaps<T> taps;
-  taps.x = float(pixel.wo * p.stride_w + w.base_x);
-  taps.y = float(pixel.ho * p.stride_h + w.base_y);
-  taps.live = pixel.live;
-  taps.softmax = SOFTMAX && p.softmax;
-  taps.offsets = reinterpret_cast<const T*>(reinterpret_cast<const char*>(offsets) + uint64_t(pixel.number) * w.run_bytes);
-  taps.weight = taps.offsets + (2 * TAPS - k);
-  taps.norm = {};
-  if (taps.softmax) taps.norm = softmax_norm(taps.offsets - 2 * k, TAPS);
-  return taps;
-}
-
 // A tap at a position, the same arithmetic as read_tap's. With FINITE a tap whose weight is not is called far: zeros that stand
 // for the outside of the map do not make it harmless.
 template <bool FINITE>
@@ -380,60 +351,15 @@ DCNV4_DEVICE WindowTap tap_at(const Window& w, const WindowOrigin& o, bool live,
   return tap;
 }
 
-// Tap k of a pixel whose numbers are read from global memory.
-template <class T>
-DCNV4_DEVICE WindowTap window_tap(const Window& w, const WindowOrigin& o, const PixelTaps<T>& pixel, float grid_x,
-                                  float grid_y) {
-  const float x = pixel.x + (grid_x + load_one(pixel.offsets)) * w.scale;
-  const float y = pixel.y + (grid_y + load_one(pixel.offsets + 1)) * w.scale;
-  float weight = load_one(pixel.weight);
-  if (pixel.softmax) weight = exp(weight - pixel.norm.peak) * pixel.norm.scale;
-  return tap_at<false>(w, o, pixel.live, x, y, weight);
-}
-
 // Tap `slot % TAPS` of pixel `slot / TAPS` of a batch.
-template <class T>
+constexpr int kSlotRounds = kSlots / kWarp;
 struct TapSlot {
   int of, k;
-  const T* offsets;  // of the image's first pixel
 };
-template <class T, int TAPS>
-DCNV4_DEVICE TapSlot<T> tap_slot(const Window& w, const WindowOrigin& o, const T* offset_mask, int slot) {
-  const int of = slot / TAPS, k = slot - of * TAPS;
-  return {of, k, offsets_of<T, TAPS>(w, o, offset_mask, k)};
-}
-template <class T, int TAPS, bool SOFTMAX>
-DCNV4_DEVICE WindowTap slot_tap(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, const TilePixel& pixel,
-                                const TapSlot<T>& slot) {
-  const PixelTaps<T> taps = pixel_taps<T, TAPS, SOFTMAX>(p, w, pixel, slot.offsets, slot.k);
-  return window_tap(w, o, taps, w.grid_x[slot.k], w.grid_y[slot.k]);
-}
-
-// The taps of a batch of kSlots / TAPS pixels, one after the other, by the threads of a warp: visit(round, pixel, tap),
-// where an unused tap has a weight of zero. A far tap gets a bit in `far`, in the order of the taps.
-constexpr int kSlotRounds = kSlots / kWarp;
-// tap_of(r, index, pixel) is the tap of a round's slot; `index` counts the tile's pixels.
-template <int TAPS, class Slots, class TapOf, class Visit>
-DCNV4_DEVICE void work_out_slots(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, int batch, const Slots& slots,
-                                 uint32_t (&far)[kSlotRounds], TapOf tap_of, Visit visit) {
-  constexpr int pixels = kSlots / TAPS;
-  const int lane = int(threadIdx.x % kWarp);
-#pragma unroll
-  for (int r = 0; r < kSlotRounds; ++r) {
-    const bool has_slot = (r + 1) * kWarp <= pixels * TAPS || r * kWarp + lane < pixels * TAPS;
-    const int index = batch * pixels + slots[r].of;
-    const TilePixel pixel = tile_pixel(p, w, o, index);
-    const WindowTap tap = tap_of(r, index, pixel);
-    far[r] = __ballot_sync(0xffffffffu, has_slot && tap.far);
-    if (has_slot) visit(r, pixel, tap);
-  }
-}
-template <class T, int TAPS, bool SOFTMAX, class Visit>
-DCNV4_DEVICE void work_out_slots(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, int batch,
-                                 const TapSlot<T> (&slots)[kSlotRounds], uint32_t (&far)[kSlotRounds], Visit visit) {
-  work_out_slots<TAPS>(
-      p, w, o, batch, slots, far,
-      [&](int r, int, const TilePixel& pixel) { return slot_tap<T, TAPS, SOFTMAX>(p, w, o, pixel, slots[r]); }, visit);
+template <int TAPS>
+DCNV4_DEVICE TapSlot tap_slot(int slot) {
+  const int of = slot / TAPS;
+  return {of, slot - of * TAPS};
 }
 
 // The far taps of pixel `of`, from bit 0 on.
@@ -492,7 +418,7 @@ template <class T, int TAPS, bool RUNS>
 class TileTaps {
  public:
   DCNV4_DEVICE TileTaps(const Window& w, const WindowOrigin& o, const T* offset_mask)
-      : runs_(o, dynamic_shared()), image_(RUNS ? nullptr : offsets_of<T, TAPS>(w, o, offset_mask, 0)) {}
+      : runs_(o, dynamic_shared()), image_(RUNS ? nullptr : image_of(offset_mask, o, w.mask_image) + o.g * 3 * TAPS) {}
   DCNV4_DEVICE int first_word() const { return runs_.first_word(); }
 
   // Tap k of pixel `index`. RUNS reads what happens to lie behind the runs where there is no such pixel.
@@ -515,6 +441,26 @@ class TileTaps {
   Runs<T, TAPS> runs_;
   const T* image_;
 };
+
+// The taps of a batch of kSlots / TAPS pixels, one after the other, by the threads of a warp: visit(round, pixel, tap), where
+// an unused tap has a weight of zero. A far tap gets a bit in `far`, in the order of the taps.
+template <bool SOFTMAX, class T, int TAPS, bool RUNS, class Visit>
+DCNV4_DEVICE void work_out_slots(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, int batch,
+                                 const TileTaps<T, TAPS, RUNS>& tile, const TapSlot (&slots)[kSlotRounds],
+                                 uint32_t (&far)[kSlotRounds], Visit visit) {
+  constexpr int pixels = kSlots / TAPS;
+  const int lane = int(threadIdx.x % kWarp);
+#pragma unroll
+  for (int r = 0; r < kSlotRounds; ++r) {
+    const bool has_slot = (r + 1) * kWarp <= pixels * TAPS || r * kWarp + lane < pixels * TAPS;
+    const int index = batch * pixels + slots[r].of, k = slots[r].k;
+    const TilePixel pixel = tile_pixel(p, w, o, index);
+    const WindowTap tap =
+        tile.template tap<false, SOFTMAX>(p, w, o, min(index, w.pixels - 1), pixel, k, w.grid_x[k], w.grid_y[k]);
+    far[r] = __ballot_sync(0xffffffffu, has_slot && tap.far);
+    if (has_slot) visit(r, pixel, tap);
+  }
+}
 
 // ---- A tile's window and, with RUNS, its runs.
 
