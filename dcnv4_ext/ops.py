@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad, profiler
+from torch.compiler import is_dynamo_compiling
 
 from . import native
 from .geometry import MOST, Geometry
@@ -311,9 +312,14 @@ def _other_levels_differentiate():
         yield
 
 
-# The plain class below autograd.Function: Function.apply would start the dispatch of torch.func's transforms anew, which has
-# happened already when a kernel under the Autograd key runs.
-_Function = torch.autograd.function._SingleLevelFunction
+class _Function(torch.autograd.function._SingleLevelFunction):
+    """The plain class below autograd.Function: Function.apply would start the dispatch of torch.func's transforms anew, which has
+    happened already when a kernel under the Autograd key runs."""
+
+    @staticmethod
+    def _compiled_autograd_key(ctx):
+        """autograd.Function's. What compiled autograd traces is looked up by it; torch.compile guards the settings and the rest."""
+        return (ctx._autograd_function_id,)
 
 
 class _NoTangents(_Function):
@@ -356,7 +362,7 @@ class _Differentiable(_Function):
         needed = ctx.needs_input_grad[:2]
         # Only with create_graph=True does autograd run backward with gradients enabled.
         plain = not torch.is_grad_enabled() and forward_ad._current_level < 0
-        if plain and _ordinary(value, offset_mask, grad_output):
+        if plain and not is_dynamo_compiling() and _ordinary(value, offset_mask, grad_output):
             return *_backward(value, offset_mask, grad_output, ctx.settings, needed), None, None
         grad_value, grad_offset_mask = backward(value, offset_mask, grad_output, *ctx.settings, needed)
         return grad_value if needed[0] else None, grad_offset_mask if needed[1] else None, None, None

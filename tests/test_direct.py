@@ -324,6 +324,105 @@ def test_exported_programs_hold_the_operator(strict: bool, roads: list[str]) -> 
     assert "direct" not in roads
 
 
+def gradients(loss: torch.Tensor, leaves: tuple[torch.Tensor, ...]) -> list[torch.Tensor | None]:
+    """By backward(), which compiled autograd alone can take over."""
+    loss.backward()
+    found = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return found
+
+
+@pytest.mark.parametrize("road", ["direct", "dispatcher"])
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_compiled_autograd_traces_backward(
+    road: str, wanted: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a forward that ran eagerly, before anybody compiled."""
+    from torch._dynamo import compiled_autograd
+
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _) -> Callable:
+        graphs.append([node.target for node in graph.graph.nodes])
+        return graph.forward
+
+    # torch 2.5 knows it by the first name.
+    enabled = getattr(compiled_autograd, "enable", None) or compiled_autograd._enable
+    monkeypatch.setattr(ops, "_answers", road == "direct")
+    torch._dynamo.reset()
+    leaves = tuple(tensor.requires_grad_(want) for tensor, want in zip(inputs(), wanted, strict=True))
+    # The second has the same graph and other settings, the third two nodes, the fourth hooks.
+    for call in (
+        lambda: dcnv4(*leaves, groups=2),
+        lambda: dcnv4(*leaves, groups=1, offset_scale=0.5, softmax=True),
+        lambda: dcnv4(*leaves, groups=2) + dcnv4(*leaves, groups=2, kernel_size=(3, 3), offset_scale=2.0),
+        lambda: with_hooks(*leaves),
+    ):
+        want = gradients(call().square().sum(), leaves)
+        loss = call().square().sum()
+        with enabled(lambda graph: torch.compile(graph, backend=backend, fullgraph=True)):
+            got = gradients(loss, leaves)
+        for of_graph, eager in zip(got, want, strict=True):
+            assert of_graph is eager is None or torch.equal(of_graph, eager)
+    assert [graph.count(BACKWARD) for graph in graphs] == [1, 1, 2, 1]
+
+
+def test_compiled_autograd_meets_the_error_of_second_derivatives() -> None:
+    from torch._dynamo import compiled_autograd
+
+    enabled = getattr(compiled_autograd, "enable", None) or compiled_autograd._enable
+    leaves = inputs(grad=True)
+    (gradient,) = torch.autograd.grad(dcnv4(*leaves, groups=2).square().sum(), leaves[0], create_graph=True)
+    with (
+        enabled(lambda graph: graph),
+        warnings.catch_warnings(),
+        pytest.raises(RuntimeError, match="dcnv4 can be differentiated once"),
+    ):
+        warnings.simplefilter("ignore")  # compiled autograd tells of the line behind the error
+        gradient.sum().backward()
+
+
+def checkpointed(**options) -> Callable:
+    from torch.utils.checkpoint import checkpoint
+
+    def call(value: torch.Tensor, offset_mask: torch.Tensor) -> torch.Tensor:
+        return checkpoint(lambda v, a: dcnv4(v.sin(), a.cos(), groups=2).exp(), value, offset_mask, **options)
+
+    return call
+
+
+def keeping_the_operator():
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    return create_selective_checkpoint_contexts([FORWARD])
+
+
+def on_cpu(value: torch.Tensor, offset_mask: torch.Tensor) -> torch.Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return dcnv4(value.sin(), offset_mask.cos(), groups=2).exp()
+
+
+# How often each computes forward.
+SAVERS = {
+    "checkpoint": (checkpointed(use_reentrant=False), 2),
+    "reentrant checkpoint": (checkpointed(use_reentrant=True), 2),
+    "selective checkpoint": (checkpointed(use_reentrant=False, context_fn=keeping_the_operator), 1),
+    "saved on CPU": (on_cpu, 1),
+}
+
+
+@pytest.mark.parametrize("name", SAVERS)
+def test_memory_savers_give_the_same_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, times = SAVERS[name]
+    leaves = inputs(grad=True)
+    want = gradients(dcnv4(leaves[0].sin(), leaves[1].cos(), groups=2).exp().sum(), leaves)
+    kernel, runs = native.forward, []
+    monkeypatch.setattr(native, "forward", lambda *arguments: runs.append(1) or kernel(*arguments))
+    got = gradients(call(*leaves).sum(), leaves)
+    assert len(runs) == times and all(map(torch.equal, got, want))
+
+
 TRANSFORMS = {
     "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, x])),
     "grad": lambda f, x: torch.func.grad(lambda t: f(t).sum())(x),
