@@ -119,8 +119,11 @@ DCNV4_INLINE bool locate_batch(const dcnv4_problem& p, const LookupFrame<V>& on,
     if (softmax) {
       softmax_row(offsets + 2 * kTaps, kTaps, weights + i * kTaps);
     } else {
-      for (int k = 0; k < kTaps; k += V::width)
-        V::load_some(offsets + 2 * kTaps + k, std::min(V::width + 0, kTaps - k)).store(weights + i * kTaps + k);
+      // The last vector overlaps the one before where it can: also a masked load waits for what lies behind its lanes.
+      for (int k = 0; k < kTaps; k += V::width) {
+        const int from = V::width <= kTaps ? std::min(k, kTaps - V::width) : k;
+        V::load_some(offsets + 2 * kTaps + from, std::min(V::width + 0, kTaps - from)).store(weights + i * kTaps + from);
+      }
     }
   }
   // Taps that the last vector has too many count nowhere, as any NaN.
