@@ -29,14 +29,14 @@ struct OwnStates {
   LookupStates<V> view() const { return {lx, ly, weight, used}; }
 };
 
-// Constants of a lane, the same for every batch: [0, kAll) of its tap, then its pixel in the batch, then 0, 1, 2, ... and 0, 1,
-// 0, 1, ...
+// Constants of a lane, the same for every batch: [0, kAll) of its tap, then its pixel in the batch; 0, 1, 2, ... and 0, 1, 0, 1,
+// ...; and which lanes hold a pixel's weights where they are the last of a vector.
 template <class V, int kTaps>
 struct LaneTables {
   using S = ScalarOf<V>;
   static constexpr int kAll = Lookups<V, kTaps>::kAll;
   alignas(64) S grid_x[kAll], grid_y[kAll], count[V::width], every_second[V::width];
-  alignas(64) int32_t pixel[kAll];
+  alignas(64) int32_t pixel[kAll], last_taps[V::width];
 
   explicit LaneTables(const Plan<S>& plan) {
     for (int i = 0; i < kAll; ++i) {
@@ -47,6 +47,7 @@ struct LaneTables {
     for (int i = 0; i < V::width; ++i) {
       count[i] = S(i);
       every_second[i] = S(i % 2);
+      last_taps[i] = (i + V::width - kTaps % V::width) % V::width;
     }
   }
 };
@@ -119,10 +120,15 @@ DCNV4_INLINE bool locate_batch(const dcnv4_problem& p, const LookupFrame<V>& on,
     if (softmax) {
       softmax_row(offsets + 2 * kTaps, kTaps, weights + i * kTaps);
     } else {
-      // The last vector overlaps the one before where it can: also a masked load waits for what lies behind its lanes.
-      for (int k = 0; k < kTaps; k += V::width) {
-        const int from = V::width <= kTaps ? std::min(k, kTaps - V::width) : k;
-        V::load_some(offsets + 2 * kTaps + from, std::min(V::width + 0, kTaps - from)).store(weights + i * kTaps + from);
+      // Whole vectors that end where the weights do: a masked one would wait for the line behind them.
+      const T* const end = offsets + 3 * kTaps;
+      if constexpr (V::width > kTaps) {
+        V::permute(V::load(end - V::width), lanes.last_taps).store(weights + i * kTaps);
+      } else {
+        for (int k = 0; k < kTaps; k += V::width) {
+          const int from = std::min(k, kTaps - V::width);
+          V::load(end - kTaps + from).store(weights + i * kTaps + from);
+        }
       }
     }
   }
