@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from eval.environment import environment  # noqa: E402
-from ldm_dcn import cache  # noqa: E402
+from ldm_dcn import cache, cache_layout, cache_writer  # noqa: E402
 
 IMAGES = 20_000
 LATENT_SHAPE = (4, 32, 32)
@@ -32,7 +32,7 @@ SECONDS = 2.0  # a round
 def make_cache(out: Path, images: int) -> None:
     channels, height, width = LATENT_SHAPE
     plan = {
-        "format": cache.FORMAT,
+        "format": cache_layout.FORMAT,
         "source": "random",
         "images": images,
         "image_list_sha256": "",
@@ -44,16 +44,16 @@ def make_cache(out: Path, images: int) -> None:
         "text": None,
         "shard_size": 4096,  # of the size that the encoder chooses
     }
-    cache.begin(out, plan)
+    cache_writer.begin(out, plan)
     generator = torch.Generator().manual_seed(0)
-    for shard in cache.shard_ranges(images, plan["shard_size"]):
+    for shard in cache_layout.shard_ranges(images, plan["shard_size"]):
         indices = torch.arange(shard.first, shard.last + 1)
         shape = (len(shard), 2 * channels, height, width)
         names = ("moments", "moments_flipped")
         tensors = {name: torch.randn(shape, generator=generator).half() for name in names}
         tensors |= {"indices": indices, "labels": torch.zeros_like(indices)}
-        cache.write_shard(out, shard, plan, "", tensors, [])
-    cache.finish(out, plan, None, 0, "0")
+        cache_writer.write_shard(out, shard, plan, "", tensors, [])
+    cache_writer.finish(out, plan, None, 0, "0")
 
 
 def main() -> None:

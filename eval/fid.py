@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ldm_dcn.cache import is_cache
+from ldm_dcn.cache_layout import is_cache
 from ldm_dcn.data import rank_in_class, split_indices
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.export import Model, load_model

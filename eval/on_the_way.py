@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldm_dcn.cache import is_cache
+from ldm_dcn.cache_layout import is_cache
 from ldm_dcn.config import Config
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import Model

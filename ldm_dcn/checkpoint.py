@@ -1,207 +1,26 @@
-"""Checkpoints that survive a crash at any moment: folders that are either complete and checked, or not there.
+"""Checkpoints that survive a crash at any moment: a folder step-N each, complete and checked, or not there (`folders.py`).
 
-    write into a hidden temporary folder -> fsync each file -> manifest.json (size and sha256 of each), last
-    -> rename to the final name -> fsync the parent
-
-A folder without a manifest, or with a file that differs from it, is damaged: it is named, and the one before
-it is used. Tensors are stored as safetensors and everything else as JSON, so that loading never executes
-anything.
+A damaged one is named, and the one before it is used. Tensors are stored as safetensors and everything else as JSON, so that
+loading never executes anything.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import UserError
-from .files import existing_folder, naming
+from .files import existing_folder, write_json
+from .folders import Damaged, DiskFull, committed_folder, discard, recover, remove, verify
 
-MANIFEST = "manifest.json"
-FORMAT = 1
 _STEP = re.compile(r"step-(\d+)")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class DiskFull(UserError):
-    """There was no room to write a folder. Nothing that was there before is lost."""
-
-
-class OtherFormat(UserError):
-    """A folder that another version of this program wrote."""
-
-
-class Damaged(UserError):
-    """A folder that its manifest says is not what was written."""
-
-
-# --------------------------------------------------------------------------------------------------- folders
-
-
-@contextmanager
-def committed_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `final` when the block ends well, replacing what was there.
-
-    Raises `DiskFull` where the disk, a quota or a file size limit stopped the writing, and OSError for all else that the
-    operating system refuses; the temporary folder is then removed.
-    """
-    temporary = final.parent / f".tmp-{final.name}"
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)
-        temporary.mkdir()
-        yield temporary
-        _write_manifest(temporary)
-        _fsync(temporary)
-        _put_in_place(temporary, final)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        refused = _refused(error, temporary)
-        if refused is None:
-            raise
-        if refused.errno in _NO_SPACE:
-            raise DiskFull(
-                f"no room to write {final}: {refused.strerror}; what was saved before is kept; free some space"
-            ) from error
-        raise refused from error
-
-
-def _put_in_place(temporary: Path, final: Path) -> None:
-    """Rename. Between the two renames of a replacement the old folder waits as `.old-`, for `recover`."""
-    old = final.parent / f".old-{final.name}"
-    if final.exists():
-        _remove(old)
-        final.rename(old)
-    temporary.rename(final)
-    _fsync(final.parent)
-    _remove(old)
-
-
-def recover(final: Path) -> None:
-    """Clear up after a crash: an unfinished folder goes, a replacement cut in the middle is taken back."""
-    _remove(final.parent / f".tmp-{final.name}")
-    old = final.parent / f".old-{final.name}"
-    if old.exists() and not final.exists():
-        old.rename(final)
-    _remove(old)
-
-
-def verify(folder: Path, but: str | None = None) -> None:
-    """Raise `Damaged`, naming the file and what is wrong, unless `folder` is what its manifest says.
-
-    The file `but` may be another, or not there.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise OtherFormat(
-                f"{folder / MANIFEST} has format {manifest['format']!r}, this program reads {FORMAT}; use the version "
-                "that wrote it"
-            )
-        files = {
-            str(name): (int(entry["size"]), str(entry["sha256"]))
-            for name, entry in manifest["files"].items()
-            if name != but
-        }
-    except FileNotFoundError:
-        raise Damaged(f"{folder} is incomplete: it has no {MANIFEST}") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise Damaged(f"{folder / MANIFEST} cannot be read: {error}") from None
-    for name, (size, _) in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise Damaged(f"{path} is missing")
-        if path.stat().st_size != size:
-            raise Damaged(f"{path} has {path.stat().st_size} bytes instead of {size}")
-    for name, (_, sha256) in files.items():
-        if _sha256(folder / name) != sha256:
-            raise Damaged(f"{folder / name} was changed after it was written (its sha256 differs)")
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a small text file so that a crash leaves the old or the new one, never a part."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        with naming(path), temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    _fsync(path.parent)
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _fsync(path)
-        name = path.relative_to(folder).as_posix()
-        files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-    for subfolder in (p for p in folder.rglob("*") if p.is_dir()):
-        _fsync(subfolder)
-    write_json(folder / MANIFEST, {"format": FORMAT, "files": files})
-    _fsync(folder / MANIFEST)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(file)
-        )
-
-
-def _digest(file: Any) -> str:
-    """`hashlib.file_digest` of Python 3.11, for 3.10."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(folder: Path) -> None:
-    with suppress(FileNotFoundError):
-        shutil.rmtree(folder)
-
-
-def _refused(error: BaseException, folder: Path) -> OSError | None:
-    """`error` as the operating system's; None where it is none."""
-    if isinstance(error, OSError):
-        named = error.filename is not None or error.errno is None
-        return error if named else OSError(error.errno, error.strerror, str(folder))
-    # safetensors reports the operating system's error as text
-    found = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
-    return OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) if found else None
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints
 
 
 def save(
@@ -299,7 +118,7 @@ def newest(root: Path, report: Callable[[str], None]) -> Path | None:
             continue
         for bad, reason in damaged.items():
             aside = bad.with_name(f"damaged-{bad.name}")
-            _remove(aside)
+            remove(aside)
             bad.rename(aside)
             report(f"checkpoint passed over: {reason}; it is now {aside}, and training goes on from {folder}")
         return folder
@@ -318,14 +137,6 @@ def sweep(root: Path) -> None:
         return
     for leftover in sorted(root.glob(".*step-*")):
         recover(root / leftover.name.split("-", 1)[1])
-
-
-def discard(folder: Path) -> None:
-    """Remove a folder so that a crash half way does not leave a damaged one under its name."""
-    doomed = folder.parent / f".tmp-{folder.name}"
-    _remove(doomed)
-    folder.rename(doomed)
-    _remove(doomed)
 
 
 def saved_steps(root: Path) -> list[int]:

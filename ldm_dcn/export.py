@@ -28,12 +28,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .autoencoder import DTYPES, Autoencoder, load_autoencoder
-from .checkpoint import MANIFEST, Damaged, committed_folder, verify, write_json
 from .config import DiffusionConfig
 from .denoiser import Denoiser
 from .diffusion import Schedule
 from .errors import UserError
-from .files import check_folder_place
+from .files import check_folder_place, write_json
+from .folders import MANIFEST, Damaged, committed_folder, verify
 from .hub import HUB_ID, from_hub_or_cache
 from .sampling import published_scheduler
 from .swap import swap_table, swapped_sites

@@ -11,9 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import replace_file
 from .errors import UserError
-from .files import naming
+from .files import naming, replace_file
 
 
 class MetricsLog:

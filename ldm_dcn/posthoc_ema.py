@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from .checkpoint import Damaged, saved_steps, verify
+from .checkpoint import saved_steps
 from .ema import mixture
 from .errors import Parser, UserError, exit_on_user_error
 from .export import check_export_place, load_model, save_export
+from .folders import Damaged, verify
 
 
 def synthesise(run: Path, width: float, step: int | None = None) -> tuple[dict[str, torch.Tensor], int]:

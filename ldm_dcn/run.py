@@ -24,12 +24,14 @@ from tqdm import tqdm
 
 from . import checkpoint, diffusion, ema, export, pictures, randomness
 from .autoencoder import Autoencoder, load_autoencoder
-from .cache import LatentCache, is_cache
+from .cache import LatentCache
+from .cache_layout import is_cache
 from .config import Config, TrainConfig, check_keys, check_same_run, config_hash, load_config, provenance
 from .data import Latents, check_source, encode_dataset, open_dataset
 from .denoiser import Denoiser
 from .errors import UserError, explain
-from .files import naming
+from .files import naming, replace_file, write_json
+from .folders import DiskFull, recover
 from .images import Images
 from .launch import StopSignals, run_lock, start_accelerator
 from .matching import Matching, new_parameters
@@ -370,7 +372,7 @@ class Run:
                 "recent_losses": list(self.recent),
             }
             with self.spared(f"to write {where}"):
-                checkpoint.write_json(where, facts)
+                write_json(where, facts)
         return where
 
     # ---------------------------------------------------------------------- drawing
@@ -488,7 +490,7 @@ class Run:
                     root, self.state.step, tensors, self._facts(), self.config.train.keep_checkpoints
                 )
                 self.export(tensors["ema"])
-            except (checkpoint.DiskFull, OSError) as error:
+            except (DiskFull, OSError) as error:
                 if self.finished or self.stopped_by or not any(root.glob("step-*")):
                     raise
                 reason = explain(error) if isinstance(error, OSError) else str(error)
@@ -634,7 +636,7 @@ def _find_checkpoint(config: Config, accelerator: Accelerator) -> Path | None:
         _check_folder(config.folder)
         root = config.folder / "checkpoints"
         checkpoint.sweep(root)
-        checkpoint.recover(config.folder / export.EXPORT)
+        recover(config.folder / export.EXPORT)
         found = checkpoint.newest(root, lambda line: tqdm.write(line, file=sys.stderr))
         if found is None:
             _check_past(config.folder)
@@ -977,7 +979,7 @@ def _write_down(run: Run, averaged: dict[str, torch.Tensor] | None) -> None:
     folder = run.config.folder
     text, path = run.config.to_yaml(), folder / "config.yaml"
     if not path.exists() or path.read_bytes() != text.encode():
-        checkpoint.replace_file(path, text)
+        replace_file(path, text)
     path = folder / "provenance.jsonl"
     with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": run.state.step, **provenance()}) + "\n")

@@ -19,15 +19,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_dcn import cache, checkpoint
-from ldm_dcn.cache import LatentCache, is_cache, shard_ranges
-from ldm_dcn.checkpoint import Damaged, DiskFull
+from ldm_dcn import cache, cache_layout, cache_writer, folders
+from ldm_dcn.cache import LatentCache
+from ldm_dcn.cache_layout import is_cache, shard_ranges
 from ldm_dcn.data import Latents
 from ldm_dcn.errors import UserError
+from ldm_dcn.folders import Damaged, DiskFull
 
 # Forked from a server without threads, as in test_checkpoint.py.
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["torch", "ldm_dcn.cache"])
+server.set_forkserver_preload(["torch", "ldm_dcn.cache_writer"])
 
 
 def make_plan(images: int = 10, **changes: Any) -> dict[str, Any]:
@@ -58,12 +59,12 @@ def moments_of(indices: Tensor, flipped: bool = False) -> Tensor:
 
 def write(out: Path, plan: dict[str, Any], broken: tuple[int, ...] = (), only: slice = slice(None)) -> None:
     """Every shard of `plan` that is not there; image i has label i % 2 and, where there is text, 1 + i % 3 captions."""
-    cache.create(out)
-    cache.begin(out, plan)
-    dtype = cache.DTYPES[plan["dtype"]]
+    cache_writer.create(out)
+    cache_writer.begin(out, plan)
+    dtype = cache_layout.DTYPES[plan["dtype"]]
     for shard in shard_ranges(plan["images"], plan["shard_size"])[only]:
-        cache.clear_up(out, shard)
-        if cache.is_written(out, shard, plan, "stamp".__eq__):
+        cache_writer.clear_up(out, shard)
+        if cache_writer.is_written(out, shard, plan, "stamp".__eq__):
             continue
         indices = torch.tensor([i for i in range(shard.first, shard.last + 1) if i not in broken])
         indices = indices.to(torch.int64)
@@ -86,20 +87,20 @@ def write(out: Path, plan: dict[str, Any], broken: tuple[int, ...] = (), only: s
             for i in broken
             if shard.first <= i <= shard.last
         ]
-        cache.write_shard(out, shard, plan, "stamp", tensors, bad)
+        cache_writer.write_shard(out, shard, plan, "stamp", tensors, bad)
 
 
 def complete(out: Path, plan: dict[str, Any], broken: tuple[int, ...] = ()) -> dict[str, Any]:
     write(out, plan, broken)
-    empty = torch.full((3, 2), -1.0).to(cache.DTYPES[plan["dtype"]]) if plan["text"] else None
-    return cache.finish(out, plan, empty, len(broken), "9")
+    empty = torch.full((3, 2), -1.0).to(cache_layout.DTYPES[plan["dtype"]]) if plan["text"] else None
+    return cache_writer.finish(out, plan, empty, len(broken), "9")
 
 
 # ------------------------------------------------------------------------------------------- good weather
 
 
 @pytest.mark.parametrize("serial", [cache.SERIAL, 7])  # several rows at a time, and rows in parts
-@pytest.mark.parametrize("dtype", cache.DTYPES)
+@pytest.mark.parametrize("dtype", cache_layout.DTYPES)
 def test_what_is_written_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, serial: int
 ) -> None:
@@ -184,21 +185,23 @@ def test_another_plan_is_refused_and_what_differs_is_named(tmp_path: Path) -> No
     complete(tmp_path, make_plan())
     changed = make_plan(autoencoder={"spec": "x", "sha256": "9999", "factor": 4})
     with pytest.raises(UserError, match=r'autoencoder\.sha256: "0123" -> "9999".*name another folder'):
-        cache.begin(tmp_path, changed)
+        cache_writer.begin(tmp_path, changed)
     (tmp_path / "manifest.json").unlink()  # unfinished ones as well
     with pytest.raises(UserError, match=r"preprocessing\.flips: true -> false"):
-        cache.begin(tmp_path, make_plan(preprocessing={**make_plan()["preprocessing"], "flips": False}))
+        cache_writer.begin(
+            tmp_path, make_plan(preprocessing={**make_plan()["preprocessing"], "flips": False})
+        )
     with pytest.raises(UserError, match=r"images: 10 -> 11"):
-        cache.begin(tmp_path, make_plan(11))
-    cache.begin(tmp_path, make_plan())
+        cache_writer.begin(tmp_path, make_plan(11))
+    cache_writer.begin(tmp_path, make_plan())
 
 
 def test_folders_of_other_things_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"holds other things \(thesis\.tex"):
-        cache.begin(tmp_path, make_plan())
+        cache_writer.begin(tmp_path, make_plan())
     with pytest.raises(UserError, match="is a file"):
-        cache.create(tmp_path / "thesis.tex")
+        cache_writer.create(tmp_path / "thesis.tex")
     with pytest.raises(UserError, match="no latent cache; make one with"):
         LatentCache.open(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
@@ -210,16 +213,16 @@ def test_an_unfinished_cache_is_no_cache_to_train_on(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unfinished \(2 of 3 shards\); run the same"):
         LatentCache.open(tmp_path)
     with pytest.raises(Damaged, match="000000000-000000003"):
-        cache.finish(tmp_path, make_plan(), None, 0, "0")
+        cache_writer.finish(tmp_path, make_plan(), None, 0, "0")
     assert not (tmp_path / "manifest.json").exists()
 
 
 def test_too_many_broken_images_are_not_finished(tmp_path: Path) -> None:
     write(tmp_path, make_plan(), broken=(1, 2, 8, 9))
     with pytest.raises(UserError, match=r"4 of 10 .*1\.png \(torn\).*and 1 more.*--max-bad 4 \(now 3\)"):
-        cache.finish(tmp_path, make_plan(), None, 3, "3")
+        cache_writer.finish(tmp_path, make_plan(), None, 3, "3")
     assert not (tmp_path / "manifest.json").exists()
-    cache.finish(tmp_path, make_plan(), None, 4, "4")
+    cache_writer.finish(tmp_path, make_plan(), None, 4, "4")
 
 
 # ------------------------------------------------------------------------------------------- damage
@@ -268,7 +271,9 @@ def test_damage_in_every_file_is_named_and_the_same_command_mends_it(
     if mend := re.search(r"delete (\S+),", text):  # done to the letter
         doomed = Path(mend[1] if mend[1] != "it" else text.split()[0])
         shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()
-    written = sum(cache.is_written(tmp_path, shard, plan, "stamp".__eq__) for shard in shard_ranges(10, 4))
+    written = sum(
+        cache_writer.is_written(tmp_path, shard, plan, "stamp".__eq__) for shard in shard_ranges(10, 4)
+    )
     assert written == (2 if "shards/" in file else 3)
     complete(tmp_path, plan, broken=(5,))
     cache.verify(tmp_path)
@@ -287,11 +292,11 @@ def test_a_damaged_shard_is_made_again_without_being_asked(tmp_path: Path) -> No
     plan = make_plan()
     complete(tmp_path, plan)
     shard = shard_ranges(10, 4)[1]
-    assert cache.is_written(tmp_path, shard, plan, "stamp".__eq__)
-    assert not cache.is_written(tmp_path, shard, plan, "other images".__eq__)
-    assert not cache.is_written(tmp_path, shard, make_plan(dtype="float16"), "stamp".__eq__)
+    assert cache_writer.is_written(tmp_path, shard, plan, "stamp".__eq__)
+    assert not cache_writer.is_written(tmp_path, shard, plan, "other images".__eq__)
+    assert not cache_writer.is_written(tmp_path, shard, make_plan(dtype="float16"), "stamp".__eq__)
     truncate(tmp_path / "shards" / shard.name / "latents.safetensors")
-    assert not cache.is_written(tmp_path, shard, plan, "stamp".__eq__)
+    assert not cache_writer.is_written(tmp_path, shard, plan, "stamp".__eq__)
 
 
 def test_pickles_are_never_read(tmp_path: Path) -> None:
@@ -346,8 +351,8 @@ def test_a_kill_anywhere_leaves_no_file_half_written(tmp_path: Path, name: str) 
             cache.verify(out)
         for shard in shard_ranges(10, 4):
             if (out / "shards" / shard.name).exists():
-                checkpoint.verify(out / "shards" / shard.name)
-            cache.clear_up(out, shard)
+                folders.verify(out / "shards" / shard.name)
+            cache_writer.clear_up(out, shard)
         complete(out, plan)
         cache.verify(out)
         if process.exitcode == 0:
@@ -387,10 +392,10 @@ def test_too_little_room_is_seen_before_hours_of_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 10**9})
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage)
-    cache.check_room(tmp_path, 10**9)
+    monkeypatch.setattr(cache_writer.shutil, "disk_usage", lambda _: usage)
+    cache_writer.check_room(tmp_path, 10**9)
     with pytest.raises(DiskFull, match=r"takes 42\.00 GB more and 1\.00 GB are free.*--no-flip"):
-        cache.check_room(tmp_path, 42 * 10**9)
+        cache_writer.check_room(tmp_path, 42 * 10**9)
 
 
 # ------------------------------------------------------------------------------------------- larger than memory
@@ -408,14 +413,14 @@ def test_memory_stays_bounded_whatever_the_size_of_the_cache(
 ) -> None:
     """All of 420 MB is read in random order, and little of it stays mapped."""
     plan = make_plan(1600, latent_shape=[4, 64, 64], shard_size=200)
-    cache.create(tmp_path)
-    cache.begin(tmp_path, plan)
+    cache_writer.create(tmp_path)
+    cache_writer.begin(tmp_path, plan)
     for shard in shard_ranges(1600, 200):
         zeros = torch.zeros(1, 8, 64, 64).expand(200, -1, -1, -1)
         numbers = torch.arange(shard.first, shard.last + 1)
         tensors = {"moments": zeros, "moments_flipped": zeros, "labels": numbers % 2, "indices": numbers}
-        cache.write_shard(tmp_path, shard, plan, "", tensors, [])
-    cache.finish(tmp_path, plan, None, 0, "0")
+        cache_writer.write_shard(tmp_path, shard, plan, "", tensors, [])
+    cache_writer.finish(tmp_path, plan, None, 0, "0")
     grown = {}
     for limit in (8 << 20, 1 << 40):
         monkeypatch.setattr(cache, "MAPPED_BYTES", limit)

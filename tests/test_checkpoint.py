@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from ldm_dcn import checkpoint
-from ldm_dcn.checkpoint import Damaged, DiskFull, committed_folder, newest, recover, save, sweep, verify
+from ldm_dcn.checkpoint import newest, save, sweep
 from ldm_dcn.errors import UserError
+from ldm_dcn.files import replace_file
+from ldm_dcn.folders import Damaged, DiskFull, committed_folder, recover, verify
 
 # Children that start at once and can be killed. They are forked from a server without threads: a fork of this process
 # would inherit an OpenMP pool whose threads are gone, and wait for them for ever.
@@ -309,9 +311,9 @@ def test_a_replacement_cut_in_the_middle_is_taken_back(tmp_path: Path) -> None:
 
 def test_a_small_file_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    checkpoint.replace_file(path, "old")
-    assert killed_at(1, "fsync", checkpoint.replace_file, path, "new") == -signal.SIGKILL
+    replace_file(path, "old")
+    assert killed_at(1, "fsync", replace_file, path, "new") == -signal.SIGKILL
     assert path.read_text() == "old"
-    checkpoint.replace_file(path, "new")
+    replace_file(path, "new")
     assert path.read_text() == "new"
     assert names(tmp_path) == ["config.yaml"]

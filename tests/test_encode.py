@@ -20,14 +20,17 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_dcn import cache, encode
+from ldm_dcn import cache, cache_writer, encode
+from ldm_dcn import encoding as encoding_module
 from ldm_dcn.autoencoder import IdentityAutoencoder, load_autoencoder
 from ldm_dcn.cache import LatentCache
 from ldm_dcn.data import encode_dataset, open_dataset
-from ldm_dcn.encode import Encoding, Presence, encode_shards, finish, make_plan, parse, wait_for_others
+from ldm_dcn.encode import parse
+from ldm_dcn.encoding import Encoding, encode_shards, finish, make_plan, wait_for_others
 from ldm_dcn.errors import UserError
 from ldm_dcn.images import Images
 from ldm_dcn.launch import StopSignals
+from ldm_dcn.presence import Presence
 from tiny import ROOT, environment, start
 
 # Forked from a server without threads, as in test_checkpoint.py.
@@ -55,8 +58,8 @@ def make_encoding(
     dataset = open_dataset(source, image_size=8)
     dataset.workers = 1
     plan = make_plan(dataset, autoencoder, None, flips=True, dtype="float16", shard_size=7)
-    cache.create(out)
-    cache.begin(out, plan)
+    cache_writer.create(out)
+    cache_writer.begin(out, plan)
     return Encoding(out, dataset, autoencoder, None, plan, max_bad, 4, rank, processes)
 
 
@@ -92,8 +95,8 @@ def test_a_cache_equals_encoding_in_memory(images: Path, tmp_path: Path) -> None
     autoencoder = load_autoencoder("digits")
     grey = open_dataset(images, image_size=16, image_channels=1)
     plan = make_plan(grey, autoencoder, None, flips=True, dtype="float32", shard_size=25)
-    cache.create(tmp_path)
-    cache.begin(tmp_path, plan)
+    cache_writer.create(tmp_path)
+    cache_writer.begin(tmp_path, plan)
     encoding = Encoding(tmp_path, grey, autoencoder, None, plan, 0, 15)
     encode_shards(encoding, StopSignals())
     finish(encoding)
@@ -281,7 +284,7 @@ def test_a_copy_of_the_images_is_read_but_not_encoded_anew(
     before = fill(images, out)
     copy = tmp_path / "copy"
     shutil.copytree(images, copy, copy_function=shutil.copy)  # of other times
-    monkeypatch.setattr(encode, "_encode_shard", lambda *_: pytest.fail("it encodes"))
+    monkeypatch.setattr(encoding_module, "_encode_shard", lambda *_: pytest.fail("it encodes"))
     read = []
     monkeypatch.setattr(
         Images, "content", lambda self, index, real=Images.content: read.append(index) or real(self, index)
@@ -347,9 +350,6 @@ def test_broken_images_are_named_and_left_out_up_to_a_limit(broken: Path, tmp_pa
     assert abs(levels[names.index("sixteen.png")] - 100) < 1
     assert abs(levels[names.index("good7.png")] - 70) < 1
     cache.verify(tmp_path / "c")
-
-
-# ------------------------------------------------------------------------------------------- the command
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -25,10 +25,10 @@ import torch
 from accelerate.state import AcceleratorState
 
 from ldm_dcn import checkpoint, hub, launch, metrics, posthoc_ema, trainer
-from ldm_dcn.checkpoint import verify
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import CARD, load_model
+from ldm_dcn.folders import verify
 from ldm_dcn.launch import StopSignals, check_launch, run_lock, start_accelerator
 from ldm_dcn.run import Run, open_run
 from ldm_dcn.trainer import NonFinite, train

@@ -437,7 +437,7 @@ def test_resuming_on_a_full_disk_is_one_line(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as writing to a descriptor has it
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     command = launch_train(copy.folder / "config.yaml", "train.log_every=7")
     where = copy.folder / "config.yaml"
     assert line(command) == f"error: {where}: No space left on device; free some space"

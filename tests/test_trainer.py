@@ -20,10 +20,10 @@ import sample
 import train as train_program
 from ldm_dcn import metrics, trainer
 from ldm_dcn import run as run_module
-from ldm_dcn.checkpoint import DiskFull
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import load_model
+from ldm_dcn.folders import DiskFull
 from ldm_dcn.launch import StopSignals
 from ldm_dcn.run import open_run
 from ldm_dcn.sampling import generate
