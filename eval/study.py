@@ -32,7 +32,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tqdm import tqdm
 
 from ldm_dcn import metrics
-from ldm_dcn.config import FREE, Config, config_hash, flat, load_config
+from ldm_dcn.changes import FREE
+from ldm_dcn.config import Config, config_hash, flat, load_config
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.files import check_file_place, replacing
 

@@ -1,4 +1,4 @@
-"""Typed, strict settings: YAML files with a `base:`, dotted overrides, errors that name the nearest key.
+"""Typed settings: YAML files with a `base:`, dotted overrides, errors that name the nearest key.
 
 A config file states its differences from the file named by its `base:` key (a path beside it);
 `configs/base.yaml` is the one place where values stand. This file holds their types and ranges. Every mistake
@@ -7,14 +7,8 @@ is reported at once, in one `UserError`.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import importlib.metadata
 import json
-import platform
-import re
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,11 +24,11 @@ from pydantic import (
     model_validator,
 )
 
-from .errors import UserError
+from .errors import SHOWN, UserError, shown
+from .key_names import meant
+from .strict_yaml import LARGEST, Loader
 
-LARGEST = 2**63 - 1  # of a whole number: what torch holds
 LONGEST_NAME = 200  # bytes of a run's name; file systems take 255, and temporary names are longer
-SHOWN = 80  # characters of a wrong value in its error
 
 
 def _printable(text: str) -> str:
@@ -241,86 +235,6 @@ class Config(_Section):
         return Path(self.run.dir) / self.run.name
 
 
-# --------------------------------------------------------------------------------------------------- reading
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars: `1e-4` is a float, `no` and `2001-01-01` are strings, `010` is ten.
-
-    A key that is given twice or is no word, a reference (`*name`), nesting that no setting has, and types that JSON does
-    not know are errors.
-    """
-
-    DEEPEST = 32
-    _depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(
-                None,
-                None,
-                f"references (*{event.anchor}) are not taken; write the value out",
-                event.start_mark,
-            )
-        self._depth += 1
-        if self._depth > self.DEEPEST:
-            mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "nested too deeply for a setting", mark)
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self._depth -= 1
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise self._error(f"a key is a word, not {_shown(key)}", key_node)
-            if key in seen:
-                raise self._error(f"key '{key}' is given twice", key_node)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-    def construct_whole(self, node: yaml.ScalarNode) -> int:
-        text = str(self.construct_scalar(node))
-        digits = text.lstrip("+-").lstrip("0") or "0"
-        if len(digits) > len(str(LARGEST)) or int(digits) > LARGEST:
-            raise self._error(f"a whole number of {len(digits)} digits is too large", node)
-        return -int(digits) if text.startswith("-") else int(digits)
-
-    @staticmethod
-    def _error(text: str, node: yaml.Node) -> yaml.YAMLError:
-        return yaml.constructor.ConstructorError(None, None, text, node.start_mark)
-
-
-_TAG = "tag:yaml.org,2002:"
-_OWN = ("bool", "float", "int", "timestamp")  # PyYAML's rules for these are YAML 1.1's
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if tag.removeprefix(_TAG) not in _OWN]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_JSON = ("null", "bool", "float", "str", "seq", "map")
-_Loader.yaml_constructors = {
-    **{_TAG + kind: yaml.SafeLoader.yaml_constructors[_TAG + kind] for kind in _JSON},
-    None: yaml.SafeLoader.yaml_constructors[None],  # an error that names the tag
-}
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    list("-+0123456789."),
-)
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config in the YAML file `path`, with its bases below it and `overrides` ("train.lr=1e-4") above it.
 
@@ -367,7 +281,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else f"it is not UTF-8 text ({error})"
         raise UserError(f"cannot read the config {path}: {reason}; give the path of a YAML file") from None
     try:
-        settings = yaml.load(text, _Loader)
+        settings = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(settings, dict):
@@ -406,7 +320,7 @@ def _override(settings: dict[str, Any], override: str) -> None:
     if parts == ["autoencoder"] and isinstance(value, str):
         parts = ["autoencoder", "spec"]
     node = settings
-    if len(parts) > _Loader.DEEPEST:
+    if len(parts) > Loader.DEEPEST:
         raise UserError(f"'{override[:SHOWN]}' is nested too deeply for a setting; write section.key=value")
     for depth, part in enumerate(parts[:-1], 1):
         if node.get(part) is None:
@@ -423,14 +337,11 @@ def _override(settings: dict[str, Any], override: str) -> None:
 def _value(text: str) -> Any:
     """An override's right side: YAML in flow style, so that a path with `: ` or ` #` in it stays a path."""
     try:
-        value = yaml.load(text, _Loader) if text else None
+        value = yaml.load(text, Loader) if text else None
     except yaml.YAMLError:
         return text
     opener = {str: ("'", '"'), dict: ("{",), list: ("[",)}.get(type(value))
     return value if opener is None or text.startswith(opener) else text
-
-
-# ------------------------------------------------------------------------------------------------- explaining
 
 
 def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -442,83 +353,10 @@ def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[
             yield f"{prefix}{name}"
 
 
-# What other programs of this field call these settings, by the last part of the name or by all of it.
-OTHER_NAMES = {
-    "learning_rate": "train.lr",
-    "lr_scheduler": "train.lr_schedule",
-    "scheduler": "train.lr_schedule",
-    "lr_warmup_steps": "train.warmup_steps",
-    "epochs": "train.steps",
-    "max_steps": "train.steps",
-    "max_train_steps": "train.steps",
-    "train.num_steps": "train.steps",
-    "train_batch_size": "train.batch_size",
-    "mixed_precision": "train.precision",
-    "fp16": "train.precision",
-    "bf16": "train.precision",
-    "grad_norm": "train.gradient_clip",
-    "max_grad_norm": "train.gradient_clip",
-    "accumulation_steps": "train.gradient_accumulation",
-    "snr_gamma": "train.min_snr_gamma",
-    "ema_rate": "train.ema_decay",
-    "checkpoint_every": "train.save_every",
-    "checkpoint_interval": "train.save_every",
-    "checkpointing_steps": "train.save_every",
-    "ckpt_every": "train.save_every",
-    "save_interval": "train.save_every",
-    "save_steps": "train.save_every",
-    "save_total_limit": "train.keep_checkpoints",
-    "checkpoints_total_limit": "train.keep_checkpoints",
-    "log_interval": "train.log_every",
-    "logging_steps": "train.log_every",
-    "validation_steps": "train.sample_every",
-    "eval_every": "train.score_every",
-    "evaluate_every": "train.score_every",
-    "report_to": "train.trackers",
-    "resolution": "data.image_size",
-    "train_data_dir": "data.source",
-    "dataset": "data.source",
-    "data_dir": "data.source",
-    "data.path": "data.source",
-    "prediction_type": "diffusion.prediction",
-    "num_train_timesteps": "diffusion.num_steps",
-    "diffusion.steps": "diffusion.num_steps",
-    "num_inference_steps": "sample.steps",
-    "guidance_scale": "sample.guidance",
-    "cfg": "sample.guidance",
-    "cfg_scale": "sample.guidance",
-    "pretrained_model_name_or_path": "model.pretrained",
-    "vae": "autoencoder.spec",
-    "autoencoder.path": "autoencoder.spec",
-    "output_dir": "run.dir",
-}
-ALIKE = 0.85  # share of letters from which on another spelling is taken for a slip
-
-
-def _meant(key: str) -> list[str]:
-    """What may be meant by `key`, which is no setting: another name, a place, a spelling, or a part of it. Never a mere guess."""
-    leaf = key.rsplit(".", 1)[-1]
-    if other := OTHER_NAMES.get(key) or OTHER_NAMES.get(leaf):
-        return [other]
-    keys = list(valid_keys())
-    if same_leaf := [k for k in keys if k.rsplit(".", 1)[-1] == leaf]:
-        return same_leaf[:1]
-    if "." not in key:
-        names = {**{k.rsplit(".", 1)[-1]: k for k in reversed(keys)}, **{s: s for s in Config.model_fields}}
-        return [names[near] for near in difflib.get_close_matches(key, names, n=1, cutoff=0.7)]
-    section = difflib.get_close_matches(key.partition(".")[0], Config.model_fields, n=1)
-    own = [k for k in keys if section and k.startswith(f"{section[0]}.")]
-    corrected = ".".join([*section, key.partition(".")[2]])
-    if near := difflib.get_close_matches(corrected, own, n=1, cutoff=ALIKE):
-        return near
-    words = leaf.split("_")
-    return [k for k in own if all(re.search(rf"[._]{re.escape(word)}", k) for word in words)]
-
-
 def _unknown(key: str) -> str:
     """The tail of an error: what may be meant, or the settings of the section, where there is one."""
-    if meant := _meant(key):
-        return f"; did you mean {' or '.join(meant)}?"
+    if names := meant(key, list(valid_keys()), Config.model_fields):
+        return f"; did you mean {' or '.join(names)}?"
     field = Config.model_fields.get(key.partition(".")[0])
     return "" if field is None else f"; there are {', '.join(field.annotation.model_fields)}"
 
@@ -533,12 +371,7 @@ def check_keys(option: str, keys: Sequence[str]) -> None:
     for key in keys:
         if key not in known and not key.startswith(known[-2:]):
             hint = _unknown(key) or "; write section.key, such as train.lr"
-            raise UserError(f"{option} {_shown(key)}: unknown setting{hint}")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+            raise UserError(f"{option} {shown(key)}: unknown setting{hint}")
 
 
 def _is_from(overrides: Sequence[str], error: Mapping[str, Any]) -> bool:
@@ -560,42 +393,7 @@ def _explain(error: Mapping[str, Any]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and not isinstance(error["input"], str):
         return message  # of a section, which names its keys
-    return f"{key}: {message[0].lower()}{message[1:]} (got {_shown(error['input'])})"
-
-
-# -------------------------------------------------------------------------------------------------- comparing
-
-# Settings that make the network and its data another thing: a checkpoint cannot go on under other values.
-ARCHITECTURE = (
-    "model.",
-    "autoencoder.dtype",
-    "diffusion.",
-    "data.image",
-    "data.condition",
-    "data.num_classes",
-    "data.split",
-)
-# Where the data and the autoencoder lie, which may have moved, stands in neither list: when its change is allowed, the
-# autoencoder's fingerprint and the identity of the data say whether they are still the same.
-# Settings that leave the path of the weights as it is, up to rounding: they may change at a resume.
-FREE = (
-    "run.",
-    "sample.",
-    "data.encode_batch_size",
-    "train.gradient_accumulation",
-    "train.gradient_checkpointing",
-    "train.compile",
-    "train.attention",
-    "train.parallel",
-    "train.skip_non_finite",
-    "train.log_every",
-    "train.save_every",
-    "train.sample_every",
-    "train.score_every",
-    "train.keep_checkpoints",
-    "train.ema_snapshot_every",
-    "train.trackers",
-)
+    return f"{key}: {message[0].lower()}{message[1:]} (got {shown(error['input'])})"
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -609,78 +407,6 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def check_same_run(old: Mapping[str, Any], new: Config, where: str, allowed: Sequence[str] = ()) -> list[str]:
-    """Refuse to go on with the run of settings `old` under `new` where they differ in what matters.
-
-    Returns the harmless or `allowed` (dotted keys) differences, as "key: old -> new". Raises `UserError`
-    listing the others. A key that one side lacks counts as null there.
-    """
-    before, after = flat(old), flat(new.resolved())
-    constant = new.train.lr_schedule == "constant"
-    fatal, asked, harmless = [], [], []
-    for key in sorted(before.keys() | after.keys()):
-        a, b = before.get(key), after.get(key)
-        if a == b:
-            continue
-        line = f"{key}: {a!r} -> {b!r}"
-        if key.startswith(ARCHITECTURE):
-            fatal.append(line)
-        elif key.startswith(FREE) or (key == "train.steps" and constant) or key in allowed:
-            harmless.append(line)
-        else:
-            asked.append((key, line))
-    another = "choose another run.name for a new run"
-    if fatal:
-        raise UserError(
-            f"{where} was trained with another model or other data ({'; '.join(fatal)}); {another}"
-        )
-    if asked:
-        keys = " ".join(key for key, _ in asked)
-        lines = "; ".join(line for _, line in asked)
-        raise UserError(
-            f"{where} was trained under other settings ({lines}); {another}, or go on with "
-            f"--allow-change {keys}"
-        )
-    return harmless
-
-
 def config_hash(settings: Mapping[str, Any]) -> str:
     """12 hex digits that name a resolved config."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def provenance() -> dict[str, Any]:
-    """What the run was made with: versions, command line and git state."""
-    packages = ("dcnv4-diffusion", "torch", "diffusers", "accelerate", "safetensors", "numpy", "pydantic")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": versions,
-        "git": _git_state(),
-    }
-
-
-def _git_state() -> dict[str, Any] | None:
-    def git(*arguments: str) -> str:
-        run = subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parent,
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-        return run.stdout.strip() if run.returncode == 0 else ""
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(git("status", "--porcelain"))} if commit else None
-    except (OSError, subprocess.TimeoutExpired):
-        return None

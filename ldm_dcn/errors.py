@@ -13,6 +13,7 @@ from typing import NoReturn
 
 MISTAKE = 2  # exit code
 INTERRUPTED = 130  # exit code: 128 + SIGINT, as a shell has it
+SHOWN = 80  # characters of a wrong value in its error
 PATIENCE = 3.0  # seconds; a launcher looks after its processes ten times a second
 
 # What the state of a machine can bring about, and the mend. Every other number is a mistake of ours, and keeps its traceback.
@@ -70,6 +71,12 @@ def exit_on_user_error() -> Iterator[None]:
         raise SystemExit(MISTAKE) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
+
+
+def shown(value: object) -> str:
+    """A wrong value in its error."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 def explain(error: OSError) -> str:

@@ -26,7 +26,8 @@ from . import checkpoint, diffusion, ema, export, pictures, randomness
 from .autoencoder import Autoencoder, load_autoencoder
 from .cache import LatentCache
 from .cache_layout import is_cache
-from .config import Config, TrainConfig, check_keys, check_same_run, config_hash, load_config, provenance
+from .changes import check_same_run
+from .config import Config, TrainConfig, check_keys, config_hash, load_config
 from .data import Latents, check_source, encode_dataset, open_dataset
 from .denoiser import Denoiser
 from .errors import UserError, explain
@@ -38,6 +39,7 @@ from .matching import Matching, new_parameters
 from .metrics import MetricsLog, check_trackers, read
 from .parallel import Optimizer, check_sharding, collected, in_shares_of, replicate, reshard, shard, state_of
 from .pretrained import Pretrained, check_pretrained, check_text, load_pretrained, read_class_embedding
+from .provenance import provenance
 from .sampling import generate
 from .swap import apply_swap, plan_swap, swapped_sites
 from .unet import (

@@ -8,19 +8,19 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from ldm_dcn.changes import check_same_run
 from ldm_dcn.config import (
-    OTHER_NAMES,
     Config,
     check_keys,
-    check_same_run,
     config_hash,
     flat,
     load_config,
     make_config,
-    provenance,
     valid_keys,
 )
 from ldm_dcn.errors import UserError
+from ldm_dcn.key_names import OTHER_NAMES
+from ldm_dcn.provenance import provenance
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "base")
