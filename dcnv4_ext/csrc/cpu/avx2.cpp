@@ -114,13 +114,23 @@ struct F32 {
       low.store_some(p, 2 * n);
     }
   }
-  // Element q of each of 8 groups of four.
+  static DCNV4_INLINE void store_pairs(bf16* p, int n, F32 even, F32 odd) {
+    const __m256i pairs = _mm256_or_si256(_mm256_slli_epi32(round_to_bf16(odd.v), 16), round_to_bf16(even.v));
+    if (n == width) {
+      _mm256_storeu_si256((__m256i*)p, pairs);
+    } else {
+      _mm256_maskstore_epi32((int*)p, lanes32(n), pairs);
+    }
+  }
+  // Element q of each of 8 groups of four: four times two groups that lie four apart, transposed.
   static DCNV4_INLINE void quads(const float* p, F32& a, F32& b, F32& c, F32& d) {
-    const __m256i index = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-    a.v = _mm256_i32gather_ps(p, index, 4);
-    b.v = _mm256_i32gather_ps(p + 1, index, 4);
-    c.v = _mm256_i32gather_ps(p + 2, index, 4);
-    d.v = _mm256_i32gather_ps(p + 3, index, 4);
+    const __m256 r0 = groups(p, p + 16), r1 = groups(p + 4, p + 20), r2 = groups(p + 8, p + 24), r3 = groups(p + 12, p + 28);
+    const __m256 ab_low = _mm256_unpacklo_ps(r0, r1), ab_high = _mm256_unpacklo_ps(r2, r3);
+    const __m256 cd_low = _mm256_unpackhi_ps(r0, r1), cd_high = _mm256_unpackhi_ps(r2, r3);
+    a.v = _mm256_shuffle_ps(ab_low, ab_high, 0x44);
+    b.v = _mm256_shuffle_ps(ab_low, ab_high, 0xee);
+    c.v = _mm256_shuffle_ps(cd_low, cd_high, 0x44);
+    d.v = _mm256_shuffle_ps(cd_low, cd_high, 0xee);
   }
   // The sums over the lanes of a, b, c, d to out[0..3], or added to them.
   static DCNV4_INLINE void sum4(F32 a, F32 b, F32 c, F32 d, float* out, bool add) {
@@ -157,6 +167,9 @@ struct F32 {
   static DCNV4_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
  private:
+  static DCNV4_INLINE __m256 groups(const float* low, const float* high) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+  }
   static DCNV4_INLINE __m256 in_order(__m256 shuffled) {
     return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(shuffled), 0xd8));
   }
