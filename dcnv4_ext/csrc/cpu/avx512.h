@@ -151,7 +151,12 @@ struct F32 {
   }
 
   static constexpr bool looks_up = true, spreads = true, sorts = true;
-  static DCNV4_INLINE F32 spread(F32 a, int lane) { return {_mm512_permutexvar_ps(_mm512_set1_epi32(lane), a.v)}; }
+  static constexpr int permuted = 2;
+  using Weights = F32;
+  static DCNV4_INLINE Weights weights(const float* p) { return load(p); }
+  static DCNV4_INLINE F32 spread(Weights weights, int tap) {
+    return {_mm512_permutexvar_ps(_mm512_set1_epi32(tap), weights.v)};
+  }
   static DCNV4_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static DCNV4_INLINE F32 floor(F32 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
   static DCNV4_INLINE Mask greater(Mask among, F32 a, F32 b) { return _mm512_mask_cmp_ps_mask(among, a.v, b.v, _CMP_GT_OQ); }

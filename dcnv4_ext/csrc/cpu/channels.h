@@ -1,9 +1,9 @@
 // How a packed map holds channels. A type C of channels has: Vector, the vectors that weights and sums are made of; Cell, the
 // type of an element of the map; width, in channels; at_once, how many may be taken together so that sums, weights and
 // addresses stay in registers; registers, how many vectors of the compute type one becomes; permuted, how many of the four
-// corners' weights come out of a register rather than from memory where Vector can spread them so; clear, pack and pack_some,
-// of a map; load, load_some, times, add and + for weighted sums; store, store_some, stream and store_two of sums; part, each of
-// the vectors of the compute type, and of, what they are together; Operand, operand, operand_some and dot for dot products.
+// corners' weights come out of registers rather than from memory; clear, pack and pack_some, of a map; load, load_some, times,
+// add and + for weighted sums; store, store_some, stream and store_two of sums; part, each of the vectors of the compute type,
+// and of, what they are together; Operand, operand, operand_some and dot for dot products.
 
 namespace {
 
@@ -13,7 +13,8 @@ struct Widened {
   using Vector = V;
   using Cell = typename V::Scalar;
   using Operand = V;
-  static constexpr int width = V::width, at_once = 4, registers = 1, permuted = 2;
+  static constexpr int width = V::width, at_once = 4, registers = 1;
+  static constexpr int permuted = V::permuted;
   V v;
 
   static DCNV4_INLINE void clear(Cell* to) { V::zero().store(to); }

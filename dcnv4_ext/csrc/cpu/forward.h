@@ -133,9 +133,9 @@ DCNV4_INLINE void gather_lookup(const typename C::Cell* map, int64_t width, int6
   constexpr int kChains = kVectors * C::registers <= 2 ? 4 : 2;
   const int at = pixel * kTaps;
   C chain[kChains][kVectors];
-  const Spreads<V, V::spreads> w00(from.w00 + at);
-  const Spreads<V, V::spreads && C::permuted == 2> w10(from.w10 + at);
-  const Spreads<V, false> w01(from.w01 + at), w11(from.w11 + at);
+  const Spreads<V, (C::permuted > 0)> w00(from.w00 + at);
+  const Spreads<V, (C::permuted > 1)> w10(from.w10 + at);
+  const Spreads<V, (C::permuted > 2)> w01(from.w01 + at), w11(from.w11 + at);
   uint64_t two = 0;  // elements of two taps: half as many loads, and none that extends a sign
   DCNV4_UNROLL
   for (int k = 0; k < kTaps; ++k, two >>= 32) {

@@ -29,8 +29,8 @@ struct OwnStates {
   LookupStates<V> view() const { return {lx, ly, weight, used}; }
 };
 
-// Constants of a lane, the same for every batch: [0, kAll) of its tap, then its pixel in the batch; 0, 1, 2, ... and 0, 1, 0, 1,
-// ...; and which lanes hold a pixel's weights where they are the last of a vector.
+// Constants of a lane, the same for every batch: [0, kAll) of its tap, then its pixel in the batch; 0, 1, 2, ... and 0, 1, 0,
+// 1, ...; and which lanes hold a pixel's weights where they are the last of a vector.
 template <class V, int kTaps>
 struct LaneTables {
   using S = ScalarOf<V>;
@@ -193,8 +193,8 @@ DCNV4_NOINLINE bool locate_lookups(const dcnv4_problem& p, const LookupFrame<V>&
 // One corner's weights of the taps of a pixel, spread over a vector one by one.
 template <class V, bool kPermute>
 struct Spreads {
-  V all;
-  explicit DCNV4_INLINE Spreads(const ScalarOf<V>* weights) : all(V::load(weights)) {}
+  typename V::Weights all;
+  explicit DCNV4_INLINE Spreads(const ScalarOf<V>* weights) : all(V::weights(weights)) {}
   DCNV4_INLINE V operator()(int tap) const { return V::spread(all, tap); }
 };
 template <class V>
