@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ldm_dcn import trainer
 from ldm_dcn.config import Config
 from ldm_dcn.launch import StopSignals
-from ldm_dcn.run import open_run
+from ldm_dcn.opening import open_run
 
 WARM_UP = 10  # untimed steps
 LOADED = 20  # batches that the loader is timed with alone
@@ -85,7 +85,7 @@ def measure_loop(config: Config, steps: int, progress: bool = True) -> LoopCost:
             loads = []
             for number in range(LOADED):
                 began = time.perf_counter()
-                run.host_batch(number, 0)
+                run.batches.on_host(number, 0)
                 loads.append(time.perf_counter() - began)
             cost.loader = statistics.median(loads)
     return cost
@@ -127,7 +127,7 @@ def _parts_timed(run: Any, times: dict[str, float]) -> Iterator[None]:
         mock.patch.object(average, "update", timed("average", average.update)) for average in run.averages
     ]
     patches = [
-        mock.patch.object(run, "batch", timed("waiting for the batch", run.batch)),
+        mock.patch.object(run.batches, "at", timed("waiting for the batch", run.batches.at)),
         mock.patch.object(trainer, "batch_loss", timed("forward", trainer.batch_loss)),
         mock.patch.object(trainer, "backpropagate", timed("backward", trainer.backpropagate)),
         mock.patch.object(trainer, "_scale_gradients", timed("optimiser", trainer._scale_gradients)),

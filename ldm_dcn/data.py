@@ -1,7 +1,7 @@
-"""The data sets: the shipped digits, folders of pictures, archives, and their encoding into latents in memory.
+"""The data sets: the shipped digits, folders of pictures, archives.
 
 A folder holds one subfolder a class, or pictures only; tar shards; or what Hugging Face `datasets` saved (`archives.py`). How a
-picture becomes pixels stands in `images.py`; latents on disk, for what does not fit into memory, in `cache.py`.
+picture becomes pixels stands in `images.py`, what of them is learnt from in `latents.py`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import archives
-from .autoencoder import Autoencoder, to_uint8
+from .autoencoder import to_uint8
 from .errors import UserError
 from .images import (
     CAPTION_FIELDS,
@@ -27,24 +25,8 @@ from .images import (
     BadImage,
     Images,
     as_captions,
-    centre_crop,
     split_lines,
-    to_float,
 )
-
-__all__ = [
-    "BadImage",
-    "Images",
-    "Latents",
-    "centre_crop",
-    "check_source",
-    "encode_dataset",
-    "list_pictures",
-    "open_dataset",
-    "rank_in_class",
-    "split_indices",
-    "to_float",
-]
 
 DIGITS_FILE = Path(__file__).parent / "assets" / "digits.npz"
 SPLITS = ("all", "train", "held-out")
@@ -52,8 +34,6 @@ HOLD_OUT_EVERY = 4
 METADATA = (
     "metadata.jsonl"  # captions in Hugging Face's image folders: one {"file_name": ..., "text": ...} a line
 )
-
-Progress = Callable[[int], object]  # told how many images were just done, as tqdm's `update`
 
 
 def open_dataset(
@@ -316,64 +296,3 @@ def _pictures_below(folder: str) -> list[str]:
         paths = (os.path.join(place, name) for name in sorted(files) if not name.startswith("."))
         found += [path for path in paths if _is_picture(path)]
     return found
-
-
-@dataclass(frozen=True)
-class Latents:
-    """A data set as the diffusion model sees it: moments (N, 2L, h, w) float32, labels (N,) int64, and what made them.
-
-    It reads like a `cache.LatentCache`; there are no mirrored images and no captions in it.
-    """
-
-    moments: Tensor
-    labels: Tensor
-    num_classes: int
-    fingerprint: dict
-    has_flips: ClassVar[bool] = False
-    text: ClassVar[None] = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(L, h, w)"""
-        _, channels, height, width = self.moments.shape
-        return channels // 2, height, width
-
-    def read(self, ids: Tensor, flipped: Tensor | None = None) -> Tensor:
-        """The moments of images `ids` (n,) int64: (n, 2L, h, w) float32. Nothing can be `flipped`."""
-        if flipped is not None and bool(flipped.any()):
-            raise ValueError(
-                "these latents hold no mirrored images; ask for none, or encode a cache with --flip"
-            )
-        return self.moments[ids]
-
-
-def encode_dataset(
-    images: Images,
-    autoencoder: Autoencoder,
-    batch_size: int = 64,
-    progress: Progress | None = None,
-) -> Latents:
-    """Encode all of `images` that can be read, in order. `progress(count)` is called after each batch.
-
-    Raises `UserError` when more than `images.max_bad` pictures are broken, or the channels do not fit the autoencoder.
-    """
-    if images.image_channels != autoencoder.image_channels:
-        raise UserError(
-            f"the images have {images.image_channels} channels, the autoencoder {autoencoder.spec} takes "
-            f"{autoencoder.image_channels}; set data.image_channels={autoencoder.image_channels}"
-        )
-    moments, labels = [], []
-    for start in range(0, len(images), batch_size):
-        indices = range(start, min(start + batch_size, len(images)))
-        pixels, kept = images.read(indices)
-        if len(kept):
-            moments.append(autoencoder.encode(to_float(pixels)).cpu())
-            labels.append(images.labels[kept])
-        if progress is not None:
-            progress(len(indices))
-    if not moments:
-        raise UserError(f"no image of {images.source} can be read; give a folder of images")
-    return Latents(torch.cat(moments), torch.cat(labels), images.num_classes, autoencoder.fingerprint())

@@ -20,7 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .autoencoder import DIGITS_FOLDER, load_autoencoder
-from .data import Images, open_dataset
+from .data import open_dataset
+from .images import Images
 
 CONFIG = {
     "in_channels": 1,

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 import torch
 
 from . import diffusion, randomness
+from .batches import Batch
 from .checkpoint import saved_steps
 from .config import Config, TrainConfig
 from .errors import UserError
 from .launch import REQUEUE, StopSignals, leaving_on_requeue
+from .opening import open_run
 from .parallel import gradients, gradients_exchanged
-from .run import Batch, Run, Score, open_run
+from .run import Run, Score
 
 NON_FINITE = 3  # exit code of a run whose loss became NaN or infinite
 # Times that one step is taken again at half the loss scale: where a 4096th of it does not help, the gradient is broken.
@@ -72,7 +74,7 @@ def training_step(run: Run, stop: StopSignals) -> float | None:
     )
     total = torch.zeros(2, device=run.accelerator.device)  # loss, stop signal
     for micro in range(settings.gradient_accumulation):
-        batch = run.batch(step, micro)
+        batch = run.batches.at(step, micro)
         with gradients_exchanged(run.model, run.optimizer, micro == settings.gradient_accumulation - 1):
             total[0] += backpropagate(run, batch)
     total[1] = stop.received

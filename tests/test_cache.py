@@ -22,9 +22,9 @@ from torch import Tensor
 from ldm_dcn import cache, cache_layout, cache_writer, folders
 from ldm_dcn.cache import LatentCache
 from ldm_dcn.cache_layout import is_cache, shard_ranges
-from ldm_dcn.data import Latents
 from ldm_dcn.errors import UserError
 from ldm_dcn.folders import Damaged, DiskFull
+from ldm_dcn.latents import Latents
 
 # Forked from a server without threads, as in test_checkpoint.py.
 server = multiprocessing.get_context("forkserver")

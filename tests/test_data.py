@@ -12,8 +12,10 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from ldm_dcn.autoencoder import load_autoencoder, to_uint8
-from ldm_dcn.data import centre_crop, encode_dataset, open_dataset, rank_in_class, split_indices, to_float
+from ldm_dcn.data import open_dataset, rank_in_class, split_indices
 from ldm_dcn.errors import UserError
+from ldm_dcn.images import centre_crop, to_float
+from ldm_dcn.latents import encode_dataset
 
 
 def picture(width: int = 20, height: int = 16, mode: str = "RGB") -> Image.Image:

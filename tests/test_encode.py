@@ -24,11 +24,12 @@ from ldm_dcn import cache, cache_writer, encode
 from ldm_dcn import encoding as encoding_module
 from ldm_dcn.autoencoder import IdentityAutoencoder, load_autoencoder
 from ldm_dcn.cache import LatentCache
-from ldm_dcn.data import encode_dataset, open_dataset
+from ldm_dcn.data import open_dataset
 from ldm_dcn.encode import parse
 from ldm_dcn.encoding import Encoding, encode_shards, finish, make_plan, wait_for_others
 from ldm_dcn.errors import UserError
 from ldm_dcn.images import Images
+from ldm_dcn.latents import encode_dataset
 from ldm_dcn.launch import StopSignals
 from ldm_dcn.presence import Presence
 from tiny import ROOT, environment, start

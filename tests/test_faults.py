@@ -18,19 +18,21 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from ldm_dcn import checkpoint, hub, launch, metrics, posthoc_ema, trainer
+from ldm_dcn import checkpoint, folders, hub, launch, metrics, posthoc_ema, trainer
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import CARD, load_model
 from ldm_dcn.folders import verify
 from ldm_dcn.launch import StopSignals, check_launch, run_lock, start_accelerator
-from ldm_dcn.run import Run, open_run
+from ldm_dcn.opening import open_run
+from ldm_dcn.run import Run
 from ldm_dcn.trainer import NonFinite, train
 from tiny import ROOT, environment, start, tiny_config, write_config
 
@@ -115,8 +117,9 @@ def live(path: Path, overrides: tuple[str, ...], fault: Fault | None, environ: d
     torch.set_num_threads(1)
     os.environ.update(environ)
     config = load_config(path, overrides)
-    if fault is not None and hasattr(checkpoint, fault[0]):
-        _die_at_call(*fault)
+    home = next((module for module in (checkpoint, folders) if fault and hasattr(module, fault[0])), None)
+    if home is not None:
+        _die_at_call(home, *fault)
     elif fault is not None:
         _hurt_at_step(*fault)
     try:
@@ -126,9 +129,9 @@ def live(path: Path, overrides: tuple[str, ...], fault: Fault | None, environ: d
     os._exit(code)
 
 
-def _die_at_call(function: str, call: int) -> None:
-    """SIGKILL at the `call`-th use of a function of `checkpoint`."""
-    real, count = getattr(checkpoint, function), 0
+def _die_at_call(home: ModuleType, function: str, call: int) -> None:
+    """SIGKILL at the `call`-th use of a function as the module `home` knows it."""
+    real, count = getattr(home, function), 0
 
     def counted(*arguments: object, **options: object) -> object:
         nonlocal count
@@ -137,7 +140,7 @@ def _die_at_call(function: str, call: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments, **options)
 
-    setattr(checkpoint, function, counted)
+    setattr(home, function, counted)
 
 
 def _hurt_at_step(what: str, step: int) -> None:
@@ -149,7 +152,7 @@ def _hurt_at_step(what: str, step: int) -> None:
             limit = 20_000 if run.state.step == step else resource.RLIM_INFINITY
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         if run.state.step == step and what == "NaN":
-            run.latents.moments[run.order[run.positions(step, 0)][0]] = math.nan
+            run.latents.moments[run.batches.order[run.batches.positions(step, 0)][0]] = math.nan
         if run.state.step == step and what == "SIGTERM":
             signal.raise_signal(signal.SIGTERM)
         return real(run, stop)
@@ -350,7 +353,7 @@ def test_nan_stops_before_the_weights_change(
         run.save()
         before = {name: p.detach().clone() for name, p in run.denoiser.named_parameters()}
         if poison == "loss":
-            run.latents.moments[run.order[run.positions(3, 0)][2]] = float("nan")
+            run.latents.moments[run.batches.order[run.batches.positions(3, 0)][2]] = float("nan")
         else:
             run.denoiser.class_embedding.weight.register_hook(lambda gradient: gradient * float("inf"))
         with pytest.raises(

@@ -19,14 +19,14 @@ from safetensors.torch import save_file
 
 import sample
 import train as train_program
-from ldm_dcn import checkpoint, encode, errors, files, hub, launch, metrics, sampling, trainer
+from ldm_dcn import checkpoint, encode, errors, files, hub, launch, metrics, opening, sampling, trainer
 from ldm_dcn import run as run_module
 from ldm_dcn.config import Config
 from ldm_dcn.device import choose_device
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.export import load_model
 from ldm_dcn.launch import StopSignals, start_accelerator
-from ldm_dcn.run import open_run
+from ldm_dcn.opening import open_run
 from ldm_dcn.trainer import train
 from tiny import ROOT, tiny_config, write_config
 
@@ -82,7 +82,7 @@ def test_what_is_missing_is_said_before_models_are_fetched(
     def no_model(*_: object, **__: object) -> None:
         pytest.fail("a model was loaded first")
 
-    for module in (encode, run_module):
+    for module in (encode, opening):
         monkeypatch.setattr(module, "load_autoencoder", no_model)
     monkeypatch.setattr("ldm_dcn.export.load_model", no_model)
     nowhere = tmp_path / "nowhere"
@@ -626,7 +626,7 @@ def test_a_moved_autoencoder_may_be_allowed_and_another_may_not(tmp_path: Path) 
     shutil.copytree(DIGITS_FOLDER, tmp_path / "mine")
     network = ("data.image_size=32", "model.unet.in_channels=4", "model.unet.out_channels=4", "train.steps=1")
     with open_run(tiny_config(tmp_path, *network, "autoencoder=digits", "data.split=held-out")) as run:
-        channels = run.latent_shape[0]
+        channels = run.latents.latent_shape[0]
         run.record(1.0)
         run.save()
     moved = tiny_config(tmp_path, *network, f"autoencoder={tmp_path / 'mine'}", "data.split=held-out")
@@ -648,14 +648,14 @@ def test_an_image_size_that_the_autoencoder_cannot_halve_is_refused(tmp_path: Pa
         train(config)
 
 
-@pytest.mark.parametrize("small", [0, run_module.SMALL_NETWORK], ids=["meta", "cpu"])
+@pytest.mark.parametrize("small", [0, opening.SMALL_NETWORK], ids=["meta", "cpu"])
 @pytest.mark.parametrize(
     "setting", ["layers_per_block=0", "encoder_hid_dim=12", "class_embed_type=timestep", "sample_size=8"]
 )
 def test_a_network_that_fails_at_its_first_step_is_refused_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, small: int
 ) -> None:
-    monkeypatch.setattr(run_module, "SMALL_NETWORK", small)
+    monkeypatch.setattr(opening, "SMALL_NETWORK", small)
     config = tiny_config(tmp_path, f"model.unet.{setting}")
     if setting == "sample_size=8":  # nothing is wrong with that one
         with open_run(config):

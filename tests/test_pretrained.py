@@ -21,8 +21,8 @@ from ldm_dcn.config import Config
 from ldm_dcn.denoiser import Denoiser
 from ldm_dcn.diffusion import Schedule
 from ldm_dcn.errors import UserError
+from ldm_dcn.opening import open_run
 from ldm_dcn.pretrained import Pretrained, check_pretrained, check_text, load_pretrained, read_class_embedding
-from ldm_dcn.run import open_run
 from ldm_dcn.trainer import train
 from ldm_dcn.unet import build_unet
 from tiny import UNET, tiny_config

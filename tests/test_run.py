@@ -20,15 +20,15 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
-from ldm_dcn import checkpoint, metrics, posthoc_ema, trainer
-from ldm_dcn import run as run_module
+from ldm_dcn import checkpoint, latents, metrics, opening, posthoc_ema, trainer
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import Model, load_model
 from ldm_dcn.launch import StopSignals, check_plugins
 from ldm_dcn.matching import Matching
+from ldm_dcn.opening import open_run
 from ldm_dcn.pipeline import LatentDiffusion
-from ldm_dcn.run import Run, open_run
+from ldm_dcn.run import Run
 from ldm_dcn.sampling import generate
 from ldm_dcn.swap import apply_swap, plan_swap
 from ldm_dcn.trainer import train, training_step
@@ -80,9 +80,9 @@ def test_stratified_times_meet_every_share_once_a_batch(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "train.stratified_times=true", "train.batch_size=50")
     with open_run(config) as run:
         for step in (0, 7):
-            times = run.times(run.positions(step, 0))
+            times = run.batches.times(run.batches.positions(step, 0))
             assert torch.equal(times * 50 // 1000, torch.arange(50))
-        assert not torch.equal(run.times(range(0, 50)), run.times(range(50, 100)))
+        assert not torch.equal(run.batches.times(range(0, 50)), run.batches.times(range(50, 100)))
 
 
 # ------------------------------------------------------------------------------------------------ number formats
@@ -144,7 +144,7 @@ def test_fp16_stops_where_no_scale_mends_the_gradient(tmp_path: Path) -> None:
 
 def test_the_loss_scale_grows_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "GROWTH_STEPS", 3)
-    monkeypatch.setattr(run_module, "FIRST_LOSS_SCALE", 16.0)  # far from an overflow
+    monkeypatch.setattr(opening, "FIRST_LOSS_SCALE", 16.0)  # far from an overflow
     config = tiny_config(tmp_path, "train.precision=fp16", "train.steps=7", "train.save_every=0")
     assert train(config) == 0
     assert [line["loss_scale"] / 16 for line in lines(config)] == [1, 1, 2, 2, 2, 4, 4]
@@ -180,7 +180,7 @@ def test_fp16_does_not_take_a_broken_sample_for_an_overflow(tmp_path: Path) -> N
 
 
 def bad_step(run: Run, step: int) -> None:
-    run.latents.moments[run.order[run.positions(step, 0)][2]] = float("nan")
+    run.latents.moments[run.batches.order[run.batches.positions(step, 0)][2]] = float("nan")
 
 
 # ------------------------------------------------------------------------------------------------ averages
@@ -262,7 +262,7 @@ def test_sigusr1_before_the_first_step_asks_to_be_started_again_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = signal.getsignal(signal.SIGUSR1)
-    monkeypatch.setattr(run_module, "encode_dataset", lambda *_: signal.raise_signal(signal.SIGUSR1))
+    monkeypatch.setattr(latents, "encode_dataset", lambda *_: signal.raise_signal(signal.SIGUSR1))
     with pytest.raises(SystemExit) as left:
         train(tiny_config(tmp_path))
     assert left.value.code == 0 and signal.getsignal(signal.SIGUSR1) is before
@@ -554,7 +554,7 @@ def test_attention_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
 
 def test_flash_attention_is_for_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Grids and scores are drawn in fp32, and by an autoencoder whose attention no FlashAttention takes."""
-    monkeypatch.setattr(run_module, "_check_settings", lambda *_: None)
+    monkeypatch.setattr(opening, "_check_settings", lambda *_: None)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     allowed, real = {}, trainer.batch_loss
 
@@ -579,7 +579,7 @@ def test_flash_attention_in_fp32_is_refused() -> None:
     gpu = SimpleNamespace(num_processes=1, device=SimpleNamespace(type="cuda"))
     settings = load_config(ROOT / "configs" / "digits_unet.yaml", ["train.attention=flash"]).train
     with pytest.raises(UserError, match=r"flash computes in 16 bits.*set train.precision=bf16"):
-        run_module._check_settings(settings, gpu)
+        opening._check_settings(settings, gpu)
 
 
 @pytest.mark.slow(why="compiles for two minutes")

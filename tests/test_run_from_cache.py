@@ -21,7 +21,7 @@ from ldm_dcn.config import Config
 from ldm_dcn.data import open_dataset
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import load_model
-from ldm_dcn.run import open_run
+from ldm_dcn.opening import open_run
 from ldm_dcn.sampling import generate
 from ldm_dcn.trainer import train
 from ldm_dcn.unet import build_unet, load_unet
@@ -67,13 +67,13 @@ def test_every_other_image_is_mirrored_as_a_function_of_its_position(
     config = tiny_config(tmp_path, f"data.source={digits_cache}", "train.batch_size=200")
     digits = open_dataset("digits", image_size=8, image_channels=1)
     with open_run(config) as run:
-        ids = run.order[run.positions(3, 0)]
-        latents, images = run.batch(3, 0).latents, digits.images(ids)
+        ids = run.batches.order[run.batches.positions(3, 0)]
+        latents, images = run.batches.at(3, 0).latents, digits.images(ids)
         straight = (latents - images).abs().amax((1, 2, 3)) < 0.01
         mirrored = (latents - images.flip(-1)).abs().amax((1, 2, 3)) < 0.01
         assert bool((straight | mirrored).all())
         assert 0.4 < float((mirrored & ~straight).float().mean()) < 0.6
-        assert torch.equal(run.batch(3, 0).latents, latents)
+        assert torch.equal(run.batches.at(3, 0).latents, latents)
 
 
 def test_a_run_does_not_go_on_with_another_cache(digits_cache: Path, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_batch_holds_one_of_each_images_captions(captioned: Path, tmp_path: Pa
     config = text_config(captioned, tmp_path, "train.batch_size=400", "train.label_dropout=0.25")
     cache = LatentCache.open(captioned)
     with open_run(config) as run:
-        ids, tokens = run.order[run.positions(2, 0)], run.batch(2, 0).condition
+        ids, tokens = run.batches.order[run.batches.positions(2, 0)], run.batches.at(2, 0).condition
         assert tokens.shape == (400, 6, 8)
         empty = (tokens == cache.empty_tokens).flatten(1).all(1)
         assert float(empty.float().mean()) == pytest.approx(0.25, abs=0.07)

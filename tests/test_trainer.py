@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,14 +19,17 @@ from safetensors.torch import load_file
 
 import sample
 import train as train_program
-from ldm_dcn import metrics, trainer
-from ldm_dcn import run as run_module
+from ldm_dcn import checkpoint, metrics, trainer
+from ldm_dcn.autoencoder import IdentityAutoencoder
+from ldm_dcn.batches import Batches
 from ldm_dcn.config import Config, load_config
+from ldm_dcn.diffusion import Schedule
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import load_model
 from ldm_dcn.folders import DiskFull
+from ldm_dcn.latents import Latents
 from ldm_dcn.launch import StopSignals
-from ldm_dcn.run import open_run
+from ldm_dcn.opening import open_run
 from ldm_dcn.sampling import generate
 from ldm_dcn.trainer import learning_rate, train
 from tiny import on_two_processes, tiny_config, write_config
@@ -193,14 +197,14 @@ def test_a_full_disk_does_not_stop_a_run_that_has_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(tmp_path, "train.save_every=2")
-    real = run_module.checkpoint.save
+    real = checkpoint.save
 
     def save(root: Path, step: int, *arguments: object) -> object:
         if step in (4, 6):
             raise DiskFull("no room to write it")
         return real(root, step, *arguments)
 
-    monkeypatch.setattr(run_module.checkpoint, "save", save)
+    monkeypatch.setattr(checkpoint, "save", save)
     assert train(config) == 0
     assert capsys.readouterr().err.count("warning: no room to write it; training goes on") == 2
     assert [path.name for path in (config.folder / "checkpoints").iterdir() if path.name != "step-8"] == [
@@ -249,11 +253,12 @@ def test_positions_are_shared_out_without_gap_or_overlap(
     config = tiny_config(tmp_path, f"train.gradient_accumulation={accumulation}")
     seen = []
     for rank in range(processes):
-        accelerator = type("Accelerator", (), {"num_processes": processes, "process_index": rank})
-        run = run_module.Run.__new__(run_module.Run)
-        run.config, run.accelerator = config, accelerator
+        place = SimpleNamespace(num_processes=processes, process_index=rank, device=torch.device("cpu"))
+        latents = Latents(torch.zeros(9, 2, 8, 8), torch.zeros(9), 0, {})
+        denoiser = SimpleNamespace(num_classes=0, takes_text=False)
+        batches = Batches(config, Schedule(), latents, IdentityAutoencoder(1), denoiser, place)
         for micro in range(accumulation):
-            seen.extend(run.positions(5, micro))
+            seen.extend(batches.positions(5, micro))
     assert sorted(seen) == list(range(40, 48))
 
 
@@ -284,9 +289,9 @@ def test_the_learning_rate_is_a_function_of_the_step(tmp_path: Path) -> None:
 def test_a_batch_holds_what_the_recipe_says(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "train.batch_size=4000", "train.label_dropout=0.25")
     with open_run(config) as run:
-        batch, again, next_one = run.batch(3, 0), run.batch(3, 0), run.batch(4, 0)
+        batch, again, next_one = run.batches.at(3, 0), run.batches.at(3, 0), run.batches.at(4, 0)
         null = run.denoiser.num_classes
-        ids = run.order[run.positions(3, 0)]
+        ids = run.batches.order[run.batches.positions(3, 0)]
         kept = batch.condition != null
         assert null == 10
         assert float(kept.float().mean()) == pytest.approx(0.75, abs=0.03)
