@@ -183,6 +183,25 @@ def test_windows_smaller_than_the_map(emulation, dtype, depth, offsets):
             assert_backward(emulation, case, tensors, expected, "window")
 
 
+def test_code_of_an_older_architecture(emulation):
+    """A build for sm_80 alone runs on a newer GPU, from PTX: what its kernels were compiled without must not be asked of them."""
+    case = case_of(Operator(2), 1, (9, 11), 32, dtype=torch.bfloat16, padding_channels=2)
+    tensors = tensors_of(case)
+    expected = reference(case.op, tensors)
+    ran = []
+    for device in (0, 1):  # the emulation's second device is such a one
+        emulation.launched()
+        output = emulation.forward(case.op, tensors.value, tensors.offset_mask, device=device)
+        gradients = emulation.backward(
+            case.op, tensors.value, tensors.offset_mask, tensors.grad_output, device=device
+        )
+        for result, right in zip((output, *gradients), expected, strict=True):
+            assert mismatch(result, right) is None
+        ran.append({(kernel[0], kernel[-1]) for kernel in emulation.launched()})
+    windows = {"sample_window", "dot_matrix", "gather_matrix"}
+    assert ran == [{(name, boxes) for name in windows} for boxes in (1, 0)]
+
+
 def test_every_kernel_runs(emulation):
     """Each instance that the compiler made of a kernel, compared with the reference: none is left to the GPU alone."""
     emulation.launched()

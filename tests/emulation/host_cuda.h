@@ -67,16 +67,27 @@ enum cudaError_t {
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
-  cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 using cudaStream_t = struct CUstream_st*;
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+struct cudaFuncAttributes {
+  int ptxVersion;
 };
 
 namespace host_cuda {
@@ -398,7 +409,6 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   const auto& settings = host_cuda::settings;
   *value = attribute == cudaDevAttrMultiProcessorCount ? settings.multiprocessors : settings.shared_limit;
   if (attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor) *value += 1024;
-  if (attribute == cudaDevAttrComputeCapabilityMajor) *value = 9;
   return cudaSuccess;
 }
 template <class... Parameters>
@@ -406,6 +416,15 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
   // A smaller one would take back what another thread has just allowed.
   if (bytes != host_cuda::settings.shared_limit) return cudaErrorInvalidValue;
   host_cuda::settings.shared_allowed[reinterpret_cast<void*>(kernel)] = bytes;
+  return cudaSuccess;
+}
+template <class... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
+  attributes->ptxVersion = host_cuda::settings.device == 0 ? 90 : 80;  // device 1 has but PTX of sm_80
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {

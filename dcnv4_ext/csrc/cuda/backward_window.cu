@@ -35,7 +35,8 @@ DCNV4_DEVICE DotTap dot_tap(const dcnv4_problem& p, const WindowOrigin& o, const
   const Inside inside(p, o, tap);
   const uint32_t columns = uint32_t(inside.left) | uint32_t(inside.right) << 1;
   const uint32_t corners = (inside.top ? columns : 0) | (inside.bottom ? columns << 2 : 0);
-  return {tap.lx, tap.ly, tap.weight, tap.near || tap.far ? corners : 0, pixel.live ? pixel.number : kNoPixel};
+  const bool used = tap.near || tap.far;
+  return {tap.lx, tap.ly, used ? tap.weight : 0, used ? corners : 0, pixel.live ? pixel.number : kNoPixel};
 }
 
 // Works out the taps of a batch, and what is left of them: place(slot, tap) says where their corners lie.
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
   constexpr int N = 16 / int(sizeof(T)), items = kWarp / UNITS, cell_bytes = UNITS * 16;
   constexpr int pixels = kSlots / TAPS;
   const WindowOrigin o = window_origin(p, w);
-  const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp), warps = int(blockDim.x / kWarp);
+  const int lane = int(threadIdx.x % kWarp), warp = warp_index(), warps = int(blockDim.x / kWarp);
   const int64_t first_output = int64_t(o.n) * p.Ho * p.Wo;
   const int channel = o.g * int(p.D);
   const T* map = image_of(value, o, w.value_image) + channel;
@@ -159,16 +160,17 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
 
   char* window = window_of<T, TAPS, RUNS>(w);
   const uint32_t pitch_bytes = uint32_t(w.pitch) * cell_bytes, nowhere = pitch_bytes * uint32_t(w.height);
-  char* barrier = window + nowhere + pitch_bytes + 2 * cell_bytes;
-  float* dots = reinterpret_cast<float*>(barrier + kBarrierBytes + warp * thread_bytes<TAPS>());
+  char* barriers = window + nowhere + pitch_bytes + 2 * cell_bytes;
+  float* dots = reinterpret_cast<float*>(barriers + kWindowBarriers + warp * thread_bytes<TAPS>());
   uint32_t* places = reinterpret_cast<uint32_t*>(dots + pixels * dots_length<TAPS>());
+  wait_for_earlier();
   const TileTaps<T, TAPS, RUNS> tile(w, o, offset_mask);
-  start_window<UNITS>(p, w, o, tile, value_map, mask_map, map, channel * int(sizeof(T)), window, barrier);
+  start_window<UNITS>(p, w, o, tile, value_map, mask_map, map, channel * int(sizeof(T)), window, barriers);
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
   TapSlot slots[kSlotRounds];
 #pragma unroll
   for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<TAPS>(r * kWarp + lane);
-  wait_for_window<RUNS>(barrier);
+  wait_for_runs<RUNS>(barriers);
 
   const int item = lane / UNITS, unit = lane % UNITS;
   const char* cells = window + unit * 16;
@@ -179,6 +181,7 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
       places[slot.of * odd(TAPS) + slot.k] = tap.near ? uint32_t(tap.y * w.pitch + tap.x) * cell_bytes : nowhere;
     });
     __syncwarp();
+    if (batch == warp) wait_for_cells<RUNS>(barriers);
 
 #pragma unroll 1
     for (int pass = 0; pass < pixels; pass += items) {
@@ -242,7 +245,7 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
   // More would not fit the registers; where threads stand in for matrix units it would be long.
   constexpr int unrolled = HALVES == 1 && DCNV4_MATRIX_UNITS ? pixels : 1;
   const WindowOrigin o = window_origin(p, w);
-  const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp), warps = int(blockDim.x / kWarp);
+  const int lane = int(threadIdx.x % kWarp), warp = warp_index(), warps = int(blockDim.x / kWarp);
   const int64_t first_output = int64_t(o.n) * p.Ho * p.Wo;
   const int channel = o.g * int(p.D);
   const T* map = image_of(value, o, w.value_image) + channel;
@@ -251,17 +254,18 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
 
   char* window = window_of<T, TAPS, RUNS>(w);
   const uint32_t pitch_bytes = uint32_t(w.pitch) * cell_bytes, nowhere = pitch_bytes * uint32_t(w.height);
-  char* barrier = window + nowhere + pitch_bytes + 2 * cell_bytes;
-  char* gradient_rows = barrier + kBarrierBytes + warp * matrix_bytes<HALVES, TAPS>();
+  char* barriers = window + nowhere + pitch_bytes + 2 * cell_bytes;
+  char* gradient_rows = barriers + kWindowBarriers + warp * matrix_bytes<HALVES, TAPS>();
   float* dots = reinterpret_cast<float*>(gradient_rows + pixels * cell_bytes);
   uint32_t* places = reinterpret_cast<uint32_t*>(dots + pixels * dots_length<TAPS>());
+  wait_for_earlier();
   const TileTaps<T, TAPS, RUNS> tile(w, o, offset_mask);
-  start_window<pieces>(p, w, o, tile, value_map, mask_map, map, channel * int(sizeof(T)), window, barrier);
+  start_window<pieces>(p, w, o, tile, value_map, mask_map, map, channel * int(sizeof(T)), window, barriers);
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
   TapSlot slots[kSlotRounds];
 #pragma unroll
   for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<TAPS>(r * kWarp + lane);
-  wait_for_window<RUNS>(barrier);
+  wait_for_runs<RUNS>(barriers);
 
   // As a row of A: matrices 0 and 1 of a load are of an even and the next odd block at one piece of the channels, 2 and 3 at
   // the next piece. A row begins `turn` pieces on.
@@ -291,6 +295,7 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
     });
     copy_async_wait();
     __syncwarp();
+    if (batch == warp) wait_for_cells<RUNS>(barriers);
 
 #pragma unroll(unrolled)
     for (int of = 0; of < pixels; ++of) {
@@ -359,7 +364,7 @@ int32_t start(const BackwardCall& call, DotKernel<T> kernel, int64_t cell, int64
   if (w.blocks == 0 || (bytes.whole && 3 * (w.shared + 1024) > shared_total(p.device))) return DCNV4_NO_KERNEL;
   BulkMap value_map{}, mask_map{};
   if (RUNS && !make_maps<T, TAPS>(p, w, call.value, cell, call.offset_mask, value_map, mask_map)) return DCNV4_NO_KERNEL;
-  return launch(kernel, w.blocks, w.threads, w.shared, call.stream, p, w, value_map, mask_map,
+  return launch(earliest_start(p.device), kernel, w.blocks, w.threads, w.shared, call.stream, p, w, value_map, mask_map,
                 static_cast<const T*>(call.value), static_cast<const T*>(call.offset_mask),
                 static_cast<const T*>(call.grad_output), static_cast<T*>(call.grad_offset_mask));
 }
@@ -369,7 +374,7 @@ int32_t run_cells(const BackwardCall& call) {
   const int64_t bytes = call.p.D * int64_t(sizeof(T));
   if constexpr (sizeof(T) == 2) {
     // Before sm_80 threads would have to do what matrix units do.
-    if (attribute(cudaDevAttrComputeCapabilityMajor, call.p.device, 0) < 8) return DCNV4_NO_KERNEL;
+    if (architecture(call.p.device) < 80) return DCNV4_NO_KERNEL;
     if (bytes == 128)
       return start<T, TAPS, RUNS>(call, dot_matrix<T, 2, TAPS, RUNS>, 128, matrix_bytes<2, TAPS>(), kMostWideDotThreads);
     if (bytes == 64)

@@ -25,7 +25,7 @@ struct BulkSizes {
 DCNV4_DEVICE uint32_t swizzle(uint32_t at) { return at ^ (at >> 3 & 0x70u); }
 constexpr int64_t kMostBox = 256;        // along each direction
 constexpr int64_t kBulkAlignment = 128;  // of the box in shared memory; of a swizzled one 1024
-constexpr int kBarrierBytes = 16;
+constexpr int kBarrierBytes = 8;
 
 #if !defined(__CUDACC__)
 struct BulkMap {
@@ -61,7 +61,7 @@ struct BulkMap {};
 inline bool make_bulk_map(const void*, const BulkSizes&, BulkMap&) { return false; }
 #endif
 
-// By one thread, once a block: that `bytes` in all will come. The others need a barrier before they wait for them.
+// By one thread, once a barrier: that `bytes` in all will come to it. The others need another one before they wait for them.
 DCNV4_DEVICE void expect_bulk(char* barrier, uint32_t bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && DCNV4_BULK
   const uint32_t at = uint32_t(__cvta_generic_to_shared(barrier));

@@ -1,227 +1,314 @@
 // The forward kernel for groups of a multiple of 32 bytes and 8 or 9 taps, out of a window in shared memory (window.h).
 //
-// A thread holds 16 bytes of one pixel's channels, of all four corners or of those on its side. Per tap it reads its weights
-// and two places from shared memory, then the corners: a warp reads 512 bytes of cells an instruction without bank conflicts.
+// A warp takes batches of eight pixels. Four threads of a pixel work out its taps, two each, and leave them in shared memory; a
+// ninth tap of each pixel is worked out before. Then each of the four goes through all taps with 16 or 32 bytes of the
+// channels, of all four corners or of those on its side: a warp reads 512 bytes of cells an instruction without bank conflicts.
 #include "forward.h"
 #include "window.h"
 
 namespace dcnv4 {
 namespace {
 
-constexpr int kQuad = 4;              // threads of a batch's pixel: q works out taps q and q + 4
-constexpr int kRow = odd(2 * kQuad);  // of a pixel's taps in memory
-// Taps of odd pixels begin elsewhere in their row: written by eight threads at once, those of two pixels then touch every bank
-// once.
-DCNV4_DEVICE int turn_of(int pixel) { return pixel % 2 * 3; }
-constexpr int kNinths = 3;  // batches of a warp whose ninth taps are worked out at once: a fourth's room is a block's
-constexpr int kEights = kBatch * kRow;  // where those begin
+constexpr int kQuad = 4;  // threads of a pixel: q works out taps q and q + 4
+constexpr int kRow =
+    odd(2 * kQuad);  // of a pixel's taps in shared memory, in odd number: then eight pixels' lie in eight banks
+constexpr int kMostWideThreads = 448;  // of a block with cells of 128 bytes, whose threads hold more
 
-// What a thread reads of a tap: weights of its corners, and where the upper and the lower row of them lie in the window.
-struct alignas(16) Side {
-  float top, bottom;
-  uint32_t at_top, at_bottom;
+// Which pixel of a batch four threads have. Eight threads read and write at once, and two pixels whose numbers differ by four
+// then write their taps to different banks.
+DCNV4_DEVICE int pixel_of(int quad) { return quad / 2 + quad % 2 * (kBatch / 2); }
+// The two also read cells from different banks, as one is `odd`.
+DCNV4_DEVICE bool is_odd(int pixel) { return pixel % kBatch >= kBatch / 2; }
+
+// A tap whose corners lie in the window, or in the zeros behind it where it adds nothing.
+struct NearTap {
+  float lx, ly, weight;
+  uint32_t cell;  // where its upper left corner lies
 };
 
-// Rows have odd length, the second plane is half the banks away: threads that read a tap of several pixels and both sides
-// touch every bank once.
-template <int TAPS>
-constexpr DCNV4_HD int plane_length() {
-  return kEights + (TAPS == 9 ? kNinths * kBatch : 0) + 4;
-}
+// Taps in shared memory, `length` of them: put by the thread that has worked one out, visited by those of its pixel, which add
+// the corners' weights times the cells at so many bytes.
+template <int UNITS>
+struct StagedTaps;
 
-template <int SIDES, int TAPS>
-constexpr DCNV4_HD int64_t staged_bytes() {
-  return SIDES == 2 ? 2 * plane_length<TAPS>() * int64_t(sizeof(Side))
-                    : plane_length<TAPS>() * int64_t(sizeof(Four<float>) + sizeof(uint2));
-}
+// Cells of 32 bytes: half of a pixel's threads take the left corners, half the right ones, each side out of a plane of its own.
+template <>
+struct StagedTaps<2> {
+  struct alignas(16) Side {
+    float top, bottom;
+    uint32_t at_top, at_bottom;
+  };
+  static constexpr int bytes = 2 * sizeof(Side);
+  static constexpr int spare = 2;  // entries between the planes, so that they lie in different banks
+
+  Side* first;
+  int length;
+  DCNV4_DEVICE StagedTaps(char* at, int length) : first(reinterpret_cast<Side*>(at)), length(length) {}
+
+  DCNV4_DEVICE void put(int place, bool, const NearTap& tap, uint32_t pitch_bytes) const {
+    const Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.weight, 1.0f);
+    first[place] = {weights.w00, weights.w10, tap.cell, tap.cell + pitch_bytes};
+    first[place + length] = {weights.w01, weights.w11, tap.cell, tap.cell + pitch_bytes};
+  }
+  template <class Add>
+  DCNV4_DEVICE void visit(int place, int side, uint32_t, Add add) const {
+    const Side tap = first[side * length + place];
+    add(tap.top, tap.at_top);
+    add(tap.bottom, tap.at_bottom);
+  }
+};
+
+// Cells of 64 bytes, half of the banks: an odd pixel reads cells of odd number before those of even number.
+template <>
+struct StagedTaps<4> {
+  static constexpr int bytes = sizeof(Four<float>) + sizeof(uint2);
+  static constexpr int spare = 0;
+
+  Four<float>* weights;
+  uint2* places;
+  DCNV4_DEVICE StagedTaps(char* at, int length)
+      : weights(reinterpret_cast<Four<float>*>(at)), places(reinterpret_cast<uint2*>(weights + length)) {}
+
+  DCNV4_DEVICE void put(int place, bool odd, const NearTap& tap, uint32_t) const {
+    constexpr uint32_t cell_bytes = 64;
+    const uint32_t right = (tap.cell ^ (odd ? cell_bytes : 0)) & cell_bytes;  // of the corners that are read first
+    const float from_right = 1 - tap.lx, top = tap.weight * (1 - tap.ly), bottom = tap.weight * tap.ly;
+    const float first = right ? tap.lx : from_right, second = right ? from_right : tap.lx;
+    weights[place] = {{top * first, top * second, bottom * first, bottom * second}};
+    places[place] = make_uint2(tap.cell + right, tap.cell + cell_bytes - right);
+  }
+  template <class Add>
+  DCNV4_DEVICE void visit(int place, int, uint32_t pitch_bytes, Add add) const {
+    const Four<float> weight = weights[place];
+    const uint2 at = places[place];
+    add(weight.v[0], at.x);
+    add(weight.v[1], at.y);
+    add(weight.v[2], at.x + pitch_bytes);
+    add(weight.v[3], at.y + pitch_bytes);
+  }
+};
+
+// Cells of 128 bytes, of which a thread has two pieces: an odd pixel reads the second half of a cell before the first. What is
+// read of a tap is as little as can be, for cells alone keep shared memory busy.
+template <>
+struct StagedTaps<8> {
+  struct alignas(16) Entry {
+    float top, bottom, lx;
+    uint32_t cell;
+  };
+  static constexpr int bytes = sizeof(Entry);
+  static constexpr int spare = 0;
+
+  Entry* first;
+  DCNV4_DEVICE StagedTaps(char* at, int) : first(reinterpret_cast<Entry*>(at)) {}
+
+  DCNV4_DEVICE void put(int place, bool, const NearTap& tap, uint32_t) const {
+    first[place] = {tap.weight * (1 - tap.ly), tap.weight * tap.ly, tap.lx, tap.cell};
+  }
+  template <class Add>
+  DCNV4_DEVICE void visit(int place, int, uint32_t pitch_bytes, Add add) const {
+    const Entry tap = first[place];
+    add(tap.top - tap.top * tap.lx, tap.cell);
+    add(tap.top * tap.lx, tap.cell + 128);
+    add(tap.bottom - tap.bottom * tap.lx, tap.cell + pitch_bytes);
+    add(tap.bottom * tap.lx, tap.cell + pitch_bytes + 128);
+  }
+};
+
+// Staged taps of a warp's batch, and the ninth taps of a batch, behind which a bit tells of each whether it is far.
+template <int UNITS>
+struct Room {
+  using Taps = StagedTaps<UNITS>;
+  static constexpr int rows = kBatch * kRow + Taps::spare, ninths = kBatch + Taps::spare;
+  static constexpr int far_at = ninths * Taps::bytes;
+  static constexpr int batch_bytes = rows * Taps::bytes, ninths_bytes = far_at + 16;
+};
 
 // RUNS: what comes from offset_mask lies in shared memory too, and all of it was fetched as boxes.
-template <class T, int UNITS, int SIDES, int TAPS, bool RUNS>
-__global__ void __launch_bounds__(kMostWindowThreads, kWindowBlocks)
+template <class T, int UNITS, int TAPS, bool RUNS>
+__global__ void __launch_bounds__(UNITS == 8 ? kMostWideThreads : kMostWindowThreads, kWindowBlocks)
     sample_window(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w,
                   const __grid_constant__ BulkMap value_map, const __grid_constant__ BulkMap mask_map,
                   const T* __restrict__ value, const T* __restrict__ offset_mask, T* __restrict__ output) {
-  constexpr int N = 16 / int(sizeof(T)), lanes = UNITS * SIDES, items = kWarp / lanes, cell_bytes = UNITS * 16;
-  constexpr int plane = plane_length<TAPS>();
-  constexpr int unrolled = UNITS == 4 ? 8 : sizeof(T) == 4 ? 2 : 4;  // as far as registers allow
+  constexpr int N = 16 / int(sizeof(T)), cell_bytes = UNITS * 16;
+  constexpr int pieces = UNITS == 8 ? 2 : 1, sides = UNITS == 2 ? 2 : 1;  // of a thread, of a cell's threads
+  constexpr int unrolled = UNITS == 4 ? 8 : sizeof(T) == 4 ? 2 : 4;       // as far as registers allow
   const WindowOrigin o = window_origin(p, w);
-  const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp), warps = int(blockDim.x / kWarp);
+  const int lane = int(threadIdx.x % kWarp), warp = warp_index(), warps = int(blockDim.x / kWarp);
   const int channel = o.g * int(p.D) + o.slice * UNITS * N;
   const T* map = image_of(value, o, w.value_image) + channel;
 
-  // Behind the window two rows whose first two cells are zeros, for taps that add nothing; a barrier; then each warp's taps.
+  // Behind the window two rows whose first two cells are zeros, for taps that add nothing; barriers; each warp's taps; the
+  // ninth taps.
   char* window = window_of<T, TAPS, RUNS>(w);
   const uint32_t pitch_bytes = uint32_t(w.pitch) * cell_bytes, nowhere = pitch_bytes * uint32_t(w.height);
-  char* barrier = window + nowhere + pitch_bytes + 2 * cell_bytes;
-  char* staged = barrier + kBarrierBytes + warp * staged_bytes<SIDES, TAPS>();
+  char* barriers = window + nowhere + pitch_bytes + 2 * cell_bytes;
+  using Taps = StagedTaps<UNITS>;
+  using Room = dcnv4::Room<UNITS>;
+  char* staged = barriers + kWindowBarriers;
+  const Taps rows(staged + warp * Room::batch_bytes, Room::rows);
+  char* ninths = staged + warps * Room::batch_bytes;
+
+  wait_for_earlier();
   const TileTaps<T, TAPS, RUNS> taps(w, o, offset_mask);
-  start_window<UNITS>(p, w, o, taps, value_map, mask_map, map, channel * int(sizeof(T)), window, barrier);
+  start_window<UNITS>(p, w, o, taps, value_map, mask_map, map, channel * int(sizeof(T)), window, barriers);
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
-  const int q = lane % kQuad;
-  const float grid_x[2] = {w.grid_x[q], w.grid_x[q + kQuad]}, grid_y[2] = {w.grid_y[q], w.grid_y[q + kQuad]};
-  wait_for_window<RUNS>(barrier);
+  wait_for_runs<RUNS>(barriers);
 
   // A far tap is left to be added afterwards.
-  const auto stage = [&](int place, int of, const WindowTap& tap) {
-    const Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.near ? tap.weight : 0.0f, 1.0f);
-    const uint32_t at = tap.near ? uint32_t(tap.y * w.pitch + tap.x) * cell_bytes : nowhere;
-    if constexpr (SIDES == 2) {
-      Side* to = reinterpret_cast<Side*>(staged) + place;
-      to[0] = {weights.w00, weights.w10, at, at + pitch_bytes};
-      to[plane] = {weights.w01, weights.w11, at, at + pitch_bytes};
-    } else {
-      // Two pixels share the banks where a cell takes half of them: one reads cells of even number first, the other of odd.
-      const bool swap = UNITS == 4 && ((at / cell_bytes + uint32_t(of)) & 1) != 0;
-      const uint32_t right = swap ? cell_bytes : 0;
-      Four<float>* to = reinterpret_cast<Four<float>*>(staged) + place;
-      *to = {{swap ? weights.w01 : weights.w00, swap ? weights.w00 : weights.w01, swap ? weights.w11 : weights.w10,
-              swap ? weights.w10 : weights.w11}};
-      uint2* places = reinterpret_cast<uint2*>(reinterpret_cast<Four<float>*>(staged) + plane) + place;
-      *places = make_uint2(at + right, at + cell_bytes - right);
-    }
+  const auto near_tap = [&](const WindowTap& tap) {
+    return NearTap{tap.lx, tap.ly, tap.near ? tap.weight : 0.0f,
+                   tap.near ? uint32_t(tap.y * w.pitch + tap.x) * cell_bytes : nowhere};
   };
-
-  const int item = lane / lanes, unit = lane % UNITS, side = SIDES == 2 ? lane / UNITS % 2 : 0;
-  const char* cells = window + side * cell_bytes + unit * 16;
-  T* result = image_of(output, o, w.output_image) + channel;
-  uint32_t far_ninths = 0;
-#pragma unroll 1
-  for (int batch = warp, turn = 0; batch * kBatch < w.pixels; batch += warps, turn = turn + 1 == kNinths ? 0 : turn + 1) {
-    const int ninths = kEights + turn * kBatch;
-    if (TAPS == 9 && turn == 0) {
-      // Of this batch and the warp's next.
-      const int of = lane % kBatch, index = (batch + lane / kBatch * warps) * kBatch + of;
+  if (TAPS == 9) {
+    // From the last warp on, which may have a batch less than the first.
+    for (int chunk = warps - 1 - warp; chunk * kWarp < w.pixels; chunk += warps) {
+      const int index = chunk * kWarp + lane;
       const WindowTap tap = taps.template tap<true, true>(p, w, o, min(index, w.pixels - 1), tile_pixel(p, w, o, index),
                                                           kMostTaps - 1, w.grid_x[kMostTaps - 1], w.grid_y[kMostTaps - 1]);
-      far_ninths = __ballot_sync(0xffffffffu, tap.far);
-      if (lane < kNinths * kBatch) stage(kEights + lane, of, tap);
+      const uint32_t far = __ballot_sync(0xffffffffu, tap.far);
+      const int batch = index / kBatch, of = index % kBatch;
+      if (batch * kBatch >= w.pixels) continue;
+      char* at = ninths + batch * Room::ninths_bytes;
+      Taps(at, Room::ninths).put(of, is_odd(of), near_tap(tap), pitch_bytes);
+      if (of == 0) *reinterpret_cast<uint32_t*>(at + Room::far_at) = far >> lane & 0xffu;
     }
-    const int of = lane / kQuad, index = batch * kBatch + of;
-    const TilePixel own = tile_pixel(p, w, o, index);
+    __syncthreads();
+  }
+
+  const int quad = lane / kQuad, q = lane % kQuad, of = pixel_of(quad), side = sides == 2 ? q / UNITS : 0;
+  const bool odd = is_odd(of);
+  const float grid_x[2] = {w.grid_x[q], w.grid_x[q + kQuad]}, grid_y[2] = {w.grid_y[q], w.grid_y[q + kQuad]};
+  int own[pieces];  // of a cell
+#pragma unroll
+  for (int i = 0; i < pieces; ++i) own[i] = pieces == 2 ? q + (odd == (i == 0) ? kQuad : 0) : q % UNITS;
+  T* result = image_of(output, o, w.output_image) + channel;
+#pragma unroll 1
+  for (int batch = warp; batch * kBatch < w.pixels; batch += warps) {
+    const int index = batch * kBatch + of;
+    const TilePixel pixel = tile_pixel(p, w, o, index);
     uint32_t far[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const WindowTap tap = taps.template tap<true, true>(p, w, o, index, own, q + r * kQuad, grid_x[r], grid_y[r]);
+      const int k = q + r * kQuad;
+      const WindowTap tap = taps.template tap<true, true>(p, w, o, min(index, w.pixels - 1), pixel, k, grid_x[r], grid_y[r]);
       far[r] = __ballot_sync(0xffffffffu, tap.far);
-      stage(of * kRow + (q + r * kQuad + turn_of(of)) % (2 * kQuad), of, tap);
+      rows.put(of * kRow + k, odd, near_tap(tap), pitch_bytes);
     }
     __syncwarp();
+    if (batch == warp) wait_for_cells<RUNS>(barriers);
 
-#pragma unroll 1
-    for (int pass = 0; pass < kBatch; pass += items) {
-      float sums[N] = {};
-      const int of_pass = pass + item, row = of_pass * kRow, ninth = ninths + of_pass;
-      const auto add = [&](float weight, const float (&corner)[N]) {
+    float sums[pieces][N] = {};
+    const auto add = [&](float weight, uint32_t at) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) sums[i] += weight * corner[i];
-      };
-      const auto add_tap = [&](int place) {
+      for (int i = 0; i < pieces; ++i) {
         float corner[N];
-        if constexpr (SIDES == 2) {
-          const Side tap = reinterpret_cast<const Side*>(staged)[side * plane + place];
-          load_shared<T, N>(cells + tap.at_top, corner);
-          add(tap.top, corner);
-          load_shared<T, N>(cells + tap.at_bottom, corner);
-          add(tap.bottom, corner);
-        } else {
-          const Four<float>* from = reinterpret_cast<const Four<float>*>(staged);
-          const Four<float> weights = from[place];
-          const uint2 at = reinterpret_cast<const uint2*>(from + plane)[place];
-          load_shared<T, N>(cells + at.x, corner);
-          add(weights.v[0], corner);
-          load_shared<T, N>(cells + at.y, corner);
-          add(weights.v[1], corner);
-          load_shared<T, N>(cells + at.x + pitch_bytes, corner);
-          add(weights.v[2], corner);
-          load_shared<T, N>(cells + at.y + pitch_bytes, corner);
-          add(weights.v[3], corner);
-        }
-      };
+        load_shared<T, N>(window + side * cell_bytes + own[i] * 16 + at, corner);
+#pragma unroll
+        for (int n = 0; n < N; ++n) sums[i][n] += weight * corner[n];
+      }
+    };
 #pragma unroll(unrolled)
-      for (int k = 0; k < 2 * kQuad; ++k) add_tap(row + k);
-      if (TAPS == 9) add_tap(ninth);
+    for (int k = 0; k < 2 * kQuad; ++k) rows.visit(of * kRow + k, side, pitch_bytes, add);
+    char* ninth = ninths + batch * Room::ninths_bytes;
+    if (TAPS == 9) Taps(ninth, Room::ninths).visit(of, side, pitch_bytes, add);
 
-      const TilePixel pixel = items == kBatch ? own : tile_pixel(p, w, o, batch * kBatch + of_pass);
-      const uint32_t far_here = far_ninths >> (turn * kBatch) & 0xffu;
-      if ((far[0] | far[1] | far_here) != 0) {
-        // Far taps, each worked out anew by the threads of its pixel; their corners come from global memory.
-        uint32_t todo = (far[0] >> (of_pass * kQuad) & 0xfu) | (far[1] >> (of_pass * kQuad) & 0xfu) << kQuad |
-                        (far_here >> of_pass & 1) << (2 * kQuad);
+    const uint32_t far_here = TAPS == 9 ? *reinterpret_cast<const uint32_t*>(ninth + Room::far_at) : 0;
+    if ((far[0] | far[1] | far_here) != 0) {
+      // Each is worked out anew by the threads of its pixel; its corners come from global memory.
+      uint32_t todo =
+          (far[0] >> (quad * kQuad) & 0xfu) | (far[1] >> (quad * kQuad) & 0xfu) << kQuad | (far_here >> of & 1) << (2 * kQuad);
 #pragma unroll 1
-        for (; todo != 0; todo &= todo - 1) {
-          const int k = __ffs(int(todo)) - 1;
-          const WindowTap tap =
-              taps.template tap<true, true>(p, w, o, batch * kBatch + of_pass, pixel, k, w.grid_x[k], w.grid_y[k]);
-          const Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.weight, 1.0f);
-          const Inside inside(p, o, tap);
-          const char* cell = reinterpret_cast<const char*>(map + unit * N);
-          cell += int64_t(tap.y + o.y) * int64_t(w.row_bytes) + int64_t(tap.x + o.x) * int64_t(w.value_bytes);
+      for (; todo != 0; todo &= todo - 1) {
+        const int k = __ffs(int(todo)) - 1;
+        const WindowTap tap = taps.template tap<true, true>(p, w, o, index, pixel, k, w.grid_x[k], w.grid_y[k]);
+        const Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.weight, 1.0f);
+        const Inside inside(p, o, tap);
+        const char* cell = reinterpret_cast<const char*>(map);
+        cell += int64_t(tap.y + o.y) * int64_t(w.row_bytes) + int64_t(tap.x + o.x) * int64_t(w.value_bytes);
+#pragma unroll
+        for (int i = 0; i < pieces; ++i) {
+          const char* corner = cell + own[i] * 16;
 #pragma unroll
           for (int row = 0; row < 2; ++row) {
             // Both loads are on their way before the first is waited for.
             const bool across = row == 0 ? inside.top : inside.bottom;
-            const bool left = across && inside.left && side == 0, right = across && inside.right && (SIDES == 1 || side == 1);
+            const bool left = across && inside.left && side == 0, right = across && inside.right && (sides == 1 || side == 1);
             float left_corner[N], right_corner[N];
-            load_if<T, N>(left, cell, left_corner);
-            load_if<T, N>(right, cell + w.value_bytes, right_corner);
-            if (left) add(row == 0 ? weights.w00 : weights.w10, left_corner);
-            if (right) add(row == 0 ? weights.w01 : weights.w11, right_corner);
-            cell += w.row_bytes;
+            load_if<T, N>(left, corner, left_corner);
+            load_if<T, N>(right, corner + w.value_bytes, right_corner);
+            const float left_weight = row == 0 ? weights.w00 : weights.w10, right_weight = row == 0 ? weights.w01 : weights.w11;
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+              if (left) sums[i][n] += left_weight * left_corner[n];
+              if (right) sums[i][n] += right_weight * right_corner[n];
+            }
+            corner += w.row_bytes;
           }
         }
       }
-      T* to = at_pixel(result, pixel.number, p.output_stride) + unit * N;
-      if constexpr (SIDES == 2) {
-        // Each side takes half of the channels.
-        float half[N / 2];
+    }
+
+    T* to = at_pixel(result, pixel.number, p.output_stride);
+    if constexpr (sides == 2) {
+      // Each side takes half of the channels.
+      float half[N / 2];
 #pragma unroll
-        for (int i = 0; i < N / 2; ++i) {
-          const float give = side ? sums[i] : sums[i + N / 2], keep = side ? sums[i + N / 2] : sums[i];
-          half[i] = keep + __shfl_xor_sync(0xffffffffu, give, UNITS);
-        }
-        if (pixel.live) store<T, N / 2>(to + side * (N / 2), half);
-      } else {
-        if (pixel.live) store<T, N>(to, sums);
+      for (int n = 0; n < N / 2; ++n) {
+        const float give = side ? sums[0][n] : sums[0][n + N / 2], keep = side ? sums[0][n + N / 2] : sums[0][n];
+        half[n] = keep + __shfl_xor_sync(0xffffffffu, give, UNITS);
       }
+      if (pixel.live) store<T, N / 2>(to + own[0] * N + side * (N / 2), half);
+    } else {
+#pragma unroll
+      for (int i = 0; i < pieces; ++i)
+        if (pixel.live) store<T, N>(to + own[i] * N, sums[i]);
     }
     __syncwarp();  // before the next taps take the place of these
   }
 }
 
-template <class T, int UNITS, int SIDES, int TAPS, bool RUNS>
+template <class T, int UNITS, int TAPS, bool RUNS>
 int32_t run(const ForwardCall& call, int64_t slices) {
   const dcnv4_problem& p = call.p;
   constexpr int64_t cell = UNITS * 16;
   WindowBytes bytes{
-      cell, RUNS ? kRunBytes<T, TAPS> : 0, staged_bytes<SIDES, TAPS>(), window_fixed<RUNS>(cell), 1, kWarp * 16 / cell};
+      cell, RUNS ? kRunBytes<T, TAPS> : 0, Room<UNITS>::batch_bytes, window_fixed<RUNS>(cell), 1, kWarp * 16 / cell};
+  if (TAPS == 9) {
+    // Batches have eight pixels.
+    bytes.pixel += Room<UNITS>::ninths_bytes / kBatch;
+    bytes.fixed += Room<UNITS>::ninths_bytes / kBatch * (kBatch - 1);
+  }
   // Where threads fetch, cells cost more, and tiles are better larger.
   if (RUNS) bytes.cost = sizeof(T) == 2 ? WindowCost{1.85, 0.2, 0.002, 1} : WindowCost{11.3, 0.32, 0.0042, 2};
   if (UNITS == 8) {
-    // Cells of 128 bytes leave room for few warps beside the halo of a tile: worth while for whole maps, and with runs, where
-    // tiles cost less, for small ones. In halves of 64 bytes every tap is worked out twice.
-    bytes.whole = RUNS ? 256 : INT32_MAX;
-    bytes.cost = {8, 0, 0.008, 0};
+    // Cells of 128 bytes leave little room beside the halo of a tile: where threads fetch, worth while for whole maps alone.
+    bytes.whole = RUNS ? 0 : INT32_MAX;
+    bytes.most_threads = kMostWideThreads;
+    bytes.cost = !RUNS            ? WindowCost{8, 0, 0.008, 0}
+                 : sizeof(T) == 2 ? WindowCost{1.85, 0.2, 0.0025, 1}
+                                  : WindowCost{7, 0.1, 0.005, 1};
   }
   const Window w = plan_window(p, slices, bytes);
   BulkMap value_map{}, mask_map{};
   if (w.blocks == 0 || (RUNS && !make_maps<T, TAPS>(p, w, call.value, cell, call.offset_mask, value_map, mask_map)))
     return DCNV4_NO_KERNEL;
-  return launch(sample_window<T, UNITS, SIDES, TAPS, RUNS>, w.blocks, w.threads, w.shared, call.stream, p, w, value_map,
-                mask_map, static_cast<const T*>(call.value), static_cast<const T*>(call.offset_mask),
+  return launch(earliest_start(p.device), sample_window<T, UNITS, TAPS, RUNS>, w.blocks, w.threads, w.shared, call.stream, p, w,
+                value_map, mask_map, static_cast<const T*>(call.value), static_cast<const T*>(call.offset_mask),
                 static_cast<T*>(call.output));
 }
 
 template <class T, int TAPS, bool RUNS>
 int32_t run_units(const ForwardCall& call) {
   const Slicing slicing = slicing_of(call.p);
-  if constexpr (sizeof(T) == 4) {
+  if constexpr (RUNS || sizeof(T) == 4) {
     if (slicing.bytes == 128) {
-      const int32_t status = run<T, 8, 1, TAPS, RUNS>(call, slicing.slices);
+      const int32_t status = run<T, 8, TAPS, RUNS>(call, slicing.slices);
       if (status != DCNV4_NO_KERNEL || (!RUNS && !forced(call.p, kForceWindow))) return status;
     }
   }
-  if (slicing.bytes >= 64) return run<T, 4, 1, TAPS, RUNS>(call, slicing.slices * slicing.bytes / 64);
-  if (slicing.bytes == 32) return run<T, 2, 2, TAPS, RUNS>(call, slicing.slices);
+  if (slicing.bytes >= 64) return run<T, 4, TAPS, RUNS>(call, slicing.slices * slicing.bytes / 64);
+  if (slicing.bytes == 32) return run<T, 2, TAPS, RUNS>(call, slicing.slices);
   return DCNV4_NO_KERNEL;
 }
 

@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <initializer_list>
 
@@ -57,8 +58,42 @@ inline int64_t shared_total(int device) {
   return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device, int(kSharedBytes));
 }
 
+template <class>
+__global__ void compiled_code() {}
+// What a device's code was compiled for, 80 for sm_80: the architecture whose instructions it has, which may be older than the
+// device where the driver compiled it from PTX.
+inline int architecture(int device) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  const bool keep = device >= 0 && device < kDevices;
+  int found = keep ? known[device].load(std::memory_order_relaxed) : 0;
+  if (found != 0) return found;
+  const DeviceGuard guard(device);
+  cudaFuncAttributes attributes{};
+  if (guard.error() != cudaSuccess || cudaFuncGetAttributes(&attributes, compiled_code<void>) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  found = attributes.ptxVersion;
+  if (keep) known[device].store(found, std::memory_order_relaxed);
+  return found;
+}
+
+// When a kernel's blocks may start: when what is before it in its stream has ended, or where it has no room for all of them any
+// more. Of an early one all threads must call wait_for_earlier() before they read or write global memory.
+enum class Start { in_turn, early };
+
+// Early where device and driver can, in graphs too.
+inline Start earliest_start(int device) {
+  static const bool driver = [] {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12040;
+  }();
+  return driver && architecture(device) >= 90 ? Start::early : Start::in_turn;
+}
+
 template <class... Parameters, class... Arguments>
-int32_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared, cudaStream_t stream,
+int32_t launch(Start start, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared, cudaStream_t stream,
                Arguments... arguments) {
   if (blocks == 0) return DCNV4_OK;
   if (blocks > INT32_MAX) return DCNV4_BAD_PROBLEM;
@@ -75,7 +110,18 @@ int32_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64
   config.blockDim = dim3(unsigned(threads));
   config.dynamicSmemBytes = size_t(shared);
   config.stream = stream;
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = start == Start::early ? 1 : 0;
   return status_of(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+template <class... Parameters, class... Arguments>
+int32_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared, cudaStream_t stream,
+               Arguments... arguments) {
+  return launch(Start::in_turn, kernel, blocks, threads, shared, stream, arguments...);
 }
 
 // Bits of dcnv4_problem.reserved that force a kernel which the shape would not choose: for tests and benchmarks.

@@ -126,6 +126,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
       reinterpret_cast<uint2*>(lengths + kLengths + 1 + (cells + warps) % 2);    // (batches): a bit a tap beyond the window
   uint16_t* order = reinterpret_cast<uint16_t*>(far_of + kMostBatches * warps);  // (cells)
 
+  wait_for_earlier();
   for (int i = int(threadIdx.x); i < w.pixels * UNITS; i += int(blockDim.x)) {
     const TilePixel pixel = tile_pixel(p, w, o, i / UNITS);
     copy_async(rows + i * 16,
@@ -355,6 +356,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
   int* hostile = next_group + 1;                                    // whether grad_output has inf or NaN here
   uint16_t* entry_rows = reinterpret_cast<uint16_t*>(hostile + 1);  // (most)
 
+  wait_for_earlier();
   const TileTaps<T, TAPS, RUNS> tile(w, o, offset_mask);
   if (RUNS && threadIdx.x == 0) {
     expect_bulk(barrier, uint32_t(w.pixels) * kRunBytes<T, TAPS>);
@@ -581,7 +583,7 @@ Window plan_threads(const dcnv4_problem& p, int taps, const Slicing& slicing) {
 SortedPlan plan_matrices(const dcnv4_problem& p, int taps, const Slicing& slicing) {
   SortedPlan plan;
   if (p.dtype == DCNV4_FLOAT32 || forced(p, kForceThreads)) return plan;
-  if (attribute(cudaDevAttrComputeCapabilityMajor, p.device, 0) < 8) return plan;
+  if (architecture(p.device) < 80) return plan;
   const int64_t fixed = kStep * kPairEntryBytes + kMostSortThreads / kWarp * kMostBatches * int64_t(sizeof(uint2)) +
                         kBarrierBytes + (1 + kMostSortThreads / kWarp + 2) * int64_t(sizeof(int));
   WindowBytes bytes{int64_t(sizeof(int)), slicing.bytes + taps * 2 * kPairEntryBytes, 0, fixed, 0};
@@ -621,8 +623,8 @@ int32_t run(const BackwardCall& call, const SortedPlan& plan, float* sums, int64
       BulkMap mask_map{};
       const bool runs = can_have_runs(p, offset_mask) && runs_map<T, TAPS>(p, w, offset_mask, mask_map);
       const auto start = [&](auto kernel) {
-        return launch(kernel, w.blocks, w.threads, w.shared, call.stream, p, w, plan.groups, mask_map, offset_mask, grad_output,
-                      grad_value, sums, sums_stride);
+        return launch(earliest_start(p.device), kernel, w.blocks, w.threads, w.shared, call.stream, p, w, plan.groups, mask_map,
+                      offset_mask, grad_output, grad_value, sums, sums_stride);
       };
       if (runs)
         return sums ? start(gather_matrix<T, UNITS, TAPS, false, true>) : start(gather_matrix<T, UNITS, TAPS, true, true>);
@@ -630,8 +632,8 @@ int32_t run(const BackwardCall& call, const SortedPlan& plan, float* sums, int64
     }
   }
   const auto start = [&](auto kernel) {
-    return launch(kernel, w.blocks, w.threads, w.shared, call.stream, p, w, offset_mask, grad_output, grad_value, sums,
-                  sums_stride);
+    return launch(earliest_start(p.device), kernel, w.blocks, w.threads, w.shared, call.stream, p, w, offset_mask, grad_output,
+                  grad_value, sums, sums_stride);
   };
   return sums ? start(gather_sorted<T, UNITS, TAPS, false>) : start(gather_sorted<T, UNITS, TAPS, true>);
 }

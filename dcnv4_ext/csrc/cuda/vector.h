@@ -213,6 +213,16 @@ DCNV4_DEVICE void copy_async_wait() {
 #endif
 }
 
+// ---- Kernels of a stream, one after the other.
+
+// Lets the next kernel start where this one leaves room, and waits until all before this one have ended and can be seen. The
+// next one waits so too before it reads what this one writes.
+DCNV4_DEVICE void wait_for_earlier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- Arithmetic.
 
 // sum + a * b where `use` holds, else sum, whatever a * b is: a predicated instruction. Left to itself the compiler branches

@@ -208,6 +208,9 @@ inline Window plan_window(const dcnv4_problem& p, int64_t slices, const WindowBy
   return kept.window;
 }
 
+// This thread's warp. The compiler sees of a shuffle that it is the same for all of its threads.
+DCNV4_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, int(threadIdx.x / kWarp), 0); }
+
 // Which tile, group, slice and image a block has, and where its window lies: inside the map and kAround cells beyond.
 struct WindowOrigin {
   uint32_t n;
@@ -301,28 +304,28 @@ DCNV4_DEVICE TilePixel tile_pixel(const dcnv4_problem& p, const Window& w, const
 
 // The cell of a position, relative to cell `first`, and the place inside of it, by additions alone: beside 1.5 * 2^23 a float
 // has no fraction, and its lowest bits count. For positions from -1 to 2^22; of greater ones the cell is beyond every window,
-// of the rest and of NaN anything.
+// of the rest and of NaN anything. The place is from 0 to 1 whatever the position.
 DCNV4_DEVICE void split_position(float position, int first, int& cell, float& place) {
 #if defined(__CUDA_ARCH__)
   constexpr float whole = 12582912.0f;
   const float below = __fadd_rd(position, whole);
   cell = int(float_to_bits(below) - (0x4b400000u + uint32_t(first)));
-  place = position - (below - whole);
+  place = __saturatef(position - (below - whole));  // of NaN 0, by the subtraction itself
 #else
   const float below = floorf(position);
   cell = below >= -1.0f && below < float(2 * kMostEdge) ? int(below) - first : INT32_MAX;
-  place = position - below;
+  place = fmaxf(0.0f, position - below);
 #endif
 }
 
-// A tap, as the thread that works it out sees it.
+// A tap, as the thread that works it out sees it. Of one that is neither near nor far the cell and the weight may be anything.
 struct WindowTap {
-  float lx, ly, weight;  // zero where nothing is looked at
-  int x, y;              // cell in the window
-  bool near, far;        // near: its four corners lie in the window; far: they do not, and some lie in the map
+  float lx, ly, weight;
+  int x, y;        // cell in the window
+  bool near, far;  // near: its four corners lie in the window; far: they do not, and some lie in the map
 };
 
-// Which of a tap's corners lie in the map; of one that is neither near nor far its cell tells nothing.
+// Which corners of a near or far tap lie in the map.
 struct Inside {
   bool left, right, top, bottom;
   DCNV4_DEVICE Inside(const dcnv4_problem& p, const WindowOrigin& o, const WindowTap& tap) {
@@ -347,7 +350,6 @@ DCNV4_DEVICE WindowTap tap_at(const Window& w, const WindowOrigin& o, bool live,
   tap.near = above & (uint32_t(tap.x) < uint32_t(w.width - 1)) & (uint32_t(tap.y) < uint32_t(w.height - 1));
   if (FINITE) tap.near = tap.near & (fabsf(tap.weight) < bits_to_float(0x7f800000u));
   tap.far = used & !tap.near;
-  if (!used) tap.lx = tap.ly = tap.weight = 0;
   return tap;
 }
 
@@ -442,8 +444,8 @@ class TileTaps {
   const T* image_;
 };
 
-// The taps of a batch of kSlots / TAPS pixels, one after the other, by the threads of a warp: visit(round, pixel, tap), where
-// an unused tap has a weight of zero. A far tap gets a bit in `far`, in the order of the taps.
+// The taps of a batch of kSlots / TAPS pixels, one after the other, by the threads of a warp: visit(round, pixel, tap). A far
+// tap gets a bit in `far`, in the order of the taps.
 template <bool SOFTMAX, class T, int TAPS, bool RUNS, class Visit>
 DCNV4_DEVICE void work_out_slots(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, int batch,
                                  const TileTaps<T, TAPS, RUNS>& tile, const TapSlot (&slots)[kSlotRounds],
@@ -469,10 +471,12 @@ template <class T, int TAPS, bool RUNS>
 DCNV4_DEVICE char* window_of(const Window& w) {
   return dynamic_shared() + (RUNS ? round_up_to(uint32_t(w.pixels) * kRunBytes<T, TAPS>, uint32_t(kBulkAlignment)) : 0);
 }
-// Of what a kernel keeps once, in bytes: cells of zeros, the barrier, a gap before the window.
+// Barriers of a window: the runs have come, the cells have come.
+constexpr int kWindowBarriers = 2 * kBarrierBytes;
+// Of what a kernel keeps once, in bytes: cells of zeros, the barriers, a gap before the window.
 template <bool RUNS>
 constexpr int64_t window_fixed(int64_t cell) {
-  return 2 * cell + kBarrierBytes + (RUNS ? kBulkAlignment : 0);
+  return 2 * cell + kWindowBarriers + (RUNS ? kBulkAlignment : 0);
 }
 
 // Starts fetching cells of UNITS * 16 bytes that begin at byte `channel` of a pixel, at `map` of the image's first one. With
@@ -480,26 +484,32 @@ constexpr int64_t window_fixed(int64_t cell) {
 template <int UNITS, class T, int TAPS, bool RUNS>
 DCNV4_DEVICE void start_window(const dcnv4_problem& p, const Window& w, const WindowOrigin& o,
                                const TileTaps<T, TAPS, RUNS>& taps, const BulkMap& value_map, const BulkMap& mask_map,
-                               const T* map, int channel, char* window, char* barrier) {
+                               const T* map, int channel, char* window, char* barriers) {
   if (!RUNS) {
     fetch_window<UNITS>(p, w, o, map, window);
   } else if (threadIdx.x == 0) {
-    expect_bulk(barrier, uint32_t(w.pixels) * kRunBytes<T, TAPS> + uint32_t(w.pitch * w.height) * (UNITS * 16));
-    start_bulk(mask_map, dynamic_shared(), barrier, taps.first_word(), o.tile_x, o.tile_y, int(o.n));
-    start_bulk(value_map, window, barrier, channel / 4, o.x, o.y, int(o.n));
+    expect_bulk(barriers, uint32_t(w.pixels) * kRunBytes<T, TAPS>);
+    start_bulk(mask_map, dynamic_shared(), barriers, taps.first_word(), o.tile_x, o.tile_y, int(o.n));
+    expect_bulk(barriers + kBarrierBytes, uint32_t(w.pitch * w.height) * (UNITS * 16));
+    start_bulk(value_map, window, barriers + kBarrierBytes, channel / 4, o.x, o.y, int(o.n));
   }
 }
-// A barrier for all threads, behind which all of it is there.
+// A barrier for all threads, behind which taps can be worked out. Their cells may still be on the way.
 template <bool RUNS>
-DCNV4_DEVICE void wait_for_window(const char* barrier) {
+DCNV4_DEVICE void wait_for_runs(const char* barriers) {
   if (!RUNS) copy_async_wait();
   __syncthreads();
-  if (RUNS) wait_for_bulk(barrier);
+  if (RUNS) wait_for_bulk(barriers);
+}
+// Behind it the cells are there.
+template <bool RUNS>
+DCNV4_DEVICE void wait_for_cells(const char* barriers) {
+  if (RUNS) wait_for_bulk(barriers + kBarrierBytes);
 }
 
 // Whether runs can come as boxes: from sm_90 on, and where rows of offset_mask lie in step with 16 bytes.
 inline bool can_have_runs(const dcnv4_problem& p, const void* offset_mask) {
-  return attribute(cudaDevAttrComputeCapabilityMajor, p.device, 0) >= 9 && !forced(p, kForceThreads) &&
+  return architecture(p.device) >= 90 && !forced(p, kForceThreads) &&
          aligned(offset_mask, p.offset_mask_stride, element_bytes(p.dtype), 16);
 }
 template <class T, int TAPS>
