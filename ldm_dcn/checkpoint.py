@@ -37,7 +37,7 @@ def save(
     """
     final = root / f"step-{step}"
     root.mkdir(parents=True, exist_ok=True)
-    _discard_all_but(root, keep)
+    keep_newest(root, keep)
     needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
     if needed > shutil.disk_usage(root).free:
         raise DiskFull(_no_room(final, needed, keep))
@@ -47,11 +47,12 @@ def save(
             write_json(folder / "state.json", {"step": step, **state})
     except DiskFull as error:  # a quota, or somebody else's files
         raise DiskFull(f"{_no_room(final, needed, keep)} ({error.__cause__})") from error
-    _discard_all_but(root, keep)
+    keep_newest(root, keep)
     return final
 
 
-def _discard_all_but(root: Path, keep: int) -> None:
+def keep_newest(root: Path, keep: int) -> None:
+    """Drop all but the newest `keep`."""
     for old in saved_steps(root)[keep:]:
         discard(root / f"step-{old}")
 
@@ -93,6 +94,15 @@ def _write_groups(folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]
         save_file(
             {n: t.detach().cpu().contiguous() for n, t in named.items()}, folder / f"{group}.safetensors"
         )
+
+
+def non_finite(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> str | None:
+    """group/name of the first tensor that holds NaN or infinity: no state to go on from."""
+    for group, named in tensors.items():
+        for name, tensor in named.items():
+            if not bool(torch.isfinite(tensor).all()):
+                return f"{group}/{name}"
+    return None
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:

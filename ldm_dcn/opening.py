@@ -24,7 +24,7 @@ from .data import check_source
 from .denoiser import Denoiser
 from .errors import UserError
 from .files import naming, replace_file
-from .folders import recover
+from .folders import discard, recover
 from .latents import Latents, condition_of, open_latents
 from .launch import run_lock, start_accelerator
 from .metrics import MetricsLog, check_trackers
@@ -290,7 +290,7 @@ def _empty_denoiser(denoiser: Denoiser) -> Denoiser:
 
 
 def _write_down(run: Run, averaged: dict[str, torch.Tensor] | None) -> None:
-    """config.yaml, a line in provenance.jsonl for every start, and the export where a crash left it out."""
+    """config.yaml, a line in provenance.jsonl for every start, and the export and averages of this step where others are there."""
     folder = run.config.folder
     text, path = run.config.to_yaml(), folder / "config.yaml"
     if not path.exists() or path.read_bytes() != text.encode():
@@ -300,6 +300,11 @@ def _write_down(run: Run, averaged: dict[str, torch.Tensor] | None) -> None:
         file.write(json.dumps({"step": run.state.step, **provenance()}) + "\n")
     if run.state.step and export.exported_step(folder) != run.state.step:
         run.export(averaged)
+    for step in checkpoint.saved_steps(
+        folder / "averages"
+    ):  # of steps that are taken again, perhaps otherwise
+        if step > run.state.step:
+            discard(folder / "averages" / f"step-{step}")
 
 
 def _progress_bar(run: Run) -> tqdm:

@@ -48,6 +48,10 @@ ARITHMETIC = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Score = Callable[[export.Model, int], dict[str, Any]]  # a model, a number of images -> names and values
 
 
+class NonFinite(UserError):
+    """The loss, the gradient or the weights became NaN or infinite; no checkpoint was touched."""
+
+
 class Interrupted(Exception):
     """A signal came while drawing: the grid or score can wait, the checkpoint cannot."""
 
@@ -100,6 +104,7 @@ class Run:
     window_began: float = field(default_factory=time.perf_counter)
     window_pause: float = 0.0  # seconds since then that went into saving and sampling
     window_steps: int = 0
+    _proven: bool = False  # whether a step was taken from the newest checkpoint
     _failing: set[str] = field(default_factory=set)  # what the user was warned of
 
     @property
@@ -168,6 +173,7 @@ class Run:
         if math.isfinite(loss):
             self.state.loss_sum += loss
             self.state.loss_count += 1
+            self._drop_older()
         self.window_steps += 1
         self.recent.append(loss)
         if self.bar is not None:
@@ -358,25 +364,56 @@ class Run:
 
     # ---------------------------------------------------------------------- leaving things behind
 
+    @property
+    def _checkpoints(self) -> Path:
+        return self.config.folder / "checkpoints"
+
     def save(self) -> None:
-        """A checkpoint to go on from, and the export for use. A full disk can wait for the next save."""
+        """A checkpoint to go on from, and the export for use. A full disk can wait for the next save.
+
+        One more than `train.keep_checkpoints` are kept until a step was taken from the new one: the last step may have been one
+        too many. Raises `NonFinite`, and saves nothing, where the state holds NaN or infinity.
+        """
         if not (self._draws or self._shares("zero")):
             return
         with self.pause():
             tensors = self._tensors()
             if not self.accelerator.is_main_process:
                 return
-            root = self.config.folder / "checkpoints"
-            try:
-                checkpoint.save(
-                    root, self.state.step, tensors, self._facts(), self.config.train.keep_checkpoints
+            root = self._checkpoints
+            if (where := checkpoint.non_finite(tensors)) is not None:
+                raise NonFinite(
+                    f"step {self.state.step}: {where} holds NaN or infinity and is not saved; {self.last_checkpoint()}; lower "
+                    "train.lr, or set train.gradient_clip=1.0"
                 )
+            keep = self.config.train.keep_checkpoints + (not self.finished)
+            try:
+                checkpoint.save(root, self.state.step, tensors, self._facts(), keep)
+                self._proven = self.finished
                 self.export(tensors["ema"])
             except (DiskFull, OSError) as error:
                 if self.finished or self.stopped_by or not any(root.glob("step-*")):
                     raise
                 reason = explain(error) if isinstance(error, OSError) else str(error)
                 self.say(f"warning: {reason}; training goes on and tries again at the next save")
+
+    def _drop_older(self) -> None:
+        if not self._proven and self.accelerator.is_main_process:
+            with self.spared("to remove older checkpoints"):
+                checkpoint.keep_newest(self._checkpoints, self.config.train.keep_checkpoints)
+        self._proven = True
+
+    def last_checkpoint(self) -> str:
+        """Where the same command goes on, and what to do should that have gone wrong already."""
+        steps = checkpoint.saved_steps(self._checkpoints)
+        if not steps:
+            return "there is no checkpoint to go on from yet"
+        if len(steps) == 1:
+            return f"the last checkpoint is step-{steps[0]}, the only one"
+        return (
+            f"the last checkpoint is step-{steps[0]} (should it come to the same from there, move "
+            f"{self._checkpoints / f'step-{steps[0]}'} away: then the same command goes on from step-{steps[1]})"
+        )
 
     def export(self, averaged: dict[str, torch.Tensor]) -> None:
         folder = self.config.folder / export.EXPORT

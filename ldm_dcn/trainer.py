@@ -9,22 +9,16 @@ import torch
 
 from . import diffusion, randomness
 from .batches import Batch
-from .checkpoint import saved_steps
 from .config import Config, TrainConfig
-from .errors import UserError
 from .launch import REQUEUE, StopSignals, leaving_on_requeue
 from .opening import open_run
 from .parallel import gradients, gradients_exchanged
-from .run import Run, Score
+from .run import NonFinite, Run, Score
 
 NON_FINITE = 3  # exit code of a run whose loss became NaN or infinite
 # Times that one step is taken again at half the loss scale: where a 4096th of it does not help, the gradient is broken.
 OVERFLOWS_IN_A_ROW = 12
 GROWTH_STEPS = 2000  # steps without an overflow after which fp16's loss scale is doubled
-
-
-class NonFinite(UserError):
-    """The loss or the gradient became NaN or infinite; the weights were not touched."""
 
 
 def train(config: Config, allow_change: Sequence[str] = (), score: Score | None = None) -> int:
@@ -170,12 +164,6 @@ def _not_taken(run: Run, loss: float) -> float | None:
         return math.nan
     raise NonFinite(
         f"step {state.step + 1}: the loss is {loss} and the gradient's norm {run.gradient_norm}{tried}; the weights "
-        f"were not touched by it, and {_last_checkpoint(run)}; the batch is written to {where}; lower train.lr, set "
+        f"were not touched by it, and {run.last_checkpoint()}; the batch is written to {where}; lower train.lr, set "
         f"train.gradient_clip=1.0, {'set train.precision=bf16, ' if tried else ''}look at those samples, or leave a few such batches out with train.skip_non_finite"
     )
-
-
-def _last_checkpoint(run: Run) -> str:
-    """Where the same command goes on."""
-    steps = saved_steps(run.config.folder / "checkpoints")
-    return f"the last checkpoint is step-{steps[0]}" if steps else "there is no checkpoint to go on from yet"

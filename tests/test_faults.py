@@ -18,8 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import ModuleType
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -358,7 +357,7 @@ def test_nan_stops_before_the_weights_change(
             run.denoiser.class_embedding.weight.register_hook(lambda gradient: gradient * float("inf"))
         with pytest.raises(
             NonFinite,
-            match=r"step 4: the loss is .*; the weights were not touched.*checkpoint is step-3; .*; lower train.lr",
+            match=r"step 4: the loss is .*; the weights were not touched.*checkpoint is step-3, the only one; .*; lower train.lr",
         ):
             trainer.training_step(run, StopSignals())
         assert all(torch.equal(p, before[name]) for name, p in run.denoiser.named_parameters())
@@ -367,6 +366,81 @@ def test_nan_stops_before_the_weights_change(
     assert len(facts["recent_losses"]) == 3
     assert sorted(p.name for p in (config.folder / "checkpoints").iterdir()) == ["step-3"]
     assert train(config) == 0  # from the good checkpoint, with good data
+
+
+def saved(config: Config) -> list[str]:
+    return sorted(path.name for path in (config.folder / "checkpoints").iterdir())
+
+
+def test_nan_right_after_a_save_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights saved last may be what went wrong: nobody has computed with them yet."""
+    settings = ("train.keep_checkpoints=1", "train.ema=power", "train.ema_snapshot_every=2")
+    config = tiny_config(tmp_path, *settings)
+    real = trainer.training_step
+
+    def diverging(run: Run, stop: StopSignals) -> float | None:
+        if run.state.step == 5:
+            assert saved(config) == ["step-3"]  # the older go when a step was taken from the newest
+        loss = real(run, stop)
+        if run.state.step == 5:  # the sixth step was one too many
+            for p in run.denoiser.parameters():
+                p.data.mul_(1e30)
+        return loss
+
+    for _ in range(2):  # the same command comes to the same
+        monkeypatch.setattr(trainer, "training_step", diverging)
+        with pytest.raises(NonFinite) as caught:
+            train(config)
+        monkeypatch.setattr(trainer, "training_step", real)
+        text = str(caught.value)
+        newest = config.folder / "checkpoints" / "step-6"
+        assert (
+            f"the last checkpoint is step-6 (should it come to the same from there, move {newest} away"
+            in text
+        )
+        assert "then the same command goes on from step-3)" in text
+        assert saved(config) == ["step-3", "step-6"]
+        assert sorted(path.name for path in (config.folder / "averages").iterdir())[-1] == "step-6"
+    newest.rename(newest.with_name("diverged"))
+
+    def looking(run: Run, stop: StopSignals) -> float | None:
+        if run.state.step == 3:
+            assert load_model(config.folder).step == 3
+            assert [path.name for path in (config.folder / "averages").iterdir()] == ["step-2"]
+        return real(run, stop)
+
+    monkeypatch.setattr(trainer, "training_step", looking)
+    assert train(config) == 0
+    monkeypatch.setattr(trainer, "training_step", real)
+    undisturbed = tiny_config(tmp_path, *settings, name="undisturbed")
+    assert train(undisturbed) == 0
+    assert losses(config) == losses(undisturbed)
+    assert saved(config) == ["diverged", "step-8"]
+
+
+@pytest.mark.parametrize("group", ["model", "optimizer", "ema"])
+def test_a_state_with_nan_is_not_saved(tmp_path: Path, group: str) -> None:
+    config = tiny_config(tmp_path, "train.keep_checkpoints=1")
+    with open_run(config) as run:
+        for _ in range(3):
+            run.record(trainer.training_step(run, StopSignals()))
+        run.save()
+        name, p = next(iter(run.denoiser.named_parameters()))
+        run.record(trainer.training_step(run, StopSignals()))
+        held = {
+            "model": p.data,
+            "optimizer": run.optimizer.state[p]["exp_avg"],
+            "ema": run.averages[0].shadow[name],
+        }
+        held[group].view(-1)[0] = math.inf
+        with pytest.raises(
+            NonFinite, match=rf"step 4: {group}/.*{name} holds NaN or infinity and is not saved; .*step-3"
+        ):
+            run.save()
+    assert saved(config) == ["step-3"] and load_model(config.folder).step == 3
+    verify(config.folder / "checkpoints" / "step-3")
 
 
 def test_nan_has_its_own_exit_code(
