@@ -60,7 +60,8 @@ def throughput(results: dict[str, Any]) -> str:
 
 def study(results: dict[str, Any]) -> str:
     """Every comparison of an `eval.study` without guidance, and in words what differs."""
-    from eval.study import Study, comparisons_of, rows_of, verdicts
+    from eval.comparison import rows_of, verdicts
+    from eval.protocol import Study, comparisons_of
 
     read = Study.model_validate(results["study"])
     parts = []
@@ -92,7 +93,8 @@ def ablations_speed(results: dict[str, Any]) -> str:
 
 def operators(results: dict[str, Any], dtypes: Sequence[str] = (), leave_out: Sequence[str] = ()) -> str:
     """How many times as long as dcnv4 the peers take, at the operator level; a dash where one was not measured."""
-    from eval.operators import PEERS, geometric_mean
+    from eval.operator_tables import geometric_mean
+    from eval.peers import PEERS
 
     records = [r for r in results["measurements"] if r["level"] == "op" and r["sigma"] == 2]
     records = [r for r in records if not dtypes or r["dtype"] in dtypes]

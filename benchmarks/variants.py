@@ -32,8 +32,13 @@ sys.path.insert(0, str(ROOT))
 
 from dcnv4_ext import native  # noqa: E402
 from dcnv4_ext.geometry import Geometry  # noqa: E402
-from eval.operators import MAIN_SIGMA, buffer_sets, parse_rows  # noqa: E402
-from eval.peers import Case, Shape  # noqa: E402
+from eval.contenders import buffer_sets  # noqa: E402
+from eval.operators import parse_rows  # noqa: E402
+from eval.peers import (  # noqa: E402
+    MAIN_SIGMA,
+    Case,
+    Shape,
+)
 
 KINDS = {  # what of backward is asked for: (gradient of value, of offset_mask, deterministic)
     "forward": None,

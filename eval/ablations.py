@@ -31,9 +31,11 @@ from dcnv4_ext import DCNv4, dcnv4, native
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.files import check_file_place
 
+from .columns import in_columns
+from .contenders import DIRECTIONS, buffer_sets, make_contender
 from .environment import environment, noted
-from .operators import CPU_BATCH, DIRECTIONS, MAIN_SIGMA, SECONDS, buffer_sets, make_contender, parse_rows
-from .peers import TAPS, Case, DCNv3Rule, Ours, Peer, Projected, Shape, spread_offsets
+from .operators import CPU_BATCH, SECONDS, parse_rows
+from .peers import MAIN_SIGMA, TAPS, Case, DCNv3Rule, Ours, Peer, Projected, Shape, spread_offsets
 from .results import identity, open_results, write
 from .stopwatch import Stopwatch
 
@@ -199,11 +201,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
                     level = ABLATIONS[name].level
                     rows.append([f"{name}: {label}, {level} {direction}",
                                  *(f"{ratios[s]:.2f}" if s in ratios else "-" for s in shapes), f"{mean:.2f}"])  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
+    return "\n".join(in_columns(rows))
 
 
 def _ratios(

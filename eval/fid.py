@@ -27,6 +27,7 @@ from ldm_dcn.data import rank_in_class, split_indices
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.export import Model, load_model
 
+from .columns import in_columns
 from .environment import environment
 from .extractors import KINDS, FeatureExtractor, load_extractor
 from .measurement import Measured, measure
@@ -101,9 +102,7 @@ class Table:
             if any(key in column.scores for column in self.columns):
                 cells.append([title, *(form.format(column.scores[key]) if key in column.scores else "-"
                                        for column in self.columns)])  # fmt: skip
-        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-        lines = ["  ".join([row[0].ljust(widths[0]), *(text.rjust(width) for text, width in
-                                                       zip(row[1:], widths[1:], strict=True))]) for row in cells]  # fmt: skip
+        lines = in_columns(cells)
         lines.insert(1, "-" * len(lines[0]))
         lines += ["", f"reference  {_in_words(self.reference)}", f"extractor  {_in_words(self.extractor)}"]
         lines += [f"{column.name}  {_in_words(column.tags)}" for column in self.columns]

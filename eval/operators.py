@@ -19,10 +19,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,15 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dcnv4_ext import dcnv4
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.files import check_file_place
 
-from .chart import Panel, draw
+from .contenders import CACHE_FACTOR, DIRECTIONS, LEVELS, buffer_sets, make_contender
 from .environment import noted
-from .peers import PEERS, Case, Peer, Shape
+from .operator_tables import chart, duration, machine, summary, tables
+from .peers import MAIN_SIGMA, OURS, PEERS, Case, Peer, Shape
 from .results import identity, open_results, write
 from .stopwatch import (
     Contender,
@@ -58,17 +58,8 @@ STABLE_DIFFUSION = ("64x32x32x320", "64x16x16x640", "64x8x8x1280", "64x4x4x1280"
 ROWS = {"published": PUBLISHED, "sd": STABLE_DIFFUSION, "all": PUBLISHED + STABLE_DIFFUSION}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEFAULT_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float32", "float16")}
-LEVELS, DIRECTIONS = ("op", "module"), ("forward", "backward")
-MAIN_SIGMA = 2.0  # pixels; where the peers that do not look at offsets are timed
 CPU_BATCH = 4
 SECONDS = {"cpu": 0.5, "cuda": 0.03}  # of timed rounds of one contender
-CACHE_FACTOR = 3  # the buffer sets of a contender are this many times the last cache, together
-FEWEST_SETS, MOST_SETS = 3, 128
-SAVED_BYTES = {
-    "cpu": 2**29,
-    "cuda": 6 * 2**30,
-}  # that the forward passes of one contender may keep for its backward
-OURS = "dcnv4"
 NOT_IMPORTABLE = "its package is not importable"
 
 
@@ -149,11 +140,6 @@ def measure(plan: Plan, stopwatch: Stopwatch, device: str, bandwidth: float) -> 
     }
 
 
-def buffer_sets(operands: int, device: str) -> int:
-    """How many sets of `operands` bytes are larger than the cache together."""
-    return min(MOST_SETS, max(FEWEST_SETS, math.ceil(CACHE_FACTOR * cache_bytes(device) / operands)))
-
-
 def _figures(timing: Timing, difference: float | None) -> dict[str, Any]:
     return {
         "median": timing.median,
@@ -164,62 +150,6 @@ def _figures(timing: Timing, difference: float | None) -> dict[str, Any]:
         "host": timing.host,
         "difference": difference,
     }
-
-
-def make_contender(
-    name: str, kind: type[Peer], case: Case, level: str, direction: str
-) -> tuple[Peer, Contender]:
-    """A peer with one call a buffer set; for backward the forward passes have been done."""
-    torch.manual_seed(0)
-    peer = kind(case)
-    body: nn.Module = peer if level == "op" else peer.block(case)
-    body.to(device=case.device, dtype=case.dtype)
-
-    def inputs(index: int) -> tuple[Tensor, ...]:
-        if level == "module":
-            return (case.map("value", index),)
-        # A peer that takes several maps of one kind gets different ones.
-        counts = {kind: peer.takes.count(kind) for kind in peer.takes}
-        seen = dict.fromkeys(counts, 0)
-        maps = []
-        for kind in peer.takes:
-            maps.append(case.map(kind, index * counts[kind] + seen[kind]))
-            seen[kind] += 1
-        return peer.lay_out(*maps)
-
-    if direction == "forward":
-        calls = [partial(_without_gradients, body, inputs(i)) for i in range(case.sets)]
-    else:
-        with peer.context():
-            calls = list(_backward_calls(body, inputs, case))
-    return peer, Contender(name, calls, peer.context)
-
-
-def _without_gradients(body: nn.Module, operands: tuple[Tensor, ...]) -> Tensor:
-    with torch.no_grad():
-        return body(*operands)
-
-
-def _backward_calls(
-    body: nn.Module, inputs: Callable[[int], tuple[Tensor, ...]], case: Case
-) -> Iterator[Callable]:
-    """Gradients of the operands and of the parameters, for as many sets as memory allows."""
-    parameters = list(body.parameters())
-    kept: dict[int, int] = {}  # storage address -> bytes
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    most = SAVED_BYTES[torch.device(case.device).type]
-    for index in range(case.sets):
-        leaves = [operand.detach().requires_grad_() for operand in inputs(index)]
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = body(*leaves)
-        gradient = torch.randn_like(output)
-        yield partial(torch.autograd.grad, output, (*leaves, *parameters), gradient, retain_graph=True)
-        if sum(kept.values()) * (index + 2) / (index + 1) > most:
-            return
 
 
 def _output(contender: Contender, peer: Peer) -> Tensor:
@@ -284,176 +214,6 @@ def _complete(record: dict[str, Any] | None, plan: Plan) -> bool:
 
 def key_of(record: dict[str, Any]) -> tuple:
     return tuple(record[key] for key in ("shape", "dtype", "sigma", "level", "direction"))
-
-
-# ---- tables and the chart
-
-
-def tables(content: dict[str, Any]) -> str:
-    """One table for each level, type, spread and direction that was measured."""
-    records = content["measurements"]
-    sections: dict[tuple, list[dict]] = {}
-    for record in records:
-        key = tuple(record[key] for key in ("level", "dtype", "sigma", "direction"))
-        sections.setdefault(key, []).append(record)
-    everywhere = {
-        (name, reason)
-        for name, reason in (records[0]["skipped"] if records else {}).items()
-        if all(
-            record["skipped"].get(name, reason) == reason and name not in record["times"]
-            for record in records
-        )
-    }
-    left_out = [f"without {PEERS[name].label}: {reason}" for name, reason in sorted(everywhere)]
-    texts = [_table(key, group, everywhere) for key, group in sections.items()]
-    return "\n\n".join(["\n".join(left_out), *texts] if left_out else texts)
-
-
-def _table(section: tuple, records: list[dict], known: set[tuple[str, str]]) -> str:
-    level, dtype, sigma, direction = section
-    names = [name for name in PEERS if name != OURS and any(name in record["times"] for record in records)]
-    titles = ["row", "floor us", "dcnv4 us", "x floor", *(PEERS[name].label for name in names)]
-    lines = []
-    for record in records:
-        ours = record["times"].get(OURS)
-        floor = record["floor"]
-        cells = [
-            record["shape"],
-            f"{floor * 1e6:.1f}" if floor else "-",
-            f"{ours['median'] * 1e6:.1f} ±{ours['spread'] * 1e6:.1f}" if ours else "failed",
-            f"{ours['median'] / floor:.2f}" if ours and floor else "-",
-        ]
-        for name in names:
-            peer = record["times"].get(name)
-            cells.append("-" if not peer else _multiple(peer, ours))
-        lines.append(cells)
-    means = {name: geometric_mean(ratios(records, name)) for name in names}
-    lines.append(["geometric mean", "", "", "", *(f"{means[n]:.2f}x" if means[n] else "-" for n in names)])
-    widths = [max(len(line[i]) for line in [titles, *lines]) for i in range(len(titles))]
-    text = [f"{level}, {dtype}, sigma {sigma:g}, {direction}: peers as multiples of dcnv4's time"]
-    for line in [titles, *lines]:
-        text.append("  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))))  # fmt: skip
-    text += _remarks(records, known)
-    return "\n".join(text)
-
-
-def _multiple(peer: dict, ours: dict | None) -> str:
-    if ours is None:
-        return f"{peer['median'] * 1e6:.1f} us"
-    return f"{peer['median'] / ours['median']:.2f}x"
-
-
-def _remarks(records: list[dict], known: set[tuple[str, str]]) -> list[str]:
-    """Why a peer is missing, where its results differ, which times are not of a graph; without what is `known` already."""
-    remarks: dict[tuple[str, str], list[str]] = {}
-    for record in records:
-        for name, reason in record["skipped"].items():
-            remarks.setdefault((name, reason), []).append(record["shape"])
-        for name, figures in record["times"].items():
-            if figures["difference"] is not None and figures["difference"] > 0.02:
-                remarks.setdefault((name, "its output differs from dcnv4's"), []).append(record["shape"])
-            if figures["timer"] == "events":
-                remarks.setdefault((name, "timed without a CUDA graph"), []).append(record["shape"])
-    return [
-        f"  {PEERS[name].label}: {reason} ({'every row' if len(rows) == len(records) else ', '.join(rows)})"
-        for (name, reason), rows in remarks.items()
-        if (name, reason) not in known
-    ]
-
-
-def ratios(records: Iterable[dict], name: str) -> list[float]:
-    """A peer's time over dcnv4's, for the rows that have both."""
-    return [
-        record["times"][name]["median"] / record["times"][OURS]["median"]
-        for record in records
-        if name in record["times"] and OURS in record["times"]
-    ]
-
-
-def geometric_mean(values: Sequence[float]) -> float | None:
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
-
-
-def summary(content: dict[str, Any]) -> str:
-    """Geometric means over rows, a line a table, and where a peer is faster at the operator level."""
-    sections: dict[tuple, list[dict]] = {}
-    faster = []
-    for record in content["measurements"]:
-        key = tuple(record[key] for key in ("level", "direction", "dtype", "sigma"))
-        sections.setdefault(key, []).append(record)
-        for name in record["times"] if record["level"] == "op" else ():
-            (ratio,) = ratios([record], name) or (1.0,)
-            if ratio < 1 and name != OURS:
-                faster.append(f"{PEERS[name].label} at {record['shape']} {record['dtype']} sigma {record['sigma']:g} {record['direction']} ({ratio:.2f}x)")  # fmt: skip
-    lines = ["geometric means over rows, as multiples of dcnv4's time (rows)"]
-    for (level, direction, dtype, sigma), records in sections.items():
-        means = []
-        for name in PEERS:
-            found = ratios(records, name)
-            if name != OURS and found:
-                means.append(f"{PEERS[name].label} {geometric_mean(found):.2f} ({len(found)})")
-        lines.append(f"{level} {direction} {dtype} sigma {sigma:g}: {'; '.join(means) or 'no peer'}")
-    for direction in DIRECTIONS:
-        costs = _host_costs(content["measurements"], direction)
-        if costs:
-            lines.append(f"host cost of an op {direction} call, median over rows: {costs}")
-    lines.append("faster than dcnv4 at the operator level: " + ("; ".join(faster) or "none"))
-    return "\n".join(lines)
-
-
-def _host_costs(records: Iterable[dict], direction: str) -> str:
-    """What launching costs, where it was measured: on a GPU."""
-    costs: dict[str, list[float]] = {}
-    for record in records:
-        for name, figures in record["times"].items() if record["level"] == "op" else ():
-            if record["direction"] == direction and figures["host"] is not None:
-                costs.setdefault(name, []).append(figures["host"])
-    return "; ".join(
-        f"{PEERS[name].label} {statistics.median(costs[name]) * 1e6:.0f} us"
-        for name in PEERS
-        if name in costs
-    )
-
-
-def chart(content: dict[str, Any], path: Path) -> None:
-    """The operator level at one type and spread, forward and backward side by side."""
-    records = content["measurements"]
-    levels = [record for record in records if record["level"] == "op"] or records
-    spreads = [record for record in levels if record["sigma"] == MAIN_SIGMA] or levels
-    if not spreads:
-        raise UserError("nothing has been measured, so there is nothing to draw")
-    first = spreads[0]
-    shown = [r for r in spreads if all(r[k] == first[k] for k in ("level", "dtype", "sigma"))]
-    panels = []
-    for direction in DIRECTIONS:
-        rows = []
-        for record in shown:
-            ours = record["times"].get(OURS)
-            if record["direction"] != direction or ours is None:
-                continue
-            bars = {
-                PEERS[name].label: record["times"][name]["median"] / ours["median"]
-                for name in PEERS
-                if name != OURS and name in record["times"]
-            }
-            rows.append((f"{record['shape']}  {_duration(ours['median'])}", bars))
-        if rows:
-            panels.append(Panel(direction, rows))
-    if not panels:
-        raise UserError("dcnv4 itself has no times, so there is nothing to draw")
-    known = content["identity"]
-    title = f"Times as multiples of dcnv4's: {first['level']} level, {first['dtype']}, offsets of sigma {first['sigma']:g} px"
-    note = f"{_machine(known)}; a bar to the left of 1x is faster; beside a shape stands dcnv4's time"
-    draw(path, title, note, panels)
-
-
-def _machine(known: dict[str, Any]) -> str:
-    threads = f", {known['threads']} CPU thread{'s' * (known['threads'] > 1)}" if known["threads"] else ""
-    return f"{known['device']}{threads}, torch {known['torch']}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds * 1e6:.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
 # ---- command line
@@ -598,13 +358,13 @@ def run(options: argparse.Namespace) -> int:
 
 def _line(record: dict[str, Any]) -> str:
     ours = record["times"].get(OURS)
-    text = _duration(ours["median"]) if ours else record["skipped"].get(OURS, "")
+    text = duration(ours["median"]) if ours else record["skipped"].get(OURS, "")
     return f"{record['level']} {record['shape']} {record['dtype']} sigma {record['sigma']:g} {record['direction']}: {text}"
 
 
 def _heading(content: dict[str, Any]) -> str:
     known = content["identity"]
-    lines = [f"{_machine(known)}, dcnv4_ext {known['dcnv4_ext']} (kernels {known['kernels']})"]
+    lines = [f"{machine(known)}, dcnv4_ext {known['dcnv4_ext']} (kernels {known['kernels']})"]
     if "copy_bandwidth" in content:
         lines.append(
             f"copy {content['copy_bandwidth'] / 1e9:.1f} GB/s read and written; buffer sets of {CACHE_FACTOR} times the "

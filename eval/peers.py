@@ -27,6 +27,8 @@ from dcnv4_ext.module import default_groups
 
 from .stopwatch import describe
 
+OURS = "dcnv4"
+MAIN_SIGMA = 2.0  # pixels; where the peers that do not look at offsets are timed
 TAPS = 9  # 3x3 kernel
 WINDOW = 7
 # Past these a single call takes seconds: operations, and bytes of attention scores.

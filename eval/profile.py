@@ -26,6 +26,8 @@ from tqdm import tqdm
 from dcnv4_ext import DCNv4, DCNv4Conv
 from ldm_dcn.layers import DCNv4Mixer
 
+from .columns import in_columns
+
 DCN, PROJECTIONS, CONVOLUTIONS = "DCNv4", "DCNv4's projections", "convolutions"
 ATTENTION, FEED_FORWARD, NORMS = "attention", "feed-forward", "norms"
 EMBEDDINGS, REST = "time and class embedding", "rest"
@@ -319,11 +321,7 @@ def table(profiles: list[Profile]) -> str:
             for direction in ("forward", "backward"):
                 row += [f"{1e3 * statistics.median(getattr(each, which)[direction]):,.2f}", ""]
         rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]  # fmt: skip
+    lines = in_columns(rows)
     lines.insert(1, "-" * len(lines[0]))
     lines.insert(len(lines) - 2, "-" * len(lines[0]))
     return "\n".join(lines)

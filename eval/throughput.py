@@ -38,6 +38,7 @@ from ldm_dcn.sampling import generate, guided, sample_latents
 from ldm_dcn.unet import build_unet
 
 from . import profile
+from .columns import in_columns
 from .environment import environment
 from .stopwatch import Rounds
 
@@ -188,10 +189,7 @@ def table(figures: Sequence[Figures], baseline: int | None, settings: Settings) 
     rows.append(["activations kept for backward", *(_size(f.activation_bytes) for f in figures)])
     if any(f.peak_bytes is not None for f in figures):
         rows.append(["peak memory of a training step", *(_size(f.peak_bytes or 0) for f in figures)])
-    cells = [header, *rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))])
-             for row in cells]  # fmt: skip
+    lines = in_columns([header, *rows])
     lines.insert(1, "-" * len(lines[0]))
     how = f"{settings.precision}, compiled" if settings.compile else settings.precision
     lines += ["", f"batch {settings.batch_size}, {how}, {settings.rounds} rounds in turns, median and half the "

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from dcnv4_ext import dcnv4, dcnv4_reference
-from eval import operators, peers, stopwatch
+from eval import contenders, operators, peers, stopwatch
 from eval.environment import environment
 from eval.peers import PEERS, Case, Shape
 from eval.stopwatch import describe
@@ -28,7 +28,7 @@ PLAIN = [name for name in PEERS if PEERS[name].package is None]  # importable ev
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few small buffer sets and single calls: these tests look at results, not at times."""
-    monkeypatch.setattr(operators, "MOST_SETS", 3)
+    monkeypatch.setattr(contenders, "MOST_SETS", 3)
     monkeypatch.setattr(operators, "copy_bandwidth", lambda device: 1e10)
     monkeypatch.setattr(operators, "host_cost", lambda device: {"forward, no_grad": 1e-5})
     monkeypatch.setattr(stopwatch, "CPU_TURN", 0.0)

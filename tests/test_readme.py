@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from eval import study
+from eval import comparison
 from ldm_dcn.config import load_config, valid_keys
 from tiny import ROOT
 
@@ -73,18 +73,20 @@ def test_sentences_are_those_of_the_json(readme: ModuleType) -> None:
     """What the texts say of the study beside its tables."""
     content = json.loads((readme.RESULTS / "digits_study.json").read_text(encoding="utf-8"))
     text = " ".join(README.split())
-    assert study.in_all(content) in text
+    assert comparison.in_all(content) in text
     ablations = json.loads((readme.RESULTS / "ablations.json").read_text(encoding="utf-8"))
-    assert study.in_all(ablations) in " ".join(EVIDENCE.split())
+    assert comparison.in_all(ablations) in " ".join(EVIDENCE.split())
     seeds = len(content["study"]["seeds"])
     assert f"cannot be below {2 / math.comb(2 * seeds, seeds):.3f}" in text
     worse = {}
     for title, (first, *others) in content["study"]["comparisons"].items():
         for score in ("fd", "precision", "recall", "class_accuracy"):
-            found = study.summaries(content["runs"], (first, *others), "1", score)
+            found = comparison.summaries(content["runs"], (first, *others), "1", score)
             for name in others:
-                assert score != "fd" or (found[name].difference > 0 and found[name].p >= study.SIGNIFICANT)
-                if found[name].p < study.SIGNIFICANT and (found[name].difference < 0) != (score == "fd"):
+                assert score != "fd" or (
+                    found[name].difference > 0 and found[name].p >= comparison.SIGNIFICANT
+                )
+                if found[name].p < comparison.SIGNIFICANT and (found[name].difference < 0) != (score == "fd"):
                     worse.setdefault(score, set()).add((title, name))
     assert (
         "The U-Net's mean FD is lower in both comparisons, by less than four seeds can tell from chance"

@@ -17,7 +17,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
 
-from eval import study
+from eval import comparison, protocol, study
 from eval.report.__main__ import main as report
 from ldm_dcn.errors import UserError
 from tiny import ROOT, write_config
@@ -49,7 +49,7 @@ def write_study(folder: Path, **changes) -> Path:
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_projects_studies_can_be_run(path, tmp_path):
-    read = study.load_study(path)
+    read = protocol.load_study(path)
     jobs = study.jobs_of(read, path, tmp_path, list(read.variants))
     assert len({job.config.folder for job in jobs}) == len(jobs)
     assert len({(job.settings, job.seed) for job in jobs}) == len(jobs), "two variants are the same"
@@ -70,25 +70,25 @@ def test_the_projects_studies_can_be_run(path, tmp_path):
 )
 def test_a_wrong_study_is_refused(changes, said, tmp_path):
     with pytest.raises(UserError, match=said):
-        study.load_study(write_study(tmp_path, **changes))
+        protocol.load_study(write_study(tmp_path, **changes))
 
 
 def test_a_study_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"none\.yaml.*configs/studies"):
-        study.load_study(tmp_path / "none.yaml")
+        protocol.load_study(tmp_path / "none.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [", encoding="utf-8")
     with pytest.raises(UserError, match=r"broken\.yaml is not valid YAML"):
-        study.load_study(broken)
+        protocol.load_study(broken)
 
 
 def test_runs_come_seed_by_seed(tmp_path):
     path = write_study(tmp_path)
-    jobs = study.jobs_of(study.load_study(path), path, tmp_path / "runs", ["a", "b"])
+    jobs = study.jobs_of(protocol.load_study(path), path, tmp_path / "runs", ["a", "b"])
     assert [(job.variant, job.seed) for job in jobs] == [("a", 0), ("a", 1), ("b", 1)]
     assert jobs[1].config.train.seed == 1 and jobs[1].config.train.steps == 2
     assert jobs[2].config.train.lr == 1e-2
-    moved = study.jobs_of(study.load_study(path), path, tmp_path / "elsewhere", ["a", "b"])
+    moved = study.jobs_of(protocol.load_study(path), path, tmp_path / "elsewhere", ["a", "b"])
     assert [job.settings for job in moved] == [job.settings for job in jobs]
     assert jobs[0].settings != jobs[1].settings != jobs[2].settings
 
@@ -107,16 +107,16 @@ def brute_force_p(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def test_the_permutation_test_is_exact():
-    assert study.permutation_test([1, 2, 3], [4, 5, 6]) == pytest.approx(2 / 20)
-    assert study.permutation_test([1.0, 1.0], [1.0, 1.0]) == 1
-    assert study.permutation_test([0, 1, 2, 3], [10, 11, 12, 13]) == pytest.approx(2 / 70)
+    assert comparison.permutation_test([1, 2, 3], [4, 5, 6]) == pytest.approx(2 / 20)
+    assert comparison.permutation_test([1.0, 1.0], [1.0, 1.0]) == 1
+    assert comparison.permutation_test([0, 1, 2, 3], [10, 11, 12, 13]) == pytest.approx(2 / 70)
     generator = torch.Generator().manual_seed(0)
     for sizes in ((2, 2), (3, 2), (2, 5), (4, 3)):
         a, b = (torch.randn(n, generator=generator).double().tolist() for n in sizes)
-        assert study.permutation_test(a, b) == pytest.approx(brute_force_p(a, b)), sizes
-        assert study.permutation_test(b, a) == pytest.approx(brute_force_p(a, b)), sizes
-        apart = study.permutation_test(range(sizes[0]), range(100, 100 + sizes[1]))
-        assert apart == pytest.approx(study.least_p(*sizes)), sizes
+        assert comparison.permutation_test(a, b) == pytest.approx(brute_force_p(a, b)), sizes
+        assert comparison.permutation_test(b, a) == pytest.approx(brute_force_p(a, b)), sizes
+        apart = comparison.permutation_test(range(sizes[0]), range(100, 100 + sizes[1]))
+        assert apart == pytest.approx(comparison.least_p(*sizes)), sizes
 
 
 RUN = {
@@ -136,7 +136,7 @@ RUN = {
 
 def results(folder: Path, a: Sequence[float], b: Sequence[float]) -> dict:
     """A study's content with these FDs, and accuracies that go the other way."""
-    read = study.load_study(write_study(folder))
+    read = protocol.load_study(write_study(folder))
     runs = [
         {
             **RUN,
@@ -170,21 +170,21 @@ def results(folder: Path, a: Sequence[float], b: Sequence[float]) -> dict:
 
 def test_tables_say_what_differs_and_what_does_not(tmp_path):
     content = results(tmp_path, [0.1, 0.12, 0.11, 0.13], [0.2, 0.22, 0.21, 0.23])
-    table = study.tables(content)
+    table = comparison.tables(content)
     assert "0.1150 ± 0.0129" in table and "0.2150 ± 0.0129 (p 0.029*)" in table
     assert "training time / first's" in table and "1.50" in table
     assert "8 runs, 8 processor minutes" in table
-    assert study.verdicts(content) == ["pair, guidance 1: b against first: worse in FD, class accuracy"]
+    assert comparison.verdicts(content) == ["pair, guidance 1: b against first: worse in FD, class accuracy"]
     content = results(tmp_path, [0.1, 0.3, 0.2, 0.15], [0.2, 0.22, 0.21, 0.14])
-    assert study.verdicts(content) == ["pair, guidance 1: b against first: no difference shown in FD, class accuracy"]  # fmt: skip
+    assert comparison.verdicts(content) == ["pair, guidance 1: b against first: no difference shown in FD, class accuracy"]  # fmt: skip
     # however far apart, three against three cannot be told apart: p is a tenth at least
     content = results(tmp_path, [0.1, 0.12, 0.11], [9.2, 9.22, 9.21])
-    assert study.verdicts(content) == ["pair, guidance 1: b against first: too few seeds to tell in FD, class accuracy"]  # fmt: skip
+    assert comparison.verdicts(content) == ["pair, guidance 1: b against first: too few seeds to tell in FD, class accuracy"]  # fmt: skip
     # the nearest neighbours are equal: the third test
-    assert study.in_all(results(tmp_path, [0.1, 0.12, 0.11, 0.13], [0.2, 0.22, 0.21, 0.23])) == "3 tests, 2 below 0.05, 0 by Holm's rule over all"  # fmt: skip
+    assert comparison.in_all(results(tmp_path, [0.1, 0.12, 0.11, 0.13], [0.2, 0.22, 0.21, 0.23])) == "3 tests, 2 below 0.05, 0 by Holm's rule over all"  # fmt: skip
     many = results(tmp_path, [0.1, 0.12, 0.11, 0.13, 0.14], [0.2, 0.22, 0.21, 0.23, 0.24])
-    assert study.in_all(many) == "3 tests, 2 below 0.05, 2 by Holm's rule over all"
-    alone = study.summaries(results(tmp_path, [0.1], [0.2])["runs"], ["a", "b"], "1", "fd")
+    assert comparison.in_all(many) == "3 tests, 2 below 0.05, 2 by Holm's rule over all"
+    alone = comparison.summaries(results(tmp_path, [0.1], [0.2])["runs"], ["a", "b"], "1", "fd")
     assert alone["b"].p is None and math.isnan(alone["b"].spread)
 
 
@@ -252,7 +252,7 @@ def test_from_a_file_to_tables_and_a_report(tmp_path, in_this_process, capsys):
 def test_runs_that_were_taken_over_keep_what_they_were_made_with(tmp_path, in_this_process, monkeypatch):
     """What another call trains or times carries its own machine and command; the file's are those of the call that began it."""
     path = write_study(tmp_path, variants={"a": {"config": "tiny.yaml"}, "b": {"config": "tiny.yaml", "set": ["train.lr=1e-2"]}}, seeds=[3])  # fmt: skip
-    read, file = study.load_study(path), tmp_path / "results.json"
+    read, file = protocol.load_study(path), tmp_path / "results.json"
     (job,) = (j for j in study.jobs_of(read, path, tmp_path / "runs", ["a", "b"]) if j.variant == "a")
     first = {"command": "study.py elsewhere", "cpu": "another processor", "threads": 7}
     taken_over = {**RUN, "variant": "a", "seed": 3, "settings": job.settings}
@@ -273,7 +273,7 @@ def test_runs_that_were_taken_over_keep_what_they_were_made_with(tmp_path, in_th
 def test_results_of_another_protocol_are_refused_and_kept(tmp_path, capsys):
     """Runs of other settings, scores of another rule, and variants that are gone never meet in one table."""
     path = write_study(tmp_path)
-    read = study.load_study(path)
+    read = protocol.load_study(path)
     content = results(tmp_path, [0.1], [0.2])
     for run in content["runs"]:
         jobs = study.jobs_of(read, path, tmp_path / "runs", ["a", "b"])
@@ -304,7 +304,7 @@ def test_results_of_another_protocol_are_refused_and_kept(tmp_path, capsys):
 def test_timing_one_comparison_keeps_the_others_times(tmp_path):
     path = write_study(tmp_path, comparisons={"one": ["a", "b"], "two": ["a", "c"]}, seeds=[3],
                        variants={name: {"config": "tiny.yaml", "set": [f"train.lr={lr}"]} for name, lr in (("a", "1e-3"), ("b", "2e-3"), ("c", "3e-3"))})  # fmt: skip
-    read, file = study.load_study(path), tmp_path / "results.json"
+    read, file = protocol.load_study(path), tmp_path / "results.json"
     jobs = study.jobs_of(read, path, tmp_path / "runs", list(read.variants))
     runs = [{**RUN, "variant": job.variant, "seed": 3, "settings": job.settings} for job in jobs]
     content = {"study": read.model_dump(mode="json"), "runs": runs, "environment": {"command": "study.py"}}
@@ -329,9 +329,9 @@ def test_timing_one_comparison_keeps_the_others_times(tmp_path):
 
 def test_a_run_that_fails_is_named_with_its_words(tmp_path):
     path = write_study(tmp_path, set=["train.steps=2", "data.source=nowhere"])
-    jobs = study.jobs_of(study.load_study(path), path, tmp_path / "runs", ["a"])
+    jobs = study.jobs_of(protocol.load_study(path), path, tmp_path / "runs", ["a"])
     with pytest.raises(UserError, match=r"train\.py.* failed: .*nowhere.*a-0-\w+\.log"):
-        study.run_job(jobs[0], study.Scoring(), threads=1)
+        study.run_job(jobs[0], protocol.Scoring(), threads=1)
 
 
 def test_mistakes_on_the_command_line(tmp_path, capsys):

@@ -16,7 +16,7 @@ from ldm_dcn import metrics
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import Model, load_model
 
-from ..study import Study
+from ..protocol import Study
 
 
 @dataclass(frozen=True)

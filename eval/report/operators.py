@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..operators import MAIN_SIGMA, OURS, geometric_mean
-from ..peers import PEERS
+from ..operator_tables import geometric_mean
+from ..peers import MAIN_SIGMA, OURS, PEERS
 from . import plots
 from .inputs import Measurement, Operators, command_of, environments
 from .markup import Markup, joined, tag

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..study import SIGNIFICANT, Study, comparisons_of, in_all, rows_of, verdicts
+from ..comparison import SIGNIFICANT, in_all, rows_of, verdicts
+from ..protocol import Study, comparisons_of
 from . import plots
 from .inputs import command_of, environments, machine_of
 from .markup import Markup, joined, tag

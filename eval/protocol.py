@@ -1,0 +1,80 @@
+"""The protocol of a study: what its file says of variants, seeds, scoring and comparisons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ldm_dcn.errors import UserError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Variant(_Strict):
+    """A config and settings over it. `label` is what tables call it."""
+
+    config: str
+    set: tuple[str, ...] = ()
+    label: str | None = None
+    seeds: tuple[int, ...] | None = None  # others than the study's
+
+
+class Scoring(_Strict):
+    """How `eval.fid` scores a run."""
+
+    extractor: str = "digits"
+    reference: str | None = None
+    guidance: tuple[float, ...] = (1.0,)
+    sampler: str = "dpm++"
+    steps: int = 20
+    seed: int = 0
+    num: int | None = None
+
+
+class Study(_Strict):
+    """What a study's file says. Paths of configs are relative to it; those of data to where the command runs."""
+
+    question: str
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    set: tuple[str, ...] = ()  # settings over all configs
+    variants: Annotated[dict[str, Variant], Field(min_length=1)]
+    comparisons: dict[str, Annotated[tuple[str, ...], Field(min_length=2)]] = {}
+    scoring: Scoring = Scoring()
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Study:
+        for title, names in self.comparisons.items():
+            unknown = [name for name in names if name not in self.variants]
+            if unknown:
+                raise ValueError(
+                    f"comparisons.{title} names {unknown[0]}, which is no variant; there are {', '.join(self.variants)}"
+                )
+        return self
+
+
+def load_study(path: Path) -> Study:
+    """Raises `UserError` for what is no study."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Study.model_validate(content)
+    except OSError as error:
+        raise UserError(
+            f"cannot read the study {path}: {error.strerror}; give one of configs/studies"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    except ValidationError as error:
+        problems = (
+            f"{'.'.join(map(str, problem['loc'])) or 'study'}: {problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors()
+        )
+        raise UserError(f"{path}: {'; '.join(problems)}") from None
+
+
+def comparisons_of(study: Study) -> dict[str, tuple[str, ...]]:
+    return study.comparisons or {"all": tuple(study.variants)}
