@@ -361,7 +361,7 @@ def write_json(table: Table, path: Path) -> None:
     path.write_text(json.dumps(asdict(table), indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def _parser() -> Parser:
     parser = Parser(prog="python -m eval.fid", description=__doc__.splitlines()[0])
     parser.add_argument(
         "inputs", nargs="*", metavar="INPUT", help="run or export folder, hub id, folder of images, or npz"
@@ -415,7 +415,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--save-npz", type=Path, metavar="DIR", help="keep each column's images, for ADM's evaluator"
     )
-    options = vars(parser.parse_args(arguments))
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = vars(_parser().parse_args(arguments))
     json_file = options.pop("json")
     with exit_on_user_error(), joined_processes() as processes:
         try:

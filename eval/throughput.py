@@ -423,51 +423,54 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args(None if arguments is None else list(arguments))
     with exit_on_user_error():
-        paths = options.models or [DEFAULT_CONFIG]
-        baseline = options.baseline or (None if options.models else DEFAULT_BASELINE)
-        if baseline:
-            paths = [*paths, baseline]
-        missing = [path for path in paths if path.endswith((".yaml", ".yml")) and not os.path.exists(path)]
-        if missing:
-            raise UserError(f"{missing[0]} does not exist; give a config, a run or an export")
-        if options.compile and (options.train or options.profile):
-            raise UserError(
-                "--compile goes with neither --train (there: --set train.compile=true) nor --profile"
-            )
-        if options.train and options.profile:
-            raise UserError("--train and --profile measure different things; give one of them")
-        if options.rounds < 1 or (options.batch_size is not None and options.batch_size < 1):
-            raise UserError("--rounds and --batch-size must be at least 1")
-        if options.train:
-            time_the_loop(paths[0], options)
-            return
-        subjects = [open_subject(path, options.set, options.device) for path in paths]
-        train = subjects[0].model.config.get("train", {})
-        settings = Settings(
-            batch_size=options.batch_size
-            or min(train.get("batch_size", LARGEST_DEFAULT_BATCH), LARGEST_DEFAULT_BATCH),
-            precision=options.precision or train.get("precision", "fp32"),
-            device=options.device,
-            rounds=options.rounds,
-            sampler=options.sampler,
-            sampler_steps=options.steps,
-            guidance=options.guidance,
-            compile=options.compile,
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure what the command line asks for, print it, write it."""
+    paths = options.models or [DEFAULT_CONFIG]
+    baseline = options.baseline or (None if options.models else DEFAULT_BASELINE)
+    if baseline:
+        paths = [*paths, baseline]
+    missing = [path for path in paths if path.endswith((".yaml", ".yml")) and not os.path.exists(path)]
+    if missing:
+        raise UserError(f"{missing[0]} does not exist; give a config, a run or an export")
+    if options.compile and (options.train or options.profile):
+        raise UserError("--compile goes with neither --train (there: --set train.compile=true) nor --profile")
+    if options.train and options.profile:
+        raise UserError("--train and --profile measure different things; give one of them")
+    if options.rounds < 1 or (options.batch_size is not None and options.batch_size < 1):
+        raise UserError("--rounds and --batch-size must be at least 1")
+    if options.train:
+        time_the_loop(paths[0], options)
+        return
+    subjects = [open_subject(path, options.set, options.device) for path in paths]
+    train = subjects[0].model.config.get("train", {})
+    settings = Settings(
+        batch_size=options.batch_size
+        or min(train.get("batch_size", LARGEST_DEFAULT_BATCH), LARGEST_DEFAULT_BATCH),
+        precision=options.precision or train.get("precision", "fp32"),
+        device=options.device,
+        rounds=options.rounds,
+        sampler=options.sampler,
+        sampler_steps=options.steps,
+        guidance=options.guidance,
+        compile=options.compile,
+    )
+    if options.profile:
+        profiles = profile_modules(subjects, settings)
+        print(profile.table(profiles))
+        print(
+            f"\nbatch {settings.batch_size}, {settings.precision}, medians of {settings.rounds} passes as in training"
         )
-        if options.profile:
-            profiles = profile_modules(subjects, settings)
-            print(profile.table(profiles))
-            print(
-                f"\nbatch {settings.batch_size}, {settings.precision}, medians of {settings.rounds} passes as in training"
-            )
-            print(_machine(settings))
-            if options.json:
-                write_json([], settings, options.json, profiles)
-            return
-        figures = compare(subjects, settings, wanted=options.only)
-        print(table(figures, len(figures) - 1 if baseline else None, settings))
+        print(_machine(settings))
         if options.json:
-            write_json(figures, settings, options.json)
+            write_json([], settings, options.json, profiles)
+        return
+    figures = compare(subjects, settings, wanted=options.only)
+    print(table(figures, len(figures) - 1 if baseline else None, settings))
+    if options.json:
+        write_json(figures, settings, options.json)
 
 
 def profile_modules(

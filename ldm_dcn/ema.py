@@ -6,7 +6,7 @@ accumulation and the number of processes leave them alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -123,12 +123,3 @@ class EMA:
             yield
         finally:
             put(parameters, own)
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take over a shadow of the same names and shapes."""
-        if tensors.keys() != self.shadow.keys():
-            odd = sorted(tensors.keys() ^ self.shadow.keys())
-            raise ValueError(f"averaged weights and model differ in {len(odd)} names, first '{odd[0]}'")
-        for name, shadow in self.shadow.items():
-            shadow.copy_(tensors[name])

@@ -60,18 +60,6 @@ def test_the_shadow_has_the_layout_of_the_weights() -> None:
     assert EMA(net, Constant(0.9)).shadow["0.weight"].stride() == net[0].weight.stride()
 
 
-def test_loading() -> None:
-    net, other = network(), network()
-    with torch.no_grad():
-        for p in other.parameters():
-            p.mul_(2)
-    average = EMA(net, Constant(0.9))
-    average.load(EMA(other, Constant(0.9)).shadow)
-    assert torch.equal(average.shadow["1.bias"], other[1].bias)
-    with pytest.raises(ValueError, match=r"1 names, first '1.bias'"):
-        average.load({k: v for k, v in average.shadow.items() if k != "1.bias"})
-
-
 # ------------------------------------------------------------------------------------------------ power-function averages
 
 
