@@ -88,9 +88,7 @@ class Kernels:
         ).stdout
         parts = {part.split("\n", 1)[0].strip(): part for part in text.split("Function : ")[1:]}
         return {
-            kernel: re.findall(
-                r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)", parts[symbol]
-            )
+            kernel: re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)", parts[symbol])
             for symbol, kernel in self.symbols.items()
         }
 
@@ -229,13 +227,28 @@ def test_windows_are_read_16_bytes_at_a_time(kernels, architecture):
             assert len(local) <= most and not any(op.startswith("LDL") for op in local), kernel
 
 
-@pytest.mark.parametrize("source", ["forward_window", "backward_window", "scatter_sorted"])
+# Launched so that they may begin while what writes their tensors still runs; before sm_90 they are not.
+EARLY = {
+    "sample",
+    "sample_window",
+    "round_sums",
+    "dot_window",
+    "dot_matrix",
+    "gather_sorted",
+    "gather_matrix",
+}
+
+
+@pytest.mark.parametrize(
+    "source", ["forward", "forward_window", "backward", "backward_window", "scatter_sorted"]
+)
 def test_kernels_that_start_early_wait_before_they_touch_memory(kernels, source):
-    """They are launched so that they may begin while what writes their tensors still runs; before sm_90 they are not."""
-    memory = ("LD.", "LDG", "ST.", "STG", "RED", "ATOM", "UTMALDG")
+    """The compiler may move a read of what it takes for constant past anything."""
+    memory = ("LD.", "LDG", "ST.", "STG", "RED", "ATOM.", "ATOMG", "UTMALDG")
     for kernel, operations in kernels(source, MAIN).instructions().items():
-        first = next(i for i, name in enumerate(operations) if name.startswith(memory) and name[:5] != "ATOMS")
-        assert operations.count("ACQBULK") == 1 and operations.index("ACQBULK") < first, kernel
+        first = next(i for i, name in enumerate(operations) if name.startswith(memory))
+        waits = [i for i, name in enumerate(operations) if name == "ACQBULK"]
+        assert waits == [i for i in waits[:1] if i < first] and bool(waits) == (kernel[0] in EARLY), kernel
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

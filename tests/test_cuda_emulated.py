@@ -591,3 +591,8 @@ def test_the_emulation_shows_a_missing_barrier(emulation):
         seen.add(tuple(out))
     assert len(seen) > 1
     assert any(-1 in result for result in seen)  # shared memory that nothing wrote
+
+
+def test_the_emulation_notices_a_thread_that_does_not_wait_for_earlier_kernels(emulation):
+    assert emulation.library.emulation_try(3, (ctypes.c_int32 * 32)()) == 719
+    assert b"do not wait" in emulation.library.dcnv4_cuda_error_string(1719)

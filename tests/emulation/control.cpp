@@ -45,12 +45,21 @@ void meeting(int* out) {
   out[threadIdx.x] = shared[(threadIdx.x + 1) % blockDim.x] + (votes == 0x55555555u ? 1000 : 0) + 10000 * neighbour;
 }
 
+// Starts early, and one thread does not wait for what is before it.
+void hasty(int* out) {
+  if (threadIdx.x != 5) host_cuda::wait_for_earlier();
+  out[threadIdx.x] = 1;
+}
+
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) int32_t emulation_try(int32_t kernel, int32_t* out) {
   cudaLaunchConfig_t config;
+  cudaLaunchAttribute early{};
   config.blockDim = dim3(32);
   config.dynamicSmemBytes = 32 * sizeof(int);
-  void (*const kernels[])(int*) = {divergent, racing, meeting};
+  void (*const kernels[])(int*) = {divergent, racing, meeting, hasty};
+  config.attrs = &early;
+  config.numAttrs = kernels[kernel] == hasty ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernels[kernel], out);
 }

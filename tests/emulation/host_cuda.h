@@ -136,6 +136,7 @@ struct Block {
 #endif
   const std::function<void()>* body = nullptr;
   unsigned threads = 0, current = 0;
+  unsigned waited = 0;  // threads that have waited for the kernels before
   void* shared = nullptr;
 };
 inline Block block;
@@ -310,7 +311,13 @@ cudaError_t run_grid(const cudaLaunchConfig_t& config, int shared_allowed, const
   for (unsigned b : order_of(unsigned(blocks), uint64_t(settings.launches))) {
     blockIdx = {b % grid.x, b / grid.x % grid.y, b / (grid.x * grid.y)};
     std::memset(block.shared, 0xff, shared_bytes);  // NaN as a number, out of range as an index
+    block.waited = 0;
     if (!(good = run_block(b))) break;
+    if (config.numAttrs != 0 && block.waited != threads) {
+      settings.message = "a kernel starts early, and some of its threads do not wait for those before it, or do so twice";
+      good = false;
+      break;
+    }
   }
   std::free(block.shared);
   block.shared = nullptr;
@@ -320,6 +327,7 @@ cudaError_t run_grid(const cudaLaunchConfig_t& config, int shared_allowed, const
 
 inline void* dynamic_shared() { return block.shared; }
 inline unsigned current_thread() { return block.current; }
+inline void wait_for_earlier() { ++block.waited; }
 
 // What all threads of a warp hold, by lane.
 template <class T, class Use>

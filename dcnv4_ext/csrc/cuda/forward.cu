@@ -107,6 +107,7 @@ __global__ void __launch_bounds__(kThreads)
 
   const int index = tiling.by_lanes.quotient(threadIdx.x), lane = threadIdx.x - index * tiling.lanes;
   const Item item = item_at(p, tiling, origin, index);
+  wait_for_earlier();
   if (p.softmax) {
     stage_norms(p, tiling, origin, runs, taps, shared);
     __syncthreads();
@@ -166,9 +167,9 @@ int32_t run(const ForwardCall& call) {
     tiling = plan_tiling(p, units, lanes, std::min<int64_t>(threads / lanes, fit));
     if (blocks_of(p, tiling) >= enough) break;
   }
-  return launch(sample<T, N, TAPS>, blocks_of(p, tiling), threads_of(tiling), shared_bytes<Real>(tiling.items, chunk),
-                call.stream, p, tiling, uint32_t(p.value_stride * sizeof(T)), static_cast<const T*>(call.value),
-                static_cast<const T*>(call.offset_mask), static_cast<T*>(call.output));
+  return launch(earliest_start(p.device), sample<T, N, TAPS>, blocks_of(p, tiling), threads_of(tiling),
+                shared_bytes<Real>(tiling.items, chunk), call.stream, p, tiling, uint32_t(p.value_stride * sizeof(T)),
+                static_cast<const T*>(call.value), static_cast<const T*>(call.offset_mask), static_cast<T*>(call.output));
 }
 
 template <class T, int N>

@@ -275,7 +275,7 @@ int32_t run(const ForwardCall& call, int64_t slices) {
   WindowBytes bytes{
       cell, RUNS ? kRunBytes<T, TAPS> : 0, Room<UNITS>::batch_bytes, window_fixed<RUNS>(cell), 1, kWarp * 16 / cell};
   if (TAPS == 9) {
-    // Batches have eight pixels.
+    // Of whole batches.
     bytes.pixel += Room<UNITS>::ninths_bytes / kBatch;
     bytes.fixed += Room<UNITS>::ninths_bytes / kBatch * (kBatch - 1);
   }
@@ -289,7 +289,8 @@ int32_t run(const ForwardCall& call, int64_t slices) {
                  : sizeof(T) == 2 ? WindowCost{1.85, 0.2, 0.0025, 1}
                                   : WindowCost{7, 0.1, 0.005, 1};
   }
-  const Window w = plan_window(p, slices, bytes);
+  Window w = plan_window(p, slices, bytes);
+  if (TAPS == 9) w.shared -= (w.pixels + kBatch - 1) % kBatch * (Room<UNITS>::ninths_bytes / kBatch);
   BulkMap value_map{}, mask_map{};
   if (w.blocks == 0 || (RUNS && !make_maps<T, TAPS>(p, w, call.value, cell, call.offset_mask, value_map, mask_map)))
     return DCNV4_NO_KERNEL;

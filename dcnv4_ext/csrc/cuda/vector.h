@@ -220,6 +220,8 @@ DCNV4_DEVICE void copy_async_wait() {
 DCNV4_DEVICE void wait_for_earlier() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
+#elif !defined(__CUDACC__)
+  host_cuda::wait_for_earlier();
 #endif
 }
 
