@@ -163,6 +163,14 @@ struct F32 {
   static DCNV4_INLINE Mask greater(Mask among, F32 a, F32 b) {
     return _mm256_and_ps(among, _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ));
   }
+  // a, or b where used and smaller or greater.
+  static DCNV4_INLINE F32 least(Mask used, F32 a, F32 b) { return {_mm256_blendv_ps(a.v, _mm256_min_ps(a.v, b.v), used)}; }
+  static DCNV4_INLINE F32 greatest(Mask used, F32 a, F32 b) { return {_mm256_blendv_ps(a.v, _mm256_max_ps(a.v, b.v), used)}; }
+  DCNV4_INLINE float lane(int i) const {
+    alignas(32) float lanes[width];
+    _mm256_store_ps(lanes, v);
+    return lanes[i];
+  }
   static DCNV4_INLINE bool any(Mask m) { return _mm256_movemask_ps(m) != 0; }
   static DCNV4_INLINE Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
   static DCNV4_INLINE bool lane(Mask m, int i) { return _mm256_movemask_ps(m) >> i & 1; }

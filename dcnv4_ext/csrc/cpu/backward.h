@@ -393,8 +393,7 @@ Sorting backward_block_sorted(const dcnv4_problem& p, const Plan<ScalarOf<V>>& p
   const int64_t width = plan.packed_width, row_size = plan.pitch * width, pixels = block.pixels();
   const LookupFrame<V> frame(p, plan, window, blank, 1, grid.pitch, grid.left);
   SortedTaps<V, kTaps> taps;
-  taps.low = taps.left = V::set1(ScalarOf<V>(blank));
-  taps.high = taps.right = V::set1(ScalarOf<V>(-1));
+  taps.cells = taps.columns = Reach<V>(ScalarOf<V>(blank));
   constexpr int64_t kMost = 2 / C::registers;  // vectors of channels a visit: values and sums of four cells in registers
   Cell* const gradients = reinterpret_cast<Cell*>(scratch + taps.lay_out(scratch, pixels, blank, width <= kMost * C::width));
   int64_t done = 0;
@@ -404,15 +403,9 @@ Sorting backward_block_sorted(const dcnv4_problem& p, const Plan<ScalarOf<V>>& p
     locate_sorted<V, T, kTaps>(p, frame, lanes, batch, taps, done * kTaps);
     done += count;
   });
-  int64_t first_cell = blank, last_cell = -1, first_column = blank, last_column = -2;
-  for (int lane = 0; lane < V::width; ++lane) {
-    first_cell = std::min(first_cell, int64_t(taps.low.lane(lane)));
-    last_cell = std::max(last_cell, int64_t(taps.high.lane(lane)));
-    first_column = std::min(first_column, int64_t(taps.left.lane(lane)) + 1);
-    last_column = std::max(last_column, int64_t(taps.right.lane(lane)) + 1);
-  }
+  const int64_t first_cell = taps.cells.first(), last_cell = taps.cells.last();
   if (first_cell <= last_cell) {
-    if (first_column < grid.left || last_column >= grid.left + grid.pitch - 1) return Sorting::leaves;
+    if (taps.columns.first() + 1 < grid.left || taps.columns.last() + 1 >= grid.left + grid.pitch - 1) return Sorting::leaves;
     front.cover(first_cell / grid.pitch, last_cell / grid.pitch + 2);
   }
   // Many more cells than pixels: looking for those with taps would take longer than visiting them.
@@ -463,7 +456,9 @@ void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
       const int64_t pixel = row * p.Wo + column;
       const T* gradient = grad_output + pixel * p.output_stride;
       const Batch<T> batch = {offset_mask + pixel * p.offset_mask_stride, p.offset_mask_stride, below, row, column, count};
-      locate_lookups<V, T, kTaps>(p, frame, lanes, batch, lookups, nullptr, &states);
+      Reach<V> reach(S(frame.blank));
+      locate_lookups<V, T, kTaps>(p, frame, lanes, batch, lookups, nullptr, &states, front.rolls() ? &reach : nullptr);
+      if (front.rolls() && reach.first() <= reach.last()) front.cover(reach.first() / row_size, reach.last() / row_size + 2);
       for (int64_t c = 0; c < width; c += kChunk) {
         const auto dot = width == kChunk ? dot_lookups<C, T, kVectors, kTaps, true> : dot_lookups<C, T, kVectors, kTaps, false>;
         const auto scatter =
@@ -478,13 +473,17 @@ void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
                                     front.rolls());
     });
   };
-  if constexpr (V::sorts) {
-    const int64_t rows = rows_of_block<V>(p), columns = columns_of_block<V>(p);
-    bool narrow = true;  // until taps leave the columns around a block
-    for (int64_t top = first_row; rows > 0 && top < last_row; top += rows) {
-      const int64_t bottom = std::min(last_row, top + rows);
-      for (int64_t left = 0; left < p.Wo; left += columns) {
-        const Block block{top, bottom, left, left + columns};
+  const int64_t rows = rows_of_block<V>(p), columns = columns_of_block<V>(p);
+  if (rows == 0 || !(V::sorts || front.rolls())) {
+    batch_by_batch({first_row, last_row, 0, p.Wo});
+    return;
+  }
+  bool narrow = true;  // until taps leave the columns around a block
+  for (int64_t top = first_row; top < last_row; top += rows) {
+    const int64_t bottom = std::min(last_row, top + rows);
+    for (int64_t left = 0; left < p.Wo; left += columns) {
+      const Block block{top, bottom, left, left + columns};
+      if constexpr (V::sorts) {
         const auto sorted = [&]() {
           return backward_block_sorted<C, T, kTaps>(p, plan, offset_mask, grad_output, grad_offset_mask, map, grad_map, window,
                                                     blank, block, grid_of<V>(p, plan.pitch, block, narrow),
@@ -495,13 +494,12 @@ void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
           narrow = false;
           found = sorted();
         }
-        if (found == Sorting::does_not_pay) batch_by_batch(block);
+        if (found == Sorting::done) continue;
       }
-      front.expect(bottom, std::min(last_row, bottom + rows));
+      batch_by_batch(block);
     }
-    if (rows > 0) return;
+    front.expect(bottom, std::min(last_row, bottom + rows));
   }
-  batch_by_batch({first_row, last_row, 0, p.Wo});
 }
 
 template <class C, class T, class V = typename C::Vector>
@@ -559,12 +557,11 @@ int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_
   int64_t tap_bytes = tap_size * int64_t(sizeof(S));
   bool rolls = false;
   if constexpr (V::looks_up) {
-    if constexpr (V::sorts) {
-      constexpr int64_t kStays = int64_t(4) << 20;  // bytes of maps
+    constexpr int64_t kStays = int64_t(4) << 20;  // bytes of maps
+    rolls = plan.lanes && is_exact(p, plan, p.H + 2) && rows_of_block<V>(p) > 0 &&
+            map_size * int64_t(sizeof(Cell) + sizeof(S)) > kStays;
+    if constexpr (V::sorts)
       if (plan.lanes) tap_bytes = std::max(tap_bytes, sorted_bytes<C>(p, plan));
-      rolls = plan.lanes && is_exact(p, plan, p.H + 2) && rows_of_block<V>(p) > 0 &&
-              map_size * int64_t(sizeof(Cell) + sizeof(S)) > kStays;
-    }
   }
 
   // Where there are fewer groups than threads, the output rows are split into slabs, each with gradient maps of its own that

@@ -17,10 +17,10 @@ struct SortedTaps {
   // Twice the cell, one more for every second tap. A counter that is counted up again at once has to be waited for: two a cell
   // are so half as often. Taps that do not count have V::width counters together, behind all others.
   uint32_t* counter;
-  uint64_t* order;  // pixel << 32 | tap, in the order of the counters, and of the taps of a counter
-  uint32_t* end;    // where in `order` the taps of a counter end
-  V low, high;      // cells that the taps look at, a lane's share of them: the first and the last
-  V left, right;    // and columns of the value
+  uint64_t* order;   // pixel << 32 | tap, in the order of the counters, and of the taps of a counter
+  uint32_t* end;     // where in `order` the taps of a counter end
+  Reach<V> cells;    // that the taps look at
+  Reach<V> columns;  // of the value
 
   // Places for `pixels` and for maps of `cells` cells before the blank one, in `memory`; returns the bytes. A last batch may
   // write as if it were whole.
@@ -56,25 +56,21 @@ DCNV4_NOINLINE void locate_sorted(const dcnv4_problem& p, const LookupFrame<V>& 
   const V one = on.frame.one;
   const V unused = V::set1(S(2 * on.blank)) + V::load(lanes.count), every_second = V::load(lanes.every_second),
           two = V::set1(S(2));
-  V low = to.low, high = to.high, left = to.left, right = to.right;
+  Reach<V> cells = to.cells, columns = to.columns;
   locate_batch<V, kTaps>(p, on, lanes, batch, weights, nullptr,
                          [&](int v, typename V::Mask used, V place, V x0, V lx, V ly) DCNV4_LAMBDA_INLINE {
                            const int i = v * V::width;
                            V::store_whole(counters + i, used, V::fma(place, two, every_second), unused);
-                           low = V::least(used, low, place);
-                           high = V::greatest(used, high, place);
-                           left = V::least(used, left, x0);
-                           right = V::greatest(used, right, x0);
+                           cells.add(used, place);
+                           columns.add(used, x0);
                            lx.store(to_lx + i);
                            ly.store(to_ly + i);
                            masks[v] = used;
                            const Corners<V> w = corner_weights(lx, ly, V::select(used, V::load(weights + i)), one);
                            V::store_quads(corners + 4 * i, w.w00, w.w01, w.w10, w.w11);
                          });
-  to.low = low;
-  to.high = high;
-  to.left = left;
-  to.right = right;
+  to.cells = cells;
+  to.columns = columns;
 }
 
 // Sorts `pixels` pixels' taps that look at the cells [first, last], by counting. `blank` is behind all cells of the map.

@@ -190,7 +190,7 @@ void forward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, 
     const T* const offsets = offset_mask + (row * p.Wo + column) * offset_step;
     T* const target = output + (row * p.Wo + column) * output_step;
     const Batch<T> batch = {offsets, offset_step, below, row, column, count};
-    const bool leaves = locate_lookups<V, T, kTaps>(p, frame, lanes, batch, lookups, outside, nullptr);
+    const bool leaves = locate_lookups<V, T, kTaps>(p, frame, lanes, batch, lookups, outside, nullptr, nullptr);
     if (DCNV4_LIKELY(!leaves && D == kChunk)) {
       gather_lookups<C, T, kVectors, kTaps>(map, row_size, lookups, count, target, output_step, ahead, past_caches);
       return;

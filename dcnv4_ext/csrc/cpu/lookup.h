@@ -163,11 +163,35 @@ DCNV4_INLINE bool locate_batch(const dcnv4_problem& p, const LookupFrame<V>& on,
   return leaves;
 }
 
+// Where in a packed map taps look: the first and the last place.
+template <class V>
+struct Reach {
+  V low, high;  // a lane's share
+
+  Reach() = default;
+  // Of no taps yet; `behind` all places.
+  explicit Reach(ScalarOf<V> behind) : low(V::set1(behind)), high(V::set1(ScalarOf<V>(-1))) {}
+  DCNV4_INLINE void add(typename V::Mask used, V place) {
+    low = V::least(used, low, place);
+    high = V::greatest(used, high, place);
+  }
+  int64_t first() const {
+    ScalarOf<V> least = low.lane(0);
+    for (int i = 1; i < V::width; ++i) least = std::min(least, low.lane(i));
+    return int64_t(least);
+  }
+  int64_t last() const {
+    ScalarOf<V> greatest = high.lane(0);
+    for (int i = 1; i < V::width; ++i) greatest = std::max(greatest, high.lane(i));
+    return int64_t(greatest);
+  }
+};
+
 // The lookups of a batch.
 template <class V, class T, int kTaps>
 DCNV4_NOINLINE bool locate_lookups(const dcnv4_problem& p, const LookupFrame<V>& on, const LaneTables<V, kTaps>& lanes,
                                    const Batch<T>& batch, Lookups<V, kTaps>& to, typename V::Mask* outside,
-                                   OwnStates<V, kTaps>* states) {
+                                   OwnStates<V, kTaps>* states, Reach<V>* reach) {
   using S = ScalarOf<V>;
   alignas(64) S own_weights[V::width * kTaps + V::width];
   S* const weights = states ? states->weight : own_weights;
@@ -177,6 +201,7 @@ DCNV4_NOINLINE bool locate_lookups(const dcnv4_problem& p, const LookupFrame<V>&
                                 [&](int v, typename V::Mask used, V place, V, V lx, V ly) DCNV4_LAMBDA_INLINE {
                                   const int i = v * V::width;
                                   V::store_whole(to.element + i, used, place, blank);
+                                  if (reach) reach->add(used, place);
                                   if (states) {
                                     lx.store(states->lx + i);
                                     ly.store(states->ly + i);
