@@ -285,6 +285,38 @@ def test_cuda_graph(deterministic: bool) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = True
 
 
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("size", [(3, 5), (61, 67)], ids=str)
+def test_calls_that_read_each_other(
+    graph: bool, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From sm_90 on a kernel starts before the one ahead of it has ended: each of these reads what that one writes."""
+    problem = on_gpu(problem_of(4, *size, 256, 8, torch.bfloat16))
+    problem.offset_mask.unflatten(3, (8, 27))[..., 18:] *= 0.3  # so that values do not grow
+    room = [torch.empty_like(problem.value) for _ in range(2)]
+
+    @torch.no_grad()
+    def chain() -> Tensor:
+        room[0].copy_(problem.value)
+        for i in range(40):
+            # The same memory again and again, as a caching allocator hands it out.
+            room[(i + 1) % 2].copy_(dcnv4(room[i % 2], problem.offset_mask, groups=8))
+        y = room[0]
+        for _ in range(40):
+            y = dcnv4(y, problem.offset_mask, groups=8)
+        return y
+
+    early = chain()
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            early = chain()
+        captured.replay()
+    torch.cuda.synchronize()
+    force(monkeypatch, FORCE["in_turn"])
+    assert torch.equal(early, chain())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype: torch.dtype) -> None:
     problem = on_gpu(problem_of(2, 9, 7, 64, 2, torch.float32))

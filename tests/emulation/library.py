@@ -17,7 +17,16 @@ from dcnv4_ext.native import ABI_VERSION, Problem
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Bits of Problem.reserved, `Force` of csrc/cuda/launch.h.
-FORCE = {"scalar": 1, "general": 2, "direct": 4, "tiled": 8, "no_window": 16, "window": 32, "threads": 64}
+FORCE = {
+    "scalar": 1,
+    "general": 2,
+    "direct": 4,
+    "tiled": 8,
+    "no_window": 16,
+    "window": 32,
+    "threads": 64,
+    "in_turn": 128,
+}
 _GUARD = 64  # elements before and behind every buffer a kernel writes
 
 

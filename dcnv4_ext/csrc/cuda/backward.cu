@@ -340,8 +340,8 @@ int32_t round_type(const BackwardCall& call, const float* sums, int64_t sums_str
   const int64_t C = p.G * p.D, rows = p.N * p.H * p.W;
   const auto start = [&](auto kernel, int64_t n) {
     const int64_t vectors = rows * (C / n);
-    return launch(earliest_start(p.device), kernel, divide_up(vectors, kThreads), kThreads, 0, call.stream, vectors,
-                  divisor_of(C / n), sums, sums_stride, static_cast<T*>(call.grad_value), p.grad_value_stride);
+    return launch(earliest_start(p), kernel, divide_up(vectors, kThreads), kThreads, 0, call.stream, vectors, divisor_of(C / n),
+                  sums, sums_stride, static_cast<T*>(call.grad_value), p.grad_value_stride);
   };
   const bool vectors = C % 8 == 0 && aligned(call.grad_value, p.grad_value_stride, sizeof(T), 16);
   return vectors ? start(round_sums<T, 8>, 8) : start(round_sums<T, 1>, 1);

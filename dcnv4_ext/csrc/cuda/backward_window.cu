@@ -364,7 +364,7 @@ int32_t start(const BackwardCall& call, DotKernel<T> kernel, int64_t cell, int64
   if (w.blocks == 0 || (bytes.whole && 3 * (w.shared + 1024) > shared_total(p.device))) return DCNV4_NO_KERNEL;
   BulkMap value_map{}, mask_map{};
   if (RUNS && !make_maps<T, TAPS>(p, w, call.value, cell, call.offset_mask, value_map, mask_map)) return DCNV4_NO_KERNEL;
-  return launch(earliest_start(p.device), kernel, w.blocks, w.threads, w.shared, call.stream, p, w, value_map, mask_map,
+  return launch(earliest_start(p), kernel, w.blocks, w.threads, w.shared, call.stream, p, w, value_map, mask_map,
                 static_cast<const T*>(call.value), static_cast<const T*>(call.offset_mask),
                 static_cast<const T*>(call.grad_output), static_cast<T*>(call.grad_offset_mask));
 }

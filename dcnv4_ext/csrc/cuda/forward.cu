@@ -167,7 +167,7 @@ int32_t run(const ForwardCall& call) {
     tiling = plan_tiling(p, units, lanes, std::min<int64_t>(threads / lanes, fit));
     if (blocks_of(p, tiling) >= enough) break;
   }
-  return launch(earliest_start(p.device), sample<T, N, TAPS>, blocks_of(p, tiling), threads_of(tiling),
+  return launch(earliest_start(p), sample<T, N, TAPS>, blocks_of(p, tiling), threads_of(tiling),
                 shared_bytes<Real>(tiling.items, chunk), call.stream, p, tiling, uint32_t(p.value_stride * sizeof(T)),
                 static_cast<const T*>(call.value), static_cast<const T*>(call.offset_mask), static_cast<T*>(call.output));
 }

@@ -282,19 +282,18 @@ int32_t run(const ForwardCall& call, int64_t slices) {
   // Where threads fetch, cells cost more, and tiles are better larger.
   if (RUNS) bytes.cost = sizeof(T) == 2 ? WindowCost{1.85, 0.2, 0.002, 1} : WindowCost{11.3, 0.32, 0.0042, 2};
   if (UNITS == 8) {
-    // Cells of 128 bytes leave little room beside the halo of a tile: where threads fetch, worth while for whole maps alone.
-    bytes.whole = RUNS ? 0 : INT32_MAX;
+    // Cells of 128 bytes leave little room beside the halo of a tile: worth while for whole maps, and with runs, where tiles
+    // cost less, for small ones. In halves of 64 bytes every tap is worked out twice.
+    bytes.whole = !RUNS ? INT32_MAX : forced(p, kForceWindow) ? 0 : 256;
     bytes.most_threads = kMostWideThreads;
-    bytes.cost = !RUNS            ? WindowCost{8, 0, 0.008, 0}
-                 : sizeof(T) == 2 ? WindowCost{1.85, 0.2, 0.0025, 1}
-                                  : WindowCost{7, 0.1, 0.005, 1};
+    if (sizeof(T) == 4) bytes.cost = {8, 0, 0.008, 0};
   }
   Window w = plan_window(p, slices, bytes);
   if (TAPS == 9) w.shared -= (w.pixels + kBatch - 1) % kBatch * (Room<UNITS>::ninths_bytes / kBatch);
   BulkMap value_map{}, mask_map{};
   if (w.blocks == 0 || (RUNS && !make_maps<T, TAPS>(p, w, call.value, cell, call.offset_mask, value_map, mask_map)))
     return DCNV4_NO_KERNEL;
-  return launch(earliest_start(p.device), sample_window<T, UNITS, TAPS, RUNS>, w.blocks, w.threads, w.shared, call.stream, p, w,
+  return launch(earliest_start(p), sample_window<T, UNITS, TAPS, RUNS>, w.blocks, w.threads, w.shared, call.stream, p, w,
                 value_map, mask_map, static_cast<const T*>(call.value), static_cast<const T*>(call.offset_mask),
                 static_cast<T*>(call.output));
 }

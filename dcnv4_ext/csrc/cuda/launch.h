@@ -79,17 +79,30 @@ inline int architecture(int device) {
   return found;
 }
 
+// Bits of dcnv4_problem.reserved that force a kernel which the shape would not choose: for tests and benchmarks.
+enum Force : int32_t {
+  kForceScalar = 1,     // one element an access, as for misaligned tensors
+  kForceGeneral = 2,    // the loop over any number of taps, also for 8 and 9
+  kForceDirect = 4,     // backward: every corner's gradient straight to global memory
+  kForceTiled = 8,      // backward: merged in shared memory first, where it can be
+  kForceNoWindow = 16,  // no window in shared memory, no sorting
+  kForceWindow = 32,    // a window wherever one fits
+  kForceThreads = 64,   // windows fetched by threads, as before sm_90
+  kForceInTurn = 128    // no kernel starts before those ahead of it have ended
+};
+inline bool forced(const dcnv4_problem& p, Force bit) { return (p.reserved & bit) != 0; }
+
 // When a kernel's blocks may start: when what is before it in its stream has ended, or where it has no room for all of them any
 // more. Of an early one all threads must call wait_for_earlier() before they read or write global memory.
 enum class Start { in_turn, early };
 
 // Early where device and driver can, in graphs too.
-inline Start earliest_start(int device) {
+inline Start earliest_start(const dcnv4_problem& p) {
   static const bool driver = [] {
     int version = 0;
     return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12040;
   }();
-  return driver && architecture(device) >= 90 ? Start::early : Start::in_turn;
+  return driver && architecture(p.device) >= 90 && !forced(p, kForceInTurn) ? Start::early : Start::in_turn;
 }
 
 template <class... Parameters, class... Arguments>
@@ -123,18 +136,6 @@ int32_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64
                Arguments... arguments) {
   return launch(Start::in_turn, kernel, blocks, threads, shared, stream, arguments...);
 }
-
-// Bits of dcnv4_problem.reserved that force a kernel which the shape would not choose: for tests and benchmarks.
-enum Force : int32_t {
-  kForceScalar = 1,     // one element an access, as for misaligned tensors
-  kForceGeneral = 2,    // the loop over any number of taps, also for 8 and 9
-  kForceDirect = 4,     // backward: every corner's gradient straight to global memory
-  kForceTiled = 8,      // backward: merged in shared memory first, where it can be
-  kForceNoWindow = 16,  // no window in shared memory, no sorting
-  kForceWindow = 32,    // a window wherever one fits
-  kForceThreads = 64    // windows fetched by threads, as before sm_90
-};
-inline bool forced(const dcnv4_problem& p, Force bit) { return (p.reserved & bit) != 0; }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }

@@ -623,7 +623,7 @@ int32_t run(const BackwardCall& call, const SortedPlan& plan, float* sums, int64
       BulkMap mask_map{};
       const bool runs = can_have_runs(p, offset_mask) && runs_map<T, TAPS>(p, w, offset_mask, mask_map);
       const auto start = [&](auto kernel) {
-        return launch(earliest_start(p.device), kernel, w.blocks, w.threads, w.shared, call.stream, p, w, plan.groups, mask_map,
+        return launch(earliest_start(p), kernel, w.blocks, w.threads, w.shared, call.stream, p, w, plan.groups, mask_map,
                       offset_mask, grad_output, grad_value, sums, sums_stride);
       };
       if (runs)
@@ -632,7 +632,7 @@ int32_t run(const BackwardCall& call, const SortedPlan& plan, float* sums, int64
     }
   }
   const auto start = [&](auto kernel) {
-    return launch(earliest_start(p.device), kernel, w.blocks, w.threads, w.shared, call.stream, p, w, offset_mask, grad_output,
+    return launch(earliest_start(p), kernel, w.blocks, w.threads, w.shared, call.stream, p, w, offset_mask, grad_output,
                   grad_value, sums, sums_stride);
   };
   return sums ? start(gather_sorted<T, UNITS, TAPS, false>) : start(gather_sorted<T, UNITS, TAPS, true>);
