@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from eval import comparison
+from eval.results import kernels_hash
 from ldm_dcn.config import load_config, valid_keys
 from tiny import ROOT
 
@@ -197,6 +198,18 @@ def test_what_is_said_of_the_operator_on_a_gpu_is_in_the_json(readme: ModuleType
     assert stages["known"]["device"] == "NVIDIA H200"
     for stage in ("correctness", "memcheck", "racecheck"):
         assert stages["stages"][stage]["status"] == "passed"
+
+
+def test_times_of_older_kernels_are_called_so(readme: ModuleType) -> None:
+    """Where results name other sources than there are now, the texts beside them say it, and only there."""
+    for device, name, sentence in (
+        ("cuda", "operators_nvidia_h200", "The CUDA kernels have changed since"),
+        ("cpu", "operators_cpu", "The CPU kernels have changed since"),
+    ):
+        content = json.loads((readme.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        older = content["identity"]["kernels"] != kernels_hash(device)
+        assert older == (sentence in " ".join(EVIDENCE.split())), device
+        assert device == "cpu" or older == (sentence in " ".join(README.split()))
 
 
 def test_what_is_said_of_whole_networks_on_a_gpu_is_in_the_json(readme: ModuleType) -> None:
