@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from eval.processes import Processes
     from ldm_dcn.drawn import Drawn
     from ldm_dcn.export import Model
-    from ldm_dcn.launch import StopSignals
+    from ldm_dcn.signals import StopSignals
 
 COLUMNS = 8  # seeds a class where neither --seeds nor --n says how many
 ROWS = 20  # classes at most in a grid where --labels does not say which
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _make(arguments: argparse.Namespace, model: Model, task: Task, processes: Processes) -> int:
     """Draw on all processes what is not there yet, then make grid and npz of it on the first; returns the exit code."""
     from ldm_dcn.drawn import Drawn
-    from ldm_dcn.launch import REQUEUE, StopSignals
+    from ldm_dcn.signals import REQUEUE, StopSignals
 
     names, made_with = task.names(), _made_with(arguments, model, task)
     mark = hashlib.sha256(json.dumps([made_with, names]).encode()).hexdigest()
@@ -351,7 +351,7 @@ def _check_places(arguments: argparse.Namespace) -> None:
 
 def _check_outputs(arguments: argparse.Namespace, model: Model, task: Task, folder: Path) -> None:
     """Refuse, before hours of drawing, what could not be written then or afterwards; `folder` is for the single images."""
-    from ldm_dcn.files import check_file_place, check_folder_place, existing_folder
+    from ldm_dcn.places import check_file_place, check_folder_place, existing_folder
 
     if arguments.grid:
         check_file_place(arguments.grid, "give another --grid")

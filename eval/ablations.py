@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from dcnv4_ext import DCNv4, dcnv4, native
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
-from ldm_dcn.files import check_file_place
+from ldm_dcn.places import check_file_place
 
 from .columns import in_columns
 from .contenders import DIRECTIONS, buffer_sets, make_contender

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from ldm_dcn import trainer
 from ldm_dcn.config import Config
-from ldm_dcn.launch import StopSignals
 from ldm_dcn.opening import open_run
+from ldm_dcn.signals import StopSignals
 
 WARM_UP = 10  # untimed steps
 LOADED = 20  # batches that the loader is timed with alone

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ldm_dcn.data import open_dataset
 from ldm_dcn.errors import Parser, exit_on_user_error
-from ldm_dcn.files import check_file_place
 from ldm_dcn.images import Images
 from ldm_dcn.make_photographs import CROP
+from ldm_dcn.places import check_file_place
 
 from .extractors import SmallClassifier
 from .make_digits_classifier import SEED, fit, report

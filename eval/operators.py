@@ -33,7 +33,7 @@ from torch import Tensor
 
 from dcnv4_ext import dcnv4
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
-from ldm_dcn.files import check_file_place
+from ldm_dcn.places import check_file_place
 
 from .contenders import CACHE_FACTOR, DIRECTIONS, LEVELS, buffer_sets, make_contender
 from .environment import noted

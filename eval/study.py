@@ -30,7 +30,8 @@ from ldm_dcn import metrics
 from ldm_dcn.changes import FREE
 from ldm_dcn.config import Config, config_hash, flat, load_config
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
-from ldm_dcn.files import check_file_place, replacing
+from ldm_dcn.files import replacing
+from ldm_dcn.places import check_file_place
 
 from .comparison import SCORES, tables
 from .environment import environment, noted

@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .errors import UserError
-from .files import existing_folder, write_json
+from .files import write_json
 from .folders import Damaged, DiskFull, committed_folder, discard, recover, remove, verify
+from .places import existing_folder
 
 _STEP = re.compile(r"step-(\d+)")
 

@@ -31,8 +31,9 @@ from .data import check_source, open_dataset
 from .device import choose_device
 from .encoding import Encoding, bytes_missing, encode_shards, finish, make_plan, wait_for_others
 from .errors import Parser, UserError, exit_on_user_error
-from .launch import REQUEUE, StopSignals, start_accelerator
+from .launch import start_accelerator
 from .presence import Presence
+from .signals import REQUEUE, StopSignals
 from .text import load_text_encoder
 
 BATCH_SIZE = {"cuda": 64, "cpu": 8}  # images; Stable Diffusion's autoencoder takes 0.1 GB for one of 256x256

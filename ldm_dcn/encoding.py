@@ -22,8 +22,8 @@ from .autoencoder import Autoencoder
 from .cache_layout import Range
 from .errors import UserError
 from .images import LOOK_ON, PREPROCESSING, BadImage, Images, name_bad, to_float
-from .launch import StopSignals
 from .presence import Presence
+from .signals import StopSignals
 from .text import EMPTY, TextEncoder
 
 PROMPTS_AT_ONCE = 64

@@ -32,9 +32,10 @@ from .config import DiffusionConfig
 from .denoiser import Denoiser
 from .diffusion import Schedule
 from .errors import UserError
-from .files import check_folder_place, write_json
+from .files import write_json
 from .folders import MANIFEST, Damaged, committed_folder, verify
 from .hub import HUB_ID, from_hub_or_cache
+from .places import check_folder_place
 from .sampling import published_scheduler
 from .swap import swap_table, swapped_sites
 from .text import TextEncoder, load_text_encoder

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import Parser, UserError, exit_on_user_error
-from .files import check_folder_place
+from .places import check_folder_place
 
 CROP = 16  # pixels a side
 STRIDE = 6  # pixels between crops of a tile; smaller ones overlap more

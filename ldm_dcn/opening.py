@@ -26,12 +26,13 @@ from .errors import UserError
 from .files import naming, replace_file
 from .folders import discard, recover
 from .latents import Latents, condition_of, open_latents
-from .launch import run_lock, start_accelerator
+from .launch import start_accelerator
 from .metrics import MetricsLog, check_trackers
 from .parallel import check_sharding, shard
 from .pretrained import Pretrained, check_pretrained, check_text, load_pretrained, read_class_embedding
 from .provenance import provenance
 from .run import ARITHMETIC, Run, Score, State
+from .run_folder import run_lock
 from .swap import apply_swap, plan_swap, swapped_sites
 from .unet import build_unet, empty_twin, set_attention, swap_options
 from .zero import import_deepspeed

@@ -27,11 +27,11 @@ from .errors import UserError, explain
 from .files import write_json
 from .folders import DiskFull
 from .latents import Latents
-from .launch import StopSignals
 from .matching import Matching, new_parameters
 from .metrics import MetricsLog
 from .parallel import Optimizer, collected, in_shares_of, replicate, reshard, state_of
 from .sampling import generate
+from .signals import StopSignals
 from .swap import swapped_sites
 from .unet import (
     any_attention,

@@ -1,16 +1,25 @@
-"""The folder of a run: what a run keeps there, and where another may not begin."""
+"""The folder of a run: what is kept there, where another may not begin, who holds it."""
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from . import export
 from .config import load_config
-from .errors import UserError
+from .errors import UserError, explain
 from .metrics import read
+from .places import existing_folder
 
 FILES = ("config.yaml", "provenance.jsonl", "metrics.jsonl")
 FOLDERS = ("checkpoints", "averages", "samples", export.EXPORT)
+# What file systems without locks answer: Lustre, unless mounted with flock, and some of NFS.
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def check_names(folder: Path) -> None:
@@ -54,3 +63,68 @@ def _first_save(folder: Path) -> int:
     except UserError:
         return 0
     return settings.save_every or settings.steps
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; the operating system lets go of it however the process ends.
+
+    A folder that was made for this and in which nothing else came to lie is removed again.
+    """
+    first_made = existing_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _locked(folder / ".lock")
+    except OSError as error:
+        raise UserError(f"cannot train in {folder}: {explain(error)}, with run.dir or run.name") from None
+    with file:
+        try:
+            yield
+        finally:
+            if first_made != existing_folder(folder):
+                _remove_empty(folder, first_made)
+
+
+def _locked(path: Path) -> IO[str]:
+    try:
+        import fcntl
+    except ImportError:  # Windows: no lock, and no launcher that starts independent runs either
+        return path.open("w")
+    while True:
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BlockingIOError:
+            file.close()
+            raise UserError(
+                f"another process is training in {path.parent}; wait for it, or choose another run.name"
+            ) from None
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            _say_unlocked(path.parent)
+            return file
+        file.close()  # a refused start took its lock away as we opened it
+
+
+def _say_unlocked(folder: Path) -> None:
+    print(
+        f"warning: the file system of {folder} has no locks; see to it that nothing else trains there",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _remove_empty(folder: Path, until: Path) -> None:
+    """Remove `folder` where there is nothing but the lock in it, and then its parents below `until`."""
+    with suppress(OSError):
+        if [path.name for path in folder.iterdir()] == [".lock"]:
+            (folder / ".lock").unlink()
+        place = Path(os.path.abspath(folder))
+        while place != until:
+            place.rmdir()  # refuses a folder that is not empty
+            place = place.parent

@@ -10,10 +10,10 @@ import torch
 from . import diffusion, randomness
 from .batches import Batch
 from .config import Config, TrainConfig
-from .launch import REQUEUE, StopSignals, leaving_on_requeue
 from .opening import open_run
 from .parallel import gradients, gradients_exchanged
 from .run import NonFinite, Run, Score
+from .signals import REQUEUE, StopSignals, leaving_on_requeue
 
 NON_FINITE = 3  # exit code of a run whose loss became NaN or infinite
 # Times that one step is taken again at half the loss scale: where a 4096th of it does not help, the gradient is broken.

@@ -30,8 +30,8 @@ from ldm_dcn.encoding import Encoding, encode_shards, finish, make_plan, wait_fo
 from ldm_dcn.errors import UserError
 from ldm_dcn.images import Images
 from ldm_dcn.latents import encode_dataset
-from ldm_dcn.launch import StopSignals
 from ldm_dcn.presence import Presence
+from ldm_dcn.signals import StopSignals
 from tiny import ROOT, environment, start
 
 # Forked from a server without threads, as in test_checkpoint.py.

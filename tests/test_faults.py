@@ -29,9 +29,11 @@ from ldm_dcn.config import Config, load_config
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import CARD, load_model
 from ldm_dcn.folders import verify
-from ldm_dcn.launch import StopSignals, check_launch, run_lock, start_accelerator
+from ldm_dcn.launch import check_launch, start_accelerator
 from ldm_dcn.opening import open_run
 from ldm_dcn.run import Run
+from ldm_dcn.run_folder import run_lock
+from ldm_dcn.signals import StopSignals
 from ldm_dcn.trainer import NonFinite, train
 from tiny import ROOT, environment, start, tiny_config, write_config
 

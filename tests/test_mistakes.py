@@ -19,14 +19,26 @@ from safetensors.torch import save_file
 
 import sample
 import train as train_program
-from ldm_dcn import checkpoint, encode, errors, files, hub, launch, metrics, opening, sampling, trainer
+from ldm_dcn import (
+    checkpoint,
+    encode,
+    errors,
+    files,
+    hub,
+    metrics,
+    opening,
+    run_folder,
+    sampling,
+    trainer,
+)
 from ldm_dcn import run as run_module
 from ldm_dcn.config import Config
 from ldm_dcn.device import choose_device
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.export import load_model
-from ldm_dcn.launch import StopSignals, start_accelerator
+from ldm_dcn.launch import start_accelerator
 from ldm_dcn.opening import open_run
+from ldm_dcn.signals import StopSignals
 from ldm_dcn.trainer import train
 from tiny import ROOT, tiny_config, write_config
 
@@ -545,7 +557,7 @@ def test_a_lock_that_was_taken_away_is_not_held(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fcntl, "flock", flock)
-        with launch._locked(path) as file:
+        with run_folder._locked(path) as file:
             assert os.path.samestat(os.fstat(file.fileno()), path.stat())
     assert len(calls) == 2
 
@@ -559,7 +571,7 @@ def test_a_file_system_without_locks_trains_with_a_warning(
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with launch.run_lock(tmp_path / "run"):
+    with run_folder.run_lock(tmp_path / "run"):
         (tmp_path / "run" / "config.yaml").touch()
     assert f"warning: the file system of {tmp_path / 'run'} has no locks" in capsys.readouterr().err
 

@@ -24,12 +24,13 @@ from ldm_dcn import checkpoint, latents, metrics, opening, posthoc_ema, trainer
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import Model, load_model
-from ldm_dcn.launch import StopSignals, check_plugins
+from ldm_dcn.launch import check_plugins
 from ldm_dcn.matching import Matching
 from ldm_dcn.opening import open_run
 from ldm_dcn.pipeline import LatentDiffusion
 from ldm_dcn.run import Run
 from ldm_dcn.sampling import generate
+from ldm_dcn.signals import StopSignals
 from ldm_dcn.swap import apply_swap, plan_swap
 from ldm_dcn.trainer import train, training_step
 from ldm_dcn.unet import build_unet, set_attention

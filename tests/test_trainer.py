@@ -28,9 +28,9 @@ from ldm_dcn.errors import UserError
 from ldm_dcn.export import load_model
 from ldm_dcn.folders import DiskFull
 from ldm_dcn.latents import Latents
-from ldm_dcn.launch import StopSignals
 from ldm_dcn.opening import open_run
 from ldm_dcn.sampling import generate
+from ldm_dcn.signals import StopSignals
 from ldm_dcn.trainer import learning_rate, train
 from tiny import on_two_processes, tiny_config, write_config
 

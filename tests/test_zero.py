@@ -18,8 +18,8 @@ from ldm_dcn import metrics
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import load_model
-from ldm_dcn.launch import StopSignals
 from ldm_dcn.opening import open_run
+from ldm_dcn.signals import StopSignals
 from ldm_dcn.trainer import train, training_step
 from tiny import on_two_processes, tiny_config, write_config
 

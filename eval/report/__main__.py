@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
-from ldm_dcn.files import check_folder_place, replacing
+from ldm_dcn.files import replacing
+from ldm_dcn.places import check_folder_place
 from ldm_dcn.sampling import SAMPLERS
 
 from ..environment import environment
