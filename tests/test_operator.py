@@ -390,6 +390,34 @@ def test_infinite_values_stay_where_they_are_seen(isa: str) -> None:
         assert torch.equal(output.isfinite(), want.isfinite())
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kernel_size", [3, (1, 3)], ids=["3x3", "others"])
+def test_softmax_of_logits_far_apart(isa: str, kernel_size: int | tuple[int, int]) -> None:
+    """Powers that fp32 cannot tell from zero, taps that are masked, and a logit that is not a number."""
+    generator = torch.Generator().manual_seed(31)
+    taps = 9 if kernel_size == 3 else 3
+    value, grad_output = (torch.randn(1, 12, 13, 32, generator=generator) for _ in range(2))
+    offset_mask = torch.randn(1, 12, 13, 3 * taps, generator=generator)
+    offset_mask[..., : 2 * taps] = between_cells((1, 12, 13, 2 * taps), generator, 2)
+    logits = offset_mask[..., 2 * taps :].mul_(100)
+    logits[0, :, 3, 1] = float("-inf")
+    padding = 1 if kernel_size == 3 else (0, 1)
+    problem = Problem(
+        31,
+        value,
+        offset_mask,
+        grad_output,
+        dict(groups=1, kernel_size=kernel_size, padding=padding, softmax=True),
+    )
+    with native.forced_isa(isa):
+        found = mismatches(problem, solve(dcnv4, problem))
+        assert not found, "\n".join(found)
+        logits[0, 5, 6, 2] = float("nan")
+        output = dcnv4(value, offset_mask, **problem.settings)
+    finite = output.isfinite().all(-1)
+    assert not finite[0, 5, 6] and int(finite.sum()) == 12 * 13 - 1
+
+
 @pytest.mark.parametrize("isa", ISAS[:-1])
 @pytest.mark.parametrize("size", [(2, 2**18 + 3), (70, 2**14)], ids=["columns", "elements"])
 def test_maps_past_what_fp32_counts_exactly(isa: str, size: tuple[int, int]) -> None:

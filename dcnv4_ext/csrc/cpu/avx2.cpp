@@ -160,6 +160,11 @@ struct F32 {
   }
   static DCNV4_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static DCNV4_INLINE F32 floor(F32 a) { return {_mm256_floor_ps(a.v)}; }
+  // 2^n for a whole n that is the exponent of a normal number.
+  static DCNV4_INLINE F32 power_of_two(F32 n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvttps_epi32(n.v), _mm256_set1_epi32(127));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23))};
+  }
   static DCNV4_INLINE Mask greater(Mask among, F32 a, F32 b) {
     return _mm256_and_ps(among, _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ));
   }

@@ -159,6 +159,11 @@ struct F32 {
   }
   static DCNV4_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static DCNV4_INLINE F32 floor(F32 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
+  // 2^n for a whole n that is the exponent of a normal number.
+  static DCNV4_INLINE F32 power_of_two(F32 n) {
+    const __m512i exponent = _mm512_add_epi32(_mm512_cvttps_epi32(n.v), _mm512_set1_epi32(127));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23))};
+  }
   static DCNV4_INLINE Mask greater(Mask among, F32 a, F32 b) { return _mm512_mask_cmp_ps_mask(among, a.v, b.v, _CMP_GT_OQ); }
   // a, or b where used and smaller or greater.
   static DCNV4_INLINE F32 least(Mask used, F32 a, F32 b) { return {_mm512_mask_min_ps(a.v, used, a.v, b.v)}; }

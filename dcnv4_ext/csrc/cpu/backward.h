@@ -284,8 +284,9 @@ DCNV4_NOINLINE void scatter_lookups(ScalarOf<V>* map, int64_t width, int64_t row
 // Gradients of the offsets and weights of `count` pixels from the dot products, to rows `step` apart. `fetch`: nobody has asked
 // for those rows ahead; those of the next pixels are.
 template <class V, class T, int kTaps>
-DCNV4_NOINLINE void finish_lookups(V scale, const ScalarOf<V>* sums, const LookupStates<V>& states, bool softmax, int count,
-                                   T* target, int64_t step, bool fetch) {
+DCNV4_NOINLINE void finish_lookups(const LaneTables<V, kTaps>& lanes, V scale, const ScalarOf<V>* sums,
+                                   const LookupStates<V>& states, bool softmax, int count, T* target, int64_t step,
+                                   bool fetch) {
   using S = ScalarOf<V>;
   alignas(64) T pairs[2 * V::width * kTaps], weights[V::width * kTaps];
   alignas(64) S softmax_gradients[V::width * kTaps];
@@ -304,18 +305,20 @@ DCNV4_NOINLINE void finish_lookups(V scale, const ScalarOf<V>* sums, const Looku
       weight.store(weights + i);
     }
   }
+  if (softmax) {
+    alignas(64) S means[V::width] = {0};
+    for (int i = 0; i < count; ++i)
+      for (int k = i * kTaps; k < (i + 1) * kTaps; ++k) means[i] += states.weight[k] * softmax_gradients[k];
+    const V mean = V::load(means);
+    for (int i = 0; i < vectors * V::width; i += V::width)
+      (V::load(states.weight + i) * (V::load(softmax_gradients + i) - V::permute(mean, lanes.pixel + i))).store(weights + i);
+  }
   for (int i = 0; i < count; ++i, target += step) {
     if (fetch) {
       V::prefetch(target + V::width * step);
       V::prefetch(target + V::width * step + 3 * kTaps - 1);
     }
     const int at = i * kTaps;
-    if (softmax) {
-      S mean = 0;
-      for (int k = 0; k < kTaps; ++k) mean += states.weight[at + k] * softmax_gradients[at + k];
-      for (int k = 0; k < kTaps; ++k)
-        weights[at + k] = from_compute<T>(states.weight[at + k] * (softmax_gradients[at + k] - mean));
-    }
     memcpy(target, pairs + 2 * at, 2 * kTaps * sizeof(T));
     memcpy(target + 2 * kTaps, weights + at, kTaps * sizeof(T));
   }
@@ -427,7 +430,7 @@ Sorting backward_block_sorted(const dcnv4_problem& p, const Plan<ScalarOf<V>>& p
   for_batches_of<V>(p, block, [&](int64_t row, int64_t column, int count, int64_t) DCNV4_LAMBDA_INLINE {
     const int64_t at = done * kTaps;
     const LookupStates<V> states = {taps.lx + at, taps.ly + at, taps.weight + at, taps.used + at / V::width};
-    finish_lookups<V, T, kTaps>(frame.frame.scale, taps.sums + 4 * at, states, p.softmax, count,
+    finish_lookups<V, T, kTaps>(lanes, frame.frame.scale, taps.sums + 4 * at, states, p.softmax, count,
                                 grad_offset_mask + (row * p.Wo + column) * p.grad_offset_mask_stride, p.grad_offset_mask_stride,
                                 front.rolls());
     done += count;
@@ -468,7 +471,7 @@ void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
         scatter(grad_map + c, width, row_size, lookups, count, gradient + c, p.output_stride, p.D - c);
       }
       if (grad_offset_mask)
-        finish_lookups<V, T, kTaps>(frame.frame.scale, sums, states.view(), p.softmax, count,
+        finish_lookups<V, T, kTaps>(lanes, frame.frame.scale, sums, states.view(), p.softmax, count,
                                     grad_offset_mask + pixel * p.grad_offset_mask_stride, p.grad_offset_mask_stride,
                                     front.rolls());
     });

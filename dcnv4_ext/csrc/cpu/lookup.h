@@ -100,6 +100,44 @@ struct Batch {
   int count;
 };
 
+// e^x for x <= 0, where e^-87 is next to nothing: 2^n e^r, |r| <= ln(2) / 2, with the polynomial of Cephes' expf.
+template <class V>
+DCNV4_INLINE V exp_of(V x) {
+  using S = ScalarOf<V>;
+  const V at_least = V::greatest(V::first_lanes(V::width), V::set1(S(-87)), x);  // NaN stays
+  const V n = V::floor(V::fma(at_least, V::set1(S(1.44269504088896341)), V::set1(S(0.5))));
+  const V r = V::fma(n, V::set1(S(2.12194440e-4)), V::fma(n, V::set1(S(-0.693359375)), at_least));  // ln(2) in two parts
+  constexpr S kTerms[] = {S(1.3981999507e-3), S(8.3334519073e-3), S(4.1665795894e-2), S(1.6666665459e-1), S(0.5), S(1), S(1)};
+  V sum = V::set1(S(1.9875691500e-4));
+  DCNV4_UNROLL
+  for (int i = 0; i < 7; ++i) sum = V::fma(sum, r, V::set1(kTerms[i]));
+  return sum * V::power_of_two(n);
+}
+
+// Softmax of the weights of `count` pixels, kTaps each.
+template <class V, int kTaps>
+DCNV4_NOINLINE void softmax_batch(const LaneTables<V, kTaps>& lanes, ScalarOf<V>* weights, int count) {
+  using S = ScalarOf<V>;
+  alignas(64) S largest[V::width] = {0}, inverse[V::width] = {0};
+  const int vectors = (count * kTaps + V::width - 1) / V::width;
+  for (int i = 0; i < count; ++i) {
+    const S* const own = weights + i * kTaps;
+    largest[i] = own[0];
+    for (int k = 1; k < kTaps; ++k) largest[i] = std::max(largest[i], own[k]);
+  }
+  const V from = V::load(largest);
+  for (int i = 0; i < vectors * V::width; i += V::width)
+    exp_of(V::load(weights + i) - V::permute(from, lanes.pixel + i)).store(weights + i);
+  for (int i = 0; i < count; ++i) {
+    S sum = 0;
+    for (int k = 0; k < kTaps; ++k) sum += weights[i * kTaps + k];
+    inverse[i] = S(1) / sum;
+  }
+  const V scale = V::load(inverse);
+  for (int i = 0; i < vectors * V::width; i += V::width)
+    (V::load(weights + i) * V::permute(scale, lanes.pixel + i)).store(weights + i);
+}
+
 // Locates the taps of a batch. `weights` becomes what they count, softmax done. Calls `take(v, used, place, x0, lx, ly)` for
 // every vector v of them: which count, where in the map the upper left corner is, its column, and the fractions of the
 // position, zero where a tap does not count. Returns whether a tap needs a row outside the window; then `outside` has a bit a
@@ -111,27 +149,23 @@ DCNV4_INLINE bool locate_batch(const dcnv4_problem& p, const LookupFrame<V>& on,
   constexpr int kPixels = V::width;
   // The taps' offsets and weights side by side. A store writes whole vectors, and the next one overwrites what is too much.
   alignas(64) T pairs[kPixels * 2 * kTaps + 2 * V::width];
-  const bool softmax = p.softmax;
   const T* offsets = batch.offsets;
   for (int i = 0; i < batch.count; ++i, offsets += batch.step) {
     V::prefetch(offsets + batch.below * batch.step);
     V::prefetch(offsets + batch.below * batch.step + 3 * kTaps - 1);  // most pixels' numbers lie in two lines
     memcpy(pairs + i * 2 * kTaps, offsets, 2 * kTaps * sizeof(T));
-    if (softmax) {
-      softmax_row(offsets + 2 * kTaps, kTaps, weights + i * kTaps);
+    // Whole vectors that end where the weights do: a masked one would wait for the line behind them.
+    const T* const end = offsets + 3 * kTaps;
+    if constexpr (V::width > kTaps) {
+      V::permute(V::load(end - V::width), lanes.last_taps).store(weights + i * kTaps);
     } else {
-      // Whole vectors that end where the weights do: a masked one would wait for the line behind them.
-      const T* const end = offsets + 3 * kTaps;
-      if constexpr (V::width > kTaps) {
-        V::permute(V::load(end - V::width), lanes.last_taps).store(weights + i * kTaps);
-      } else {
-        for (int k = 0; k < kTaps; k += V::width) {
-          const int from = std::min(k, kTaps - V::width);
-          V::load(end - kTaps + from).store(weights + i * kTaps + from);
-        }
+      for (int k = 0; k < kTaps; k += V::width) {
+        const int from = std::min(k, kTaps - V::width);
+        V::load(end - kTaps + from).store(weights + i * kTaps + from);
       }
     }
   }
+  if (p.softmax) softmax_batch<V, kTaps>(lanes, weights, batch.count);
   // Taps that the last vector has too many count nowhere, as any NaN.
   if (batch.count < kPixels)
     std::fill_n(pairs + batch.count * 2 * kTaps, 2 * V::width, from_compute<T>(std::numeric_limits<S>::quiet_NaN()));
