@@ -383,8 +383,8 @@ class Run:
             root = self._checkpoints
             if (where := checkpoint.non_finite(tensors)) is not None:
                 raise NonFinite(
-                    f"step {self.state.step}: {where} holds NaN or infinity and is not saved; {self.last_checkpoint()}; lower "
-                    "train.lr, or set train.gradient_clip=1.0"
+                    f"step {self.state.step}: {where} holds NaN or infinity and is not saved; {self.last_checkpoint()}; "
+                    f"{' or '.join(self.mends())}"
                 )
             keep = self.config.train.keep_checkpoints + (not self.finished)
             try:
@@ -414,6 +414,11 @@ class Run:
             f"the last checkpoint is step-{steps[0]} (should it come to the same from there, move "
             f"{self._checkpoints / f'step-{steps[0]}'} away: then the same command goes on from step-{steps[1]})"
         )
+
+    def mends(self) -> list[str]:
+        """What keeps weights from running away."""
+        clips = self.config.train.gradient_clip is not None
+        return ["lower train.lr"] if clips else ["lower train.lr", "set train.gradient_clip=1.0"]
 
     def export(self, averaged: dict[str, torch.Tensor]) -> None:
         folder = self.config.folder / export.EXPORT

@@ -140,8 +140,8 @@ def _not_taken(run: Run, loss: float) -> float | None:
     """What becomes of a step whose loss or gradient is not finite. Decided alike in every process."""
     state, settings = run.state, run.config.train
     run.optimizer.zero_grad()
-    mends = math.isfinite(loss) and state.loss_scale > 1  # no scale mends a loss that is none
-    if mends and state.overflows_in_a_row < OVERFLOWS_IN_A_ROW:
+    scaled = math.isfinite(loss) and state.loss_scale > 1  # no scale mends a loss that is none
+    if scaled and state.overflows_in_a_row < OVERFLOWS_IN_A_ROW:
         state.loss_scale /= 2
         state.overflows += 1
         state.overflows_in_a_row += 1
@@ -162,8 +162,9 @@ def _not_taken(run: Run, loss: float) -> float | None:
             f"({state.left_out} of at most {settings.skip_non_finite}), the batch is written to {where}"
         )
         return math.nan
+    mends = [*run.mends(), *(["set train.precision=bf16"] if tried else []), "look at those samples"]
     raise NonFinite(
         f"step {state.step + 1}: the loss is {loss} and the gradient's norm {run.gradient_norm}{tried}; the weights "
-        f"were not touched by it, and {run.last_checkpoint()}; the batch is written to {where}; lower train.lr, set "
-        f"train.gradient_clip=1.0, {'set train.precision=bf16, ' if tried else ''}look at those samples, or leave a few such batches out with train.skip_non_finite"
+        f"were not touched by it, and {run.last_checkpoint()}; the batch is written to {where}; {', '.join(mends)}, or leave a "
+        "few such batches out with train.skip_non_finite"
     )
