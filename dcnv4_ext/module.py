@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .functional import dcnv4
 from .geometry import Geometry, Pair, flag, number, pair
+from .projections import can_join, join
 
 MaskInit = Literal["zero", "uniform", "center"]
 
@@ -24,7 +25,8 @@ class DCNv4(nn.Module):
     """Deformable convolution of the fourth version (Xiong et al., 2024, arXiv:2401.06197), channels last.
 
     value = value_proj(x); offset_mask = offset_mask(offset_mask_dw(x)); output = output_proj(dcnv4(value, offset_mask)).
-    Parameter names and layouts are those of the official module, so that its state dicts load.
+    Parameter names and layouts are those of the official module, so that its state dicts load. In eager training the first two
+    projections are one matrix product where that is sooner (projections.py).
 
     Args:
         channels: C of the input and of the value map.
@@ -194,8 +196,12 @@ class DCNv4(nn.Module):
                 f"expected {self.channels} channels in the last dimension, got shape {tuple(x.shape)}"
             )
 
-        value = x if self.without_pointwise else self.value_proj(x)
-        offset_mask = self.offset_mask(self._offset_features(x))
+        features = self._offset_features(x)
+        if not self.without_pointwise and features is x and can_join(x, self.value_proj, self.offset_mask):
+            value, offset_mask = join(x, self.value_proj, self.offset_mask)
+        else:
+            value = x if self.without_pointwise else self.value_proj(x)
+            offset_mask = self.offset_mask(features)
         y = dcnv4(
             value,
             offset_mask,

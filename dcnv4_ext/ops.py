@@ -105,13 +105,15 @@ def _check_needed(needed: list[bool]) -> None:
 
 
 class _Call(NamedTuple):
-    """A checked call: what the kernel is told, the shape of the output, the bytes that each input must have behind it, and
-    whether an input must be copied first, because its pixels do not stand a constant number of elements apart."""
+    """A checked call: what the kernel is told, the shape of the output, the bytes that each input must have behind it, whether
+    an input must be copied first, because its pixels do not stand a constant number of elements apart, and for inputs that may be
+    the columns of one tensor what the kernel is told to leave gradients so."""
 
     problem: native.Problem
     output_shape: tuple[int, int, int, int]
     bytes: tuple[int, ...]
     scattered: bool
+    columns: native.Problem | None
 
 
 # Calls repeat: a network makes the same few over and over. Checks and the struct are paid for once. A dict that forgets all when
@@ -140,7 +142,14 @@ def _check(value, offset_mask, grad_output, settings, deterministic: bool, threa
         deterministic=deterministic, threads=threads, device=value.device.index or 0,
     )  # fmt: skip
     sizes = [native.extent(tensor.shape, tensor.stride(), tensor.itemsize) for tensor in tensors]
-    return _Call(problem, shape, tuple(sizes), not all(map(native.has_rows, tensors)))
+    columns = None
+    if (
+        strides[0] == strides[1] == value.shape[3] + offset_mask.shape[3]
+        and value.shape[:3] == offset_mask.shape[:3]
+    ):
+        columns = native.Problem.from_buffer_copy(problem)
+        columns.grad_value_stride = columns.grad_offset_mask_stride = strides[0]
+    return _Call(problem, shape, tuple(sizes), not all(map(native.has_rows, tensors)), columns)
 
 
 def _prepare(value, offset_mask, grad_output, settings) -> _Call:
@@ -167,7 +176,7 @@ def _prepare(value, offset_mask, grad_output, settings) -> _Call:
 
 
 def _forward(value, offset_mask, settings):
-    problem, shape, _, scattered = _prepare(value, offset_mask, None, settings)
+    problem, shape, _, scattered, _ = _prepare(value, offset_mask, None, settings)
     if scattered:
         return _forward(native.rows(value), native.rows(offset_mask), settings)
     output = value.new_empty(*shape)
@@ -176,16 +185,40 @@ def _forward(value, offset_mask, settings):
     return output
 
 
-def _backward(value, offset_mask, grad_output, settings, needed):
-    problem, shape, _, scattered = _prepare(value, offset_mask, grad_output, settings)
+def _backward(value, offset_mask, grad_output, settings, needed, *, as_columns=False):
+    """The gradients that are needed, contiguous. With `as_columns` those of inputs that are columns of one tensor may be so too."""
+    problem, shape, _, scattered, columns = _prepare(value, offset_mask, grad_output, settings)
     if scattered:
         return _backward(*map(native.rows, (value, offset_mask, grad_output)), settings, needed)
-    plain = torch.contiguous_format
-    grad_value = torch.empty_like(value, memory_format=plain) if needed[0] else None
-    grad_offset_mask = torch.empty_like(offset_mask, memory_format=plain) if needed[1] else None
+    if as_columns and columns and all(needed):
+        problem = columns
+        both = value.new_empty(*value.shape[:3], columns.grad_value_stride)
+        grad_value, grad_offset_mask = both.split((value.shape[3], offset_mask.shape[3]), 3)
+    else:
+        dense = torch.contiguous_format
+        grad_value = torch.empty_like(value, memory_format=dense) if needed[0] else None
+        grad_offset_mask = torch.empty_like(offset_mask, memory_format=dense) if needed[1] else None
     if shape[0] > 0:
         native.backward(problem, value, offset_mask, grad_output, grad_value, grad_offset_mask)
     return grad_value, grad_offset_mask
+
+
+def side_by_side(first, second) -> bool:
+    """Whether two tensors are the columns of one, as `_backward` leaves the gradients of such."""
+    columns = first.shape[-1] + second.shape[-1]
+    return (
+        first.shape[:-1] == second.shape[:-1]
+        and first.stride() == second.stride() == _dense_strides((*first.shape[:-1], columns))
+        and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        and first.storage_offset() + first.shape[-1] == second.storage_offset()
+    )
+
+
+def _dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides))
 
 
 def _without_lists(settings) -> tuple:
@@ -267,15 +300,20 @@ except AttributeError:  # another torch, which cannot be asked: every call goes 
     _answers = False
 
 
-def _ordinary(*tensors: Tensor) -> bool:
+def plain(*tensors: Tensor) -> bool:
+    """Whether the dispatcher would find nothing between autograd and the kernels of these tensors; profilers and autocast aside."""
     if not _answers or _included().raw_repr() != _ORDINARY_STATE:
         return False
     for tensor in tensors:
         if type(tensor) not in _ORDINARY_CLASSES or _keys_of(tensor).raw_repr() not in _ORDINARY_TENSORS:
             return False
+    return True
+
+
+def _ordinary(*tensors: Tensor) -> bool:
     # Profilers list what the dispatcher calls: one of this thread, or one of all threads. Whether an ExecutionTraceObserver runs
     # without a profiler, nobody can tell.
-    return not (_profiler_enabled() or profiler._is_profiler_enabled)
+    return plain(*tensors) and not (_profiler_enabled() or profiler._is_profiler_enabled)
 
 
 def unwatched(value, offset_mask) -> bool:
@@ -363,7 +401,11 @@ class _Differentiable(_Function):
         # Only with create_graph=True does autograd run backward with gradients enabled.
         plain = not torch.is_grad_enabled() and forward_ad._current_level < 0
         if plain and not is_dynamo_compiling() and _ordinary(value, offset_mask, grad_output):
-            return *_backward(value, offset_mask, grad_output, ctx.settings, needed), None, None
+            return (
+                *_backward(value, offset_mask, grad_output, ctx.settings, needed, as_columns=True),
+                None,
+                None,
+            )
         grad_value, grad_offset_mask = backward(value, offset_mask, grad_output, *ctx.settings, needed)
         return grad_value if needed[0] else None, grad_offset_mask if needed[1] else None, None, None
 

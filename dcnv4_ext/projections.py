@@ -1,0 +1,65 @@
+"""Two linear layers of one input as one matrix product.
+
+A training step then reads the input once forward and once for the weights' gradients, and makes one gradient of the input instead
+of two and their sum. The layers stay two in the module and in its checkpoints; their weights are put side by side in every call,
+which only training makes good: without gradients the product that is saved costs no more than that.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.nn.modules import module as _module
+
+from . import ops as _ops
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _plain(layer: nn.Module) -> bool:
+    """Whether calling the layer does what `nn.Linear` does and nothing else."""
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in layer.__dict__
+        and not any(getattr(layer, hooks) or getattr(_module, "_global" + hooks) for hooks in _HOOKS)
+    )
+
+
+def can_join(x: Tensor, first: nn.Module, second: nn.Module) -> bool:
+    """Whether `join` gives what the two layers give, and sooner: in training, where the input has rows enough to make good the copy
+    of the weights.
+
+    Not where anybody would miss the layers' calls (hooks, other classes, torch.compile), nor where others than autograd look on.
+    """
+    if is_dynamo_compiling() or not (torch.is_grad_enabled() and _plain(first) and _plain(second)):
+        return False
+    tensors = first.weight, second.weight, first.bias, second.bias
+    return (
+        first.bias is not None
+        and second.bias is not None
+        and _ops.plain(x, *tensors)
+        and all(tensor.requires_grad and tensor.dtype == first.weight.dtype for tensor in tensors)
+        and 2 * x.numel() >= x.shape[-1] * (first.out_features + second.out_features)
+    )
+
+
+class _Columns(torch.autograd.Function):
+    """The first `count` columns and the others, whose gradients are one tensor again: without a copy where they lie side by side."""
+
+    @staticmethod
+    def forward(ctx, both: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return both[..., :count], both[..., count:]
+
+    @staticmethod
+    def backward(ctx, first: Tensor, second: Tensor) -> tuple[Tensor, None]:
+        if not is_dynamo_compiling() and not torch.is_grad_enabled() and _ops.side_by_side(first, second):
+            columns = first.shape[-1] + second.shape[-1]
+            return first.as_strided((*first.shape[:-1], columns), first.stride()), None
+        return torch.cat((first, second), -1), None
+
+
+def join(x: Tensor, first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor]:
+    """`first(x)` and `second(x)`, as columns of one tensor. x is (..., C); see `can_join`."""
+    weight, bias = (torch.cat((getattr(first, name), getattr(second, name))) for name in ("weight", "bias"))
+    return _Columns.apply(nn.functional.linear(x, weight, bias), first.out_features)
