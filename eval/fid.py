@@ -11,7 +11,6 @@ extractor must be named. Under torchrun, each process draws its share, and the n
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -34,6 +33,7 @@ from .measurement import Measured, measure
 from .moments import Statistics
 from .moments import save_statistics as write_statistics
 from .processes import Processes, joined_processes
+from .results import write
 from .scores import (
     NEIGHBOURS,
     class_accuracy,
@@ -357,8 +357,7 @@ def _in_words(tags: dict[str, Any]) -> str:
 
 def write_json(table: Table, path: Path) -> None:
     """Every number with its tags, readable by any program."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(table), indent=2, default=str) + "\n", encoding="utf-8")
+    write(asdict(table), path)
 
 
 def _parser() -> Parser:

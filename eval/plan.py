@@ -42,6 +42,7 @@ from ldm_dcn.run import ARITHMETIC
 from ldm_dcn.unet import build_unet
 
 from .environment import environment
+from .results import write
 
 STATE_BYTES = {"weights": 4, "gradients": 4, "AdamW": 8, "average": 4}  # a parameter; fp32 throughout
 FP32 = 4  # bytes
@@ -428,7 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "plans": [asdict(p) for p in plans],
                 "environment": environment(),
             }
-            options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            write(content, options.json)
 
 
 if __name__ == "__main__":

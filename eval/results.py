@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 import dcnv4_ext
 from dcnv4_ext import native
 from ldm_dcn.errors import UserError
+from ldm_dcn.files import replacing
 
 from .environment import cpu_name, environment
 
@@ -77,8 +77,6 @@ def open_results(
 
 
 def write(content: dict[str, Any], path: Path) -> None:
-    """The whole file or, where this is stopped, the one before; what is left then ends in .part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    """The whole file or, where this is stopped, the one before. Folders on the way are made; what JSON does not know is written as text."""
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=1, default=str) + "\n").encode())

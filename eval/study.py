@@ -30,12 +30,12 @@ from ldm_dcn import metrics
 from ldm_dcn.changes import FREE
 from ldm_dcn.config import Config, config_hash, flat, load_config
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
-from ldm_dcn.files import replacing
 from ldm_dcn.places import check_file_place
 
 from .comparison import SCORES, tables
 from .environment import environment, noted
 from .protocol import Scoring, Study, comparisons_of, load_study
+from .results import write
 
 ROOT = Path(__file__).resolve().parent.parent
 CURVE_POINTS = 60  # of a training curve, kept in the results
@@ -258,11 +258,6 @@ def draw(job: Job, scoring: Scoring, file: Path, threads: int) -> None:
         job.config.folder.with_suffix(".log"),
         threads,
     )
-
-
-def write(content: dict[str, Any], path: Path) -> None:
-    with replacing(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,7 +13,6 @@ the machine does hits all alike; the table gives the median over rounds, half th
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -40,6 +39,7 @@ from ldm_dcn.unet import build_unet
 from . import profile
 from .columns import in_columns
 from .environment import environment
+from .results import write
 from .stopwatch import Rounds
 
 DEFAULT_CONFIG = "configs/digits_dcn.yaml"
@@ -503,21 +503,19 @@ def time_the_loop(path: str, options: argparse.Namespace) -> None:
         content = {"config": config.resolved(), "seconds": medians, "step": statistics.median(cost.step),
                    "overhead": cost.overhead, "loader": cost.loader, "steps": len(cost.step), "processes": cost.processes,
                    "peak_bytes": cost.peak_bytes, "environment": environment()}  # fmt: skip
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write(content, options.json)
 
 
 def write_json(
     figures: Sequence[Figures], settings: Settings, path: Path, profiles: Sequence[profile.Profile] = ()
 ) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "settings": asdict(settings),
         "figures": [asdict(f) for f in figures],
         "profiles": [asdict(p) for p in profiles],
         "environment": environment(),
     }
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write(content, path)
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def test_the_command_says_what_was_measured_and_what_assumed(
 
 
 def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "plan.json"
+    path = tmp_path / "made" / "plan.json"
     plan.main([str(write_config(tmp_path)), "--gpus", "1", "2", "--tflops", "1", "--json", str(path)])
     assert "tiny" in capsys.readouterr().out
     assert [p["gpus"] for p in json.loads(path.read_text())["plans"]] == [1, 2]
