@@ -10,8 +10,8 @@ namespace dcnv4 {
 namespace {
 
 constexpr int kQuad = 4;  // threads of a pixel: q works out taps q and q + 4
-constexpr int kRow =
-    odd(2 * kQuad);  // of a pixel's taps in shared memory, in odd number: then eight pixels' lie in eight banks
+// Of a pixel's taps in shared memory, in odd number: then those of eight pixels lie in eight banks.
+constexpr int kRow = odd(2 * kQuad);
 constexpr int kMostWideThreads = 448;  // of a block with cells of 128 bytes, whose threads hold more
 
 // Which pixel of a batch four threads have. Eight threads read and write at once, and two pixels whose numbers differ by four
