@@ -6,6 +6,7 @@ Without a GPU everything here is skipped; tests/emulation runs the same kernels 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -283,6 +284,22 @@ def test_cuda_graph(deterministic: bool) -> None:
             assert not found, "\n".join(found)
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_windows_come_as_boxes_where_the_code_can() -> None:
+    """The kernels are asked what they were compiled for; were the answer wrong, nothing but the speed would tell."""
+    if (
+        torch.cuda.get_device_capability() < (9, 0)
+        or "90" not in native.cuda().dcnv4_cuda_architectures().decode()
+    ):
+        pytest.skip("no device of sm_90 or later, or no code for it")
+    problem = on_gpu(problem_of(1, 9, 11, 256, 8, torch.bfloat16))
+    dcnv4(problem.value, problem.offset_mask, groups=8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        dcnv4(problem.value, problem.offset_mask, groups=8)
+        torch.cuda.synchronize()
+    names = [event.key for event in profile.key_averages() if "sample_window" in event.key]
+    assert names and all(re.search(r"true>", name) for name in names), names
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
