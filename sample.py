@@ -29,7 +29,7 @@ from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 if TYPE_CHECKING:
     from eval.processes import Processes
     from ldm_dcn.drawn import Drawn
-    from ldm_dcn.export import Model
+    from ldm_dcn.model import Model
     from ldm_dcn.signals import StopSignals
 
 COLUMNS = 8  # seeds a class where neither --seeds nor --n says how many

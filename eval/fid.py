@@ -24,11 +24,13 @@ import torch
 from ldm_dcn.cache_layout import is_cache
 from ldm_dcn.data import rank_in_class, split_indices
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
-from ldm_dcn.export import Model, load_model
+from ldm_dcn.export import load_model
+from ldm_dcn.model import Model
 
 from .columns import in_columns
 from .environment import environment
-from .extractors import KINDS, FeatureExtractor, load_extractor
+from .extractors import KINDS, load_extractor
+from .features import FeatureExtractor
 from .measurement import Measured, measure
 from .moments import Statistics
 from .moments import save_statistics as write_statistics

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_dcn.errors import UserError
+from ldm_dcn.files import hash_file
 
-from .extractors import FeatureExtractor, hash_file
+from .features import FeatureExtractor
 
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SIDE = 299

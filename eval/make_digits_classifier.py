@@ -19,7 +19,7 @@ from ldm_dcn.data import open_dataset
 from ldm_dcn.images import Images
 from ldm_dcn.make_digits_autoencoder import jitter, schedule
 
-from .extractors import DIGITS_FILE, DigitsClassifier, SmallClassifier
+from .classifiers import DIGITS_FILE, DigitsClassifier, SmallClassifier
 
 STEPS = 2000
 BATCH = 128

@@ -17,7 +17,7 @@ from ldm_dcn.images import Images
 from ldm_dcn.make_photographs import CROP
 from ldm_dcn.places import check_file_place
 
-from .extractors import SmallClassifier
+from .classifiers import SmallClassifier
 from .make_digits_classifier import SEED, fit, report
 
 NAME = "photographs-v1"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .extractors import FeatureExtractor
+from .features import FeatureExtractor
 from .moments import Moments
 from .npz import AdmNpzWriter
 from .processes import Processes

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ldm_dcn.errors import UserError
 
-from .extractors import FeatureExtractor
+from .features import FeatureExtractor
 from .metrics import image_metric
 from .npz import read_npz
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dcnv4_ext import DCNv4
 from ldm_dcn.autoencoder import to_uint8
 from ldm_dcn.diffusion import denoised, levels
-from ldm_dcn.export import Model
+from ldm_dcn.model import Model
 from ldm_dcn.sampling import guided, sample_latents
 from ldm_dcn.swap import swapped_sites
 

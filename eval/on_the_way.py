@@ -7,9 +7,10 @@ from typing import Any
 from ldm_dcn.cache_layout import is_cache
 from ldm_dcn.config import Config
 from ldm_dcn.errors import UserError
-from ldm_dcn.export import Model
+from ldm_dcn.model import Model
 
-from .extractors import FeatureExtractor, load_extractor
+from .extractors import load_extractor
+from .features import FeatureExtractor
 from .measurement import Measured, measure
 from .moments import Statistics
 from .sources import SampleSource, choose_labels, open_reference

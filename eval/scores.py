@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm_dcn.errors import UserError
 
-from .extractors import FeatureExtractor
+from .features import FeatureExtractor
 from .metrics import image_metric
 from .moments import Moments
 

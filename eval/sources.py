@@ -23,7 +23,7 @@ from .moments import Statistics, read_statistics
 from .npz import npz_names, read_npz
 
 if TYPE_CHECKING:
-    from ldm_dcn.export import Model
+    from ldm_dcn.model import Model
 
 LABEL_RULES = ("reference", "balanced", "random")
 RUN_MARKS = ("config.yaml", "checkpoints", "model_index.json")  # as ldm_dcn.export.load_model

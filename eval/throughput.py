@@ -32,7 +32,8 @@ from ldm_dcn.denoiser import Denoiser
 from ldm_dcn.diffusion import Schedule, add_noise, at, levels, loss, target
 from ldm_dcn.ema import EMA, Constant
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
-from ldm_dcn.export import Model, load_model
+from ldm_dcn.export import load_model
+from ldm_dcn.model import Model
 from ldm_dcn.sampling import generate, guided, sample_latents
 from ldm_dcn.unet import build_unet
 

@@ -9,7 +9,6 @@ A folder without a manifest, or with a file that differs from it, is damaged.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -17,12 +16,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
 from .errors import UserError
-from .files import fsync, write_json
+from .files import fsync, hash_file, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -125,7 +123,7 @@ def verify(folder: Path, but: str | None = None) -> None:
         if path.stat().st_size != size:
             raise Damaged(f"{path} has {path.stat().st_size} bytes instead of {size}")
     for name, (_, sha256) in files.items():
-        if _sha256(folder / name) != sha256:
+        if hash_file(folder / name) != sha256:
             raise Damaged(f"{folder / name} was changed after it was written (its sha256 differs)")
 
 
@@ -134,28 +132,11 @@ def _write_manifest(folder: Path) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         fsync(path)
         name = path.relative_to(folder).as_posix()
-        files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        files[name] = {"size": path.stat().st_size, "sha256": hash_file(path)}
     for subfolder in (p for p in folder.rglob("*") if p.is_dir()):
         fsync(subfolder)
     write_json(folder / MANIFEST, {"format": FORMAT, "files": files})
     fsync(folder / MANIFEST)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(file)
-        )
-
-
-def _digest(file: Any) -> str:
-    """`hashlib.file_digest` of Python 3.11, for 3.10."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def remove(folder: Path) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from .device import choose_device
 from .errors import UserError
-from .export import Model, load_model
+from .export import load_model
+from .model import Model
 from .pictures import to_pil
 from .sampling import check_labels, generate, is_whole
 from .swap import nearest

@@ -29,6 +29,7 @@ from .folders import DiskFull
 from .latents import Latents
 from .matching import Matching, new_parameters
 from .metrics import MetricsLog
+from .model import Model
 from .parallel import Optimizer, collected, in_shares_of, replicate, reshard, state_of
 from .sampling import generate
 from .signals import StopSignals
@@ -45,7 +46,7 @@ EMA_GROUPS = ("ema", "ema_2")  # names in a checkpoint
 SPARED = (OSError, ValueError, UserError, torch.OutOfMemoryError)
 ARITHMETIC = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-Score = Callable[[export.Model, int], dict[str, Any]]  # a model, a number of images -> names and values
+Score = Callable[[Model, int], dict[str, Any]]  # a model, a number of images -> names and values
 
 
 class NonFinite(UserError):
@@ -273,7 +274,7 @@ class Run:
             yield
             reshard(self.model)
 
-    def averaged_model(self, denoiser: Denoiser | None = None) -> export.Model:
+    def averaged_model(self, denoiser: Denoiser | None = None) -> Model:
         """The model for use; only inside `self.averaged()` does it have the averaged weights."""
         config = self.config
         settings = config.resolved()
@@ -286,7 +287,7 @@ class Run:
             "autoencoder": config.autoencoder.spec,
             "config": config_hash(settings),
         }
-        return export.Model(
+        return Model(
             denoiser or self.denoiser,
             self.autoencoder,
             self.schedule,

@@ -12,7 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import (
@@ -27,9 +27,7 @@ from .autoencoder import to_uint8
 from .denoiser import Denoiser
 from .diffusion import Schedule, alpha_bars, denoised, guide, levels
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from .export import Model
+from .model import Model
 
 # noised latents (N, C, h, w), times (N,) -> what `Schedule.prediction` says, (N, C, h, w)
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from eval import fid, measurement, sources
-from eval.extractors import FeatureExtractor, load_extractor
+from eval.extractors import load_extractor
+from eval.features import FeatureExtractor
 from eval.moments import Moments
 from eval.npz import AdmNpzWriter
 from eval.scores import extract, frechet_distance
@@ -223,7 +224,8 @@ def export(tmp_path_factory) -> Path:
     from ldm_dcn.autoencoder import load_autoencoder
     from ldm_dcn.denoiser import Denoiser
     from ldm_dcn.diffusion import Schedule
-    from ldm_dcn.export import Model, save_export
+    from ldm_dcn.export import save_export
+    from ldm_dcn.model import Model
     from ldm_dcn.unet import build_unet
 
     torch.manual_seed(0)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eval.extractors import hash_file, load_extractor
+from eval.extractors import load_extractor
 from eval.inception import SHA256, Inception, _average_pool, load_inception, tf1_bilinear
 from ldm_dcn.errors import UserError
+from ldm_dcn.files import hash_file
 
 
 @pytest.fixture(scope="module")

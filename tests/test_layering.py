@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ["dcnv4_ext", "ldm_dcn", "eval"]
@@ -33,6 +36,33 @@ def test_imports_go_one_way() -> None:
     assert seen > 20
     for file in (ROOT / "dcnv4_ext").rglob("*.py"):
         assert not imported(file) & FORBIDDEN_BELOW, file
+
+
+def of_package(file: Path) -> set[str]:
+    """The files of `package` that one of them imports, anywhere and for whatever reason, by their dotted names."""
+    base = file.relative_to(ROOT).parent.parts  # of a file and of its folder's __init__ alike
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            above = ".".join(base[: len(base) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (above, node.module)))
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_no_file_imports_itself_in_a_circle(package: str) -> None:
+    """Also where the import stands in a function or is for type checkers alone: two nouns that need each other are one."""
+    names = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts): file
+        for file in (ROOT / package).rglob("*.py")
+        if file.name != "__init__.py"
+    }
+    graph = {name: of_package(file) & names.keys() for name, file in names.items()}
+    assert sum(map(len, graph.values())) >= len(graph) // 2
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the circle
 
 
 def test_only_train_and_the_loops_stopwatch_know_the_trainer() -> None:

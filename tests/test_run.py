@@ -23,9 +23,10 @@ from safetensors.torch import load_file
 from ldm_dcn import checkpoint, latents, metrics, opening, posthoc_ema, trainer
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.errors import UserError
-from ldm_dcn.export import Model, load_model
+from ldm_dcn.export import load_model
 from ldm_dcn.launch import check_plugins
 from ldm_dcn.matching import Matching
+from ldm_dcn.model import Model
 from ldm_dcn.opening import open_run
 from ldm_dcn.pipeline import LatentDiffusion
 from ldm_dcn.run import Run

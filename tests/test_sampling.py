@@ -14,7 +14,7 @@ from ldm_dcn.denoiser import Denoiser
 from ldm_dcn.diffusion import PREDICTIONS, Schedule, levels, target
 from ldm_dcn.diffusion import at as level_at
 from ldm_dcn.errors import UserError
-from ldm_dcn.export import Model
+from ldm_dcn.model import Model
 from ldm_dcn.sampling import SAMPLERS, build_scheduler, generate, guided, sample_latents, sampling_times
 from tiny import UNET
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from eval import scores
-from eval.extractors import FeatureExtractor, load_extractor
+from eval.extractors import load_extractor
+from eval.features import FeatureExtractor
 from eval.scores import (
     class_accuracy,
     extract,

@@ -14,7 +14,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ldm_dcn import metrics
 from ldm_dcn.errors import UserError
-from ldm_dcn.export import Model, load_model
+from ldm_dcn.export import load_model
+from ldm_dcn.model import Model
 
 from ..protocol import Study
 

@@ -1,0 +1,71 @@
+"""A model for use: all that drawing images takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from .autoencoder import Autoencoder
+from .denoiser import Denoiser
+from .diffusion import Schedule
+from .errors import UserError
+from .text import TextEncoder, load_text_encoder
+
+
+@dataclass
+class Model:
+    """All that drawing images takes (`ldm_dcn.sampling.generate`).
+
+    latent_shape    (C, h, w)
+    config          the run's resolved settings, as plain values
+    tags            what must stand beside every number measured with this model
+    text_encoder    fingerprint of the text encoder of a model that takes text
+    between_batches called by `generate`; what it raises ends the drawing
+    """
+
+    denoiser: Denoiser
+    autoencoder: Autoencoder
+    schedule: Schedule
+    latent_shape: tuple[int, int, int]
+    name: str
+    step: int
+    config: dict[str, Any] = field(default_factory=dict)
+    tags: dict[str, Any] = field(default_factory=dict)
+    text_encoder: dict[str, Any] | None = None
+    between_batches: Callable[[], object] | None = field(default=None, repr=False)
+    _encoder: TextEncoder | None = field(default=None, repr=False)
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        return self.denoiser.unet
+
+    @property
+    def num_classes(self) -> int:
+        return self.denoiser.num_classes
+
+    def encode_prompts(self, prompts: Sequence[str], spec: str | None = None) -> torch.Tensor:
+        """(len(prompts), T, D) tokens for `generate`; `spec` says where the text encoder lies on this machine."""
+        if self.text_encoder is None:
+            raise UserError(f"{self.name} takes no prompts; it knows {self.num_classes} classes")
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise UserError(f"prompts are {prompts!r}; give texts in a list")
+        prompts = list(prompts)
+        for prompt in prompts:
+            if not isinstance(prompt, str) or not _is_unicode(prompt):
+                raise UserError(f"prompt {prompt!r} is no text; give a string")
+        if self._encoder is None:
+            self._encoder = load_text_encoder(spec or self.text_encoder["spec"], device=self.denoiser.device)
+            self._encoder.check(self.text_encoder)
+        return self._encoder.encode(prompts)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half a character, as of a file name that is no UTF-8
+        return False
+    return True
