@@ -15,15 +15,16 @@ from torch.nn.modules import module as _module
 from . import ops as _ops
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(_module, f"_global{hooks}") for hooks in _HOOKS]
 
 
-def _plain(layer: nn.Module) -> bool:
-    """Whether calling the layer does what `nn.Linear` does and nothing else."""
-    return (
-        type(layer) is nn.Linear
-        and "forward" not in layer.__dict__
-        and not any(getattr(layer, hooks) or getattr(_module, "_global" + hooks) for hooks in _HOOKS)
-    )
+def _parameters(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of a layer that does what `nn.Linear` does and nothing else. Asked in every call, and so past `__getattr__`."""
+    own = layer.__dict__
+    if type(layer) is not nn.Linear or "forward" in own or any([own[hooks] for hooks in _HOOKS]):
+        return None
+    weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
+    return None if weight is None or bias is None else (weight, bias)
 
 
 def can_join(x: Tensor, first: nn.Module, second: nn.Module) -> bool:
@@ -32,16 +33,18 @@ def can_join(x: Tensor, first: nn.Module, second: nn.Module) -> bool:
 
     Not where anybody would miss the layers' calls (hooks, other classes, torch.compile), nor where others than autograd look on.
     """
-    if is_dynamo_compiling() or not (torch.is_grad_enabled() and _plain(first) and _plain(second)):
+    if is_dynamo_compiling() or not torch.is_grad_enabled() or any(_GLOBAL_HOOKS):
         return False
-    tensors = first.weight, second.weight, first.bias, second.bias
+    parameters = _parameters(first), _parameters(second)
+    if None in parameters:
+        return False
+    (weight, bias), (other_weight, other_bias) = parameters
     return (
-        first.bias is not None
-        and second.bias is not None
-        and _ops.plain(x, *tensors)
-        and all(tensor.requires_grad and tensor.dtype == first.weight.dtype for tensor in tensors)
-        and 2 * x.numel() >= x.shape[-1] * (first.out_features + second.out_features)
-    )
+        _ops.plain(x, weight, bias, other_weight, other_bias)
+        and weight.requires_grad and bias.requires_grad and other_weight.requires_grad and other_bias.requires_grad
+        and weight.dtype == bias.dtype == other_weight.dtype == other_bias.dtype
+        and 2 * x.numel() >= x.shape[-1] * (weight.shape[0] + other_weight.shape[0])
+    )  # fmt: skip
 
 
 class _Columns(torch.autograd.Function):
