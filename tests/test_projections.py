@@ -180,3 +180,20 @@ def test_checkpointing_recomputes_the_same(joins):
     y.square().sum().backward()
     assert torch.equal(y, plain[0]) and torch.equal(x.grad, plain[1])
     assert len(joins) == 3
+
+
+def test_compiled_autograd_takes_over_backward(joins):
+    from torch._dynamo import compiled_autograd
+
+    enabled = getattr(compiled_autograd, "enable", None) or compiled_autograd._enable
+    made, x = layer(), torch.randn(2, 9, 11, 32)
+    made(x).square().sum().backward()
+    expected = [parameter.grad for parameter in made.parameters()]
+    made.zero_grad()
+    torch._dynamo.reset()
+    loss = made(x).square().sum()
+    with enabled(lambda graph: torch.compile(graph, backend="eager", fullgraph=True)):
+        loss.backward()
+    for parameter, want in zip(made.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, want)
+    assert len(joins) == 2
