@@ -3,10 +3,11 @@
     python benchmarks/cpu_variants.py before.so after.so --isa avx2 --rows sd 64x56x56x128 --dtype float32 bfloat16
 
 A variant is a library built from dcnv4_ext/csrc, with `@ISA` behind its name for another instruction set than --isa. Calls go to
-the C interface without torch's dispatcher, walk through buffer sets that are larger than the cache together, and take turns. With
-one thread (the default) what is timed is the thread's own time, so that other programs on the machine do little harm. Printed are
-medians in microseconds and how many times as long the first variant takes: the median over rounds. Results that differ from the
-first's by more than rounding are told. For tuning: what the texts claim comes from eval.operators.
+the C interface without torch's dispatcher, walk through buffer sets that are larger than the cache together, and take turns. What
+is timed is the process's time on all cores, so that other programs do little harm; with several --threads,
+`OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0` keeps waiting out of it. Printed are medians in microseconds and how many times as long
+the first variant takes: the median over rounds. Results that differ from the first's by more than rounding are told. For tuning:
+what the texts claim comes from eval.operators.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def compare(
     libraries: dict[str, ctypes.CDLL], kind: str, shape: Shape, dtype_name: str, options: argparse.Namespace
 ) -> list[float]:
     """One row; returns how many times as long as each variant the first takes."""
-    names, dtype, threads = list(libraries), getattr(torch, dtype_name), options.threads
+    names, dtype = list(libraries), getattr(torch, dtype_name)
     operand_bytes = shape.pixels * (shape.c + shape.columns) * torch.finfo(dtype).bits // 8
     sets = min(MOST_SETS, buffer_sets(operand_bytes, "cpu"))
     case = Case(shape, dtype, options.sigma, "cpu", sets)
@@ -87,7 +88,7 @@ def compare(
         Geometry(kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), remove_center=False),
         shape.groups, 1.0, options.softmax, dtype, case.map("value", 0).shape, case.map("offset_mask", 0).shape,
         case.map("value", 0).shape, value_stride=shape.c, offset_mask_stride=shape.columns, output_stride=shape.c,
-        deterministic=False, threads=threads, device=0,
+        deterministic=False, threads=options.threads, device=0,
     )  # fmt: skip
     calls, firsts = [], []
     for library in libraries.values():
@@ -103,20 +104,19 @@ def compare(
             difference = float((ours.double() - other.double()).abs().max() / ours.double().abs().max())
             if not difference <= ALLOWED[dtype]:
                 print(f"{name} differs from {names[0]} by {difference:.2g} of the largest")
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    began = clock()
+    began = time.process_time()
     for call in calls[0][1:]:
         call()
-    turn = max(1, math.ceil(CPU_TURN * (sets - 1) / max(clock() - began, 1e-9)))
+    turn = max(1, math.ceil(CPU_TURN * (sets - 1) / max(time.process_time() - began, 1e-9)))
     times: list[list[float]] = [[] for _ in calls]
     until, position = time.perf_counter() + options.seconds * len(calls), 0
     while time.perf_counter() < until or len(times[0]) < FEWEST_ROUNDS:
         order = range(len(calls)) if len(times[0]) % 2 == 0 else reversed(range(len(calls)))
         for index in order:
-            began = clock()
+            began = time.process_time()
             for i in range(position, position + turn):
                 calls[index][i % sets]()
-            times[index].append((clock() - began) / turn)
+            times[index].append((time.process_time() - began) / turn)
         position += turn
     ratios = [statistics.median(a / b for a, b in zip(times[0], other, strict=True)) for other in times]
     cells = (f"{statistics.median(t) * 1e6:9.1f} ({r:.3f})" for t, r in zip(times, ratios, strict=True))

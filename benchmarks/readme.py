@@ -173,6 +173,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "ablations": study,
     "ablations_speed": ablations_speed,
     "operators_cpu": operators,
+    "operators_cpu_avx2": operators,
     "operators_nvidia_h200": partial(
         operators,
         dtypes=("bfloat16", "float32"),

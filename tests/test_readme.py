@@ -205,6 +205,7 @@ def test_times_of_older_kernels_are_called_so(readme: ModuleType) -> None:
     for device, name, sentence in (
         ("cuda", "operators_nvidia_h200", "The CUDA kernels have changed since"),
         ("cpu", "operators_cpu", "The CPU kernels have changed since"),
+        ("cpu", "operators_cpu_avx2", "These AVX2 kernels have changed since"),
     ):
         content = json.loads((readme.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         older = content["identity"]["kernels"] != kernels_hash(device)
