@@ -25,8 +25,8 @@ class DCNv4(nn.Module):
     """Deformable convolution of the fourth version (Xiong et al., 2024, arXiv:2401.06197), channels last.
 
     value = value_proj(x); offset_mask = offset_mask(offset_mask_dw(x)); output = output_proj(dcnv4(value, offset_mask)).
-    Parameter names and layouts are those of the official module, so that its state dicts load. In eager training the first two
-    projections are one matrix product where that is sooner (projections.py).
+    Parameter names and layouts are those of the official module, so that its state dicts load. In eager training on a
+    GPU the first two projections are one matrix product (projections.py).
 
     Args:
         channels: C of the input and of the value map.

@@ -3,6 +3,10 @@
 A training step then reads the input once forward and once for the weights' gradients, and makes one gradient of the input instead
 of two and their sum. The layers stay two in the module and in its checkpoints; their weights are put side by side in every call,
 which only training makes good: without gradients the product that is saved costs no more than that.
+
+That is for GPUs, where these products wait for memory; nobody has timed it there. On two cores with AVX-512 a training step of
+the module took 0.97 to 1.02 of the time where the input has as many rows as the weights, and up to 1.12 below (fp32 and bf16, 4x4
+to 32x32 pixels, 64 to 1280 channels): there the layers stay apart.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from torch.nn.modules import module as _module
 
 from . import ops as _ops
 
+_DEVICES = frozenset(("cuda",))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(_module, f"_global{hooks}") for hooks in _HOOKS]
 
@@ -28,12 +33,17 @@ def _parameters(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def can_join(x: Tensor, first: nn.Module, second: nn.Module) -> bool:
-    """Whether `join` gives what the two layers give, and sooner: in training, where the input has rows enough to make good the copy
-    of the weights.
+    """Whether `join` gives what the two layers give, and sooner: in training on a GPU, where the input has rows enough to make good
+    the copy of the weights.
 
     Not where anybody would miss the layers' calls (hooks, other classes, torch.compile), nor where others than autograd look on.
     """
-    if is_dynamo_compiling() or not torch.is_grad_enabled() or any(_GLOBAL_HOOKS):
+    if (
+        x.device.type not in _DEVICES
+        or is_dynamo_compiling()
+        or not torch.is_grad_enabled()
+        or any(_GLOBAL_HOOKS)
+    ):
         return False
     parameters = _parameters(first), _parameters(second)
     if None in parameters:
@@ -43,7 +53,7 @@ def can_join(x: Tensor, first: nn.Module, second: nn.Module) -> bool:
         _ops.plain(x, weight, bias, other_weight, other_bias)
         and weight.requires_grad and bias.requires_grad and other_weight.requires_grad and other_bias.requires_grad
         and weight.dtype == bias.dtype == other_weight.dtype == other_bias.dtype
-        and 2 * x.numel() >= x.shape[-1] * (weight.shape[0] + other_weight.shape[0])
+        and x.numel() >= x.shape[-1] * (weight.shape[0] + other_weight.shape[0])
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcnv4_ext import DCNv4, dcnv4, native
+from dcnv4_ext import DCNv4, dcnv4, module, native
 from dcnv4_ext.geometry import Geometry
 from emulation.library import FORCE
 from problems import DTYPES, Problem, between_cells, mismatches, random_problem, solve
@@ -352,6 +352,22 @@ def trained_module(channels: int = 64) -> DCNv4:
     module = DCNv4(channels, groups=2, mask_init="uniform")
     torch.nn.init.normal_(module.offset_mask.weight, std=0.05)
     return module.cuda()
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_projections_are_joined_in_training(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = trained_module(), torch.randn(4, 17, 19, 64, device="cuda", requires_grad=True)
+    assert module.can_join(x, layer.value_proj, layer.offset_mask)
+
+    def solve() -> list[Tensor]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            y = layer(x)
+        return [y, *torch.autograd.grad(y.float().square().sum(), (x, *layer.parameters()))]
+
+    joined = solve()
+    monkeypatch.setattr(module, "can_join", lambda *_: False)
+    for a, b in zip(joined, solve(), strict=True):
+        assert a.dtype == b.dtype and (a - b).norm() <= (3e-2 if autocast else 1e-3) * b.norm()
 
 
 def test_compile_with_gradients() -> None:

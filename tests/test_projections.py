@@ -13,8 +13,9 @@ from dcnv4_ext import DCNv4, module, projections
 
 @pytest.fixture
 def joins(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The inputs that were joined."""
+    """The inputs that were joined; on the CPU, as it is on a GPU."""
     seen: list[Tensor] = []
+    monkeypatch.setattr(projections, "_DEVICES", {"cpu"})
 
     def watched(x: Tensor, first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor]:
         seen.append(x)
@@ -58,7 +59,7 @@ def test_results_are_those_of_two_layers(dtype, autocast, joins, monkeypatch):
         assert (a - b).norm() <= tolerance * b.norm()
 
 
-@pytest.mark.parametrize("shape", [(2, 9, 11, 32), (1, 1, 64, 32), (2, 99, 32)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 9, 11, 32), (1, 1, 128, 32), (2, 99, 32)], ids=str)
 def test_gradients_come_back_without_a_copy(shape, joins, monkeypatch):
     """Weights and biases are put side by side, the gradients of value and offset_mask never."""
     calls = []
@@ -152,6 +153,12 @@ def test_layers_that_do_more_are_called(change: Callable[[DCNv4], None], joins):
 def test_other_inputs_are_projected_twice(settings, size, joins):
     layer(**settings)(torch.randn(2, *size, 32)).sum().backward()
     assert not joins
+
+
+def test_on_a_cpu_layers_stay_apart(joins, monkeypatch):
+    monkeypatch.undo()
+    made, x = layer(), torch.randn(2, 9, 11, 32)
+    assert not projections.can_join(x, made.value_proj, made.offset_mask)
 
 
 def test_where_others_look_on_layers_are_called(joins):
