@@ -109,6 +109,10 @@ def run(problem: Problem) -> int:
 
 
 def main() -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            f"torch {torch.__version__} sees no GPU; the kernels run on the CPU under tests/emulation"
+        )
     torch.utils.deterministic.fill_uninitialized_memory = False
     count = sum(map(run, problems()))
     print(f"{count} problems forward and backward on {torch.cuda.get_device_name()}")
