@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import shutil
 import sys
@@ -70,6 +71,7 @@ def _fit(built: str, major: int, minor: int) -> str:
 
 
 def main() -> int:
+    argparse.ArgumentParser("python -m dcnv4_ext", description=__doc__).parse_args()
     print(
         f"dcnv4_ext {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}"
     )

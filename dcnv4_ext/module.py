@@ -332,6 +332,10 @@ class DCNv4Conv(nn.Module):
         super().__init__()
         if not isinstance(in_channels, int) or isinstance(in_channels, bool) or in_channels < 1:
             raise ValueError(f"in_channels must be a positive int, got {in_channels!r}")
+        if isinstance(groups, int) and groups > 0 and in_channels % groups != 0:
+            raise ValueError(
+                f"in_channels={in_channels} is not divisible by groups={groups}; use a divisor of {in_channels}"
+            )
         if padding is None or isinstance(padding, str):
             padding = _padding(padding, kernel_size, stride, dilation)
         flag("bias", bias)

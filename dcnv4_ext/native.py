@@ -46,6 +46,9 @@ def library_file(device: str) -> Path | None:
     suffix = ".dll" if sys.platform == "win32" else ".so"
     # An editable install keeps the Python files and the compiled files in two folders of the package's search path.
     folders = [Path(entry) for entry in sys.modules[__package__].__path__]
+    # In a clone Python finds the package of the clone, which has no libraries, before the installed one, which has.
+    if any((folder.parent / "CMakeLists.txt").is_file() for folder in folders):
+        folders += [Path(entry) / __package__ for entry in sys.path]
     candidates = [folder / "lib" / f"dcnv4_{device}{suffix}" for folder in folders]
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 

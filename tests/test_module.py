@@ -161,6 +161,7 @@ def test_bad_arguments(arguments: dict, text: str) -> None:
         (lambda: DCNv4Conv(16, 16)(torch.zeros(16, 4, 4)), "expected .N, C, H, W."),
         (lambda: DCNv4Conv(16, 16)(torch.zeros(1, 8, 4, 4)), "in_channels = 16, got shape .1, 8, 4, 4."),
         (lambda: DCNv4Conv(0, 16), "in_channels must be"),
+        (lambda: DCNv4Conv(30, 64, 3, groups=4), "in_channels=30 is not divisible by groups=4"),
         (lambda: DCNv4Conv(16, 16, bias="x"), "bias must be"),
         (lambda: DCNv4Conv(16, 16, padding="full"), "padding must be"),
         (lambda: DCNv4Conv(16, 16, 2, padding="same"), "spans an odd number"),

@@ -690,6 +690,21 @@ def test_the_library_is_looked_for_as_cmake_names_it(
     assert native.library_file("cpu") == file and native.library_file("cuda") is None
 
 
+@pytest.mark.skipif("DCNV4_SANITIZE" in os.environ, reason="the sanitizers' run names its own library")
+def test_in_a_clone_the_installed_library_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After `pip install .` whoever stays in the clone imports the clone's package, whose libraries lie where pip put them."""
+    clone, site = tmp_path / "clone" / "dcnv4_ext", tmp_path / "site-packages"
+    file = site / "dcnv4_ext" / "lib" / native.library_file("cpu").name
+    for folder in (clone, file.parent):
+        folder.mkdir(parents=True)
+    file.touch()
+    monkeypatch.setattr(sys.modules["dcnv4_ext"], "__path__", [str(clone)])
+    monkeypatch.setattr(sys, "path", ["", str(site)])
+    assert native.library_file("cpu") is None
+    (clone.parent / "CMakeLists.txt").touch()
+    assert native.library_file("cpu") == file and native.library_file("cuda") is None
+
+
 # ---- Odd tensors, threads and processes.
 
 

@@ -77,6 +77,9 @@ def run(kind: str, arguments: list[str]) -> int:
 
 def main() -> int:
     arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
     kinds = [arguments.pop(0)] if arguments and arguments[0] in FILES else list(FILES)
     if "cpu" in kinds:
         build_cpu()
