@@ -190,7 +190,7 @@ def _backward(value, offset_mask, grad_output, settings, needed, *, as_columns=F
     problem, shape, _, scattered, columns = _prepare(value, offset_mask, grad_output, settings)
     if scattered:
         return _backward(*map(native.rows, (value, offset_mask, grad_output)), settings, needed)
-    if as_columns and columns and all(needed):
+    if as_columns and columns is not None and all(needed):
         problem = columns
         both = value.new_empty(*value.shape[:3], columns.grad_value_stride)
         grad_value, grad_offset_mask = both.split((value.shape[3], offset_mask.shape[3]), 3)
@@ -204,21 +204,15 @@ def _backward(value, offset_mask, grad_output, settings, needed, *, as_columns=F
 
 
 def side_by_side(first, second) -> bool:
-    """Whether two tensors are the columns of one, as `_backward` leaves the gradients of such."""
-    columns = first.shape[-1] + second.shape[-1]
+    """Whether two tensors with four dimensions are the columns of one, as `_backward` leaves the gradients of such."""
     return (
-        first.shape[:-1] == second.shape[:-1]
-        and first.stride() == second.stride() == _dense_strides((*first.shape[:-1], columns))
+        first.shape[:3] == second.shape[:3]
+        and first.stride() == second.stride()
+        and first.stride(2) == first.shape[3] + second.shape[3]
+        and native.has_rows(first)
         and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-        and first.storage_offset() + first.shape[-1] == second.storage_offset()
+        and first.storage_offset() + first.shape[3] == second.storage_offset()
     )
-
-
-def _dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.append(strides[-1] * max(size, 1))
-    return tuple(reversed(strides))
 
 
 def _without_lists(settings) -> tuple:
@@ -399,8 +393,8 @@ class _Differentiable(_Function):
         value, offset_mask = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
         # Only with create_graph=True does autograd run backward with gradients enabled.
-        plain = not torch.is_grad_enabled() and forward_ad._current_level < 0
-        if plain and not is_dynamo_compiling() and _ordinary(value, offset_mask, grad_output):
+        only_once = not torch.is_grad_enabled() and forward_ad._current_level < 0
+        if only_once and not is_dynamo_compiling() and _ordinary(value, offset_mask, grad_output):
             return (
                 *_backward(value, offset_mask, grad_output, ctx.settings, needed, as_columns=True),
                 None,

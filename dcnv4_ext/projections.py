@@ -73,6 +73,6 @@ class _Columns(torch.autograd.Function):
 
 
 def join(x: Tensor, first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor]:
-    """`first(x)` and `second(x)`, as columns of one tensor. x is (..., C); see `can_join`."""
+    """`first(x)` and `second(x)`, as columns of one tensor. x is (N, H, W, C); see `can_join`."""
     weight, bias = (torch.cat((getattr(first, name), getattr(second, name))) for name in ("weight", "bias"))
     return _Columns.apply(nn.functional.linear(x, weight, bias), first.out_features)
