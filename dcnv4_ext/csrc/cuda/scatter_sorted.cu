@@ -246,7 +246,8 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
 // A product of matrices adds to the cells of a group what sixteen entries give them: eight columns of two rows of the window,
 // rows of A; the entries are columns of A and rows of B, whose columns are channels. Lists of entries are kept by pairs of
 // rows and the column of the tap's cell, `pitch` keys a pair; so a group's lists, from the column to its left on, are one
-// stretch. The column of A of an entry out of it that gives nothing to a group is zeros.
+// stretch. A thread, which has one column of the window, knows of each entry by its number whether it is one of the column's
+// own list, of the list to the left, or gives it nothing: then A has a zero.
 constexpr int kGroupColumns = 8, kStep = 16;
 struct Groups {
   int32_t pitch, pairs;
@@ -254,14 +255,17 @@ struct Groups {
   Divisor by_columns;
 };
 
-// What a tap gives to a pair of rows. A weight is the sum of two 16-bit numbers, of what one alone could not hold.
-struct alignas(16) PairEntry {
-  uint32_t upper_left, upper_right, lower_left, lower_right;
+// What a tap gives to the two rows of a pair, in its own column and in the next. A weight is the sum of two 16-bit numbers, of
+// what one alone could not hold.
+struct alignas(8) PairColumn {
+  uint32_t upper, lower;
 };
-// An entry has its key, in bits of a shift, and where its row of grad_output lies; there the two lowest bits tell which rows of
-// the pair it is for.
-constexpr uint32_t kKeyBits = 32, kNoKey = 0x7fffffffu, kUpper = 1, kLower = 2;
-constexpr int64_t kPairEntryBytes = sizeof(PairEntry) + sizeof(uint32_t) + sizeof(uint16_t);
+struct alignas(16) PairEntry {
+  PairColumn left, right;
+};
+// Of an entry it is also kept where its row of grad_output lies; there the two lowest bits tell which rows of the pair it is for.
+constexpr uint32_t kUpper = 1, kLower = 2;
+constexpr int64_t kPairEntryBytes = sizeof(PairEntry) + sizeof(uint16_t);
 
 // What the lesser number of a weight is multiplied by: an f16 would not be fine enough.
 template <class T>
@@ -280,18 +284,6 @@ DCNV4_DEVICE float join_weight(uint32_t word) {
   return high + low * (1 / kFiner<T>);
 }
 
-// `left` at a shift of 0, `right` at 32, zero at any other multiple, negative ones taken as large.
-DCNV4_DEVICE uint32_t pick(uint32_t left, uint32_t right, uint32_t shift) {
-#if defined(__CUDA_ARCH__)
-  uint32_t picked;
-  asm("{\n .reg .b64 both;\n mov.b64 both, {%1, %2};\n shr.u64 both, both, %3;\n cvt.u32.u64 %0, both;\n}"
-      : "=r"(picked)
-      : "r"(left), "r"(right), "r"(shift));
-  return picked;
-#else
-  return shift == 0 ? left : shift == 32 ? right : 0;
-#endif
-}
 // One instruction each, which the compiler makes two of.
 DCNV4_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
@@ -347,8 +339,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
   // Where entries come to lie when the taps are known, the runs lie until then.
   PairEntry* entries = reinterpret_cast<PairEntry*>(dynamic_shared());               // (most)
   char* rows = reinterpret_cast<char*>(entries + most);                              // (pixels, UNITS pieces)
-  uint32_t* entry_keys = reinterpret_cast<uint32_t*>(rows + w.pixels * cell_bytes);  // (most)
-  uint2* far_of = reinterpret_cast<uint2*>(entry_keys + most);                       // (batches): a bit a tap beyond the window
+  uint2* far_of = reinterpret_cast<uint2*>(rows + w.pixels * cell_bytes);  // (batches): a bit a tap beyond the window
   char* barrier = reinterpret_cast<char*>(far_of + kMostBatches * warps);
   int* starts = reinterpret_cast<int*>(barrier + kBarrierBytes);    // (keys + 1)
   int* counts = starts + keys + 1;                                  // (warps)
@@ -429,22 +420,17 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
       const auto enter = [&](int key, uint32_t number, const PairEntry& entry, uint32_t rows_of) {
         const int at = starts[key] + int(number) - 1;
         entries[at] = entry;
-        entry_keys[at] = uint32_t(key) * kKeyBits;
         entry_rows[at] = uint16_t(row | rows_of);
       };
       const uint32_t below = number[b][r] >> 16;
       const bool odd = below != 0;
       enter(key_of[b][r], number[b][r] & 0xffffu,
-            {odd ? 0 : top_left, odd ? 0 : top_right, odd ? top_left : bottom_left, odd ? top_right : bottom_right},
+            {{odd ? 0 : top_left, odd ? top_left : bottom_left}, {odd ? 0 : top_right, odd ? top_right : bottom_right}},
             odd ? kLower : kUpper | kLower);
-      if (odd) enter(key_of[b][r] + groups.pitch, below, {bottom_left, bottom_right, 0, 0}, kUpper);
+      if (odd) enter(key_of[b][r] + groups.pitch, below, {{bottom_left, 0}, {bottom_right, 0}}, kUpper);
     }
   }
-  // Read behind the last entry, to no effect.
-  if (threadIdx.x < kStep) {
-    entry_keys[starts[keys] + int(threadIdx.x)] = kNoKey;
-    entry_rows[starts[keys] + int(threadIdx.x)] = 0;
-  }
+  if (threadIdx.x < kStep) entry_rows[starts[keys] + int(threadIdx.x)] = 0;  // read behind the last entry, to no effect
   __syncthreads();
 
   const auto is_inside = [&](int column, int row) {
@@ -475,25 +461,29 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
       const int first_key = pair * groups.pitch + column;
       const int begin = starts[max(first_key - 1, 0)], end = starts[first_key + kGroupColumns];
       if (!WHOLE && begin == end) continue;
-      const uint32_t own_key = uint32_t(first_key + g) * kKeyBits;
+      // The list to the left of the thread's column, and behind it the column's own.
+      const int own_key = first_key + g, left_begin = starts[max(own_key - 1, 0)];
+      const uint32_t left_length = uint32_t(starts[own_key] - left_begin), both = uint32_t(starts[own_key + 1] - left_begin);
+      const PairEntry* next = entries + begin + q * 2;
+      uint32_t number = uint32_t(begin + q * 2 - left_begin);
       constexpr bool finer = kFiner<T> != 1.0f;
       float totals[tiles][4] = {}, low_totals[finer ? tiles : 1][4] = {};
 #pragma unroll 1
-      for (int e = begin & ~1; e < end; e += kStep) {
+      for (int e = begin; e < end; e += kStep, next += kStep, number += kStep) {
         uint32_t high[4], low[4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const uint2 key = *reinterpret_cast<const uint2*>(entry_keys + e + i * 8 + q * 2);
-          const PairEntry one = entries[e + i * 8 + q * 2], two = entries[e + i * 8 + q * 2 + 1];
-          const uint32_t shift = own_key - key.x, next_shift = own_key - key.y;
-          const uint32_t upper = pick(one.upper_left, one.upper_right, shift),
-                         next_upper = pick(two.upper_left, two.upper_right, next_shift);
-          const uint32_t lower = pick(one.lower_left, one.lower_right, shift),
-                         next_lower = pick(two.lower_left, two.lower_right, next_shift);
-          high[2 * i] = low_halves(upper, next_upper);
-          high[2 * i + 1] = low_halves(lower, next_lower);
-          low[2 * i] = high_halves(upper, next_upper);
-          low[2 * i + 1] = high_halves(lower, next_lower);
+          PairColumn of[2];
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const PairColumn* column = number + uint32_t(i * 8 + j) < left_length ? &next->right : &next->left;
+            const uint2 words = load_shared_if(number + uint32_t(i * 8 + j) < both, column + (i * 8 + j) * 2);
+            of[j] = {words.x, words.y};
+          }
+          high[2 * i] = low_halves(of[0].upper, of[1].upper);
+          high[2 * i + 1] = low_halves(of[0].lower, of[1].lower);
+          low[2 * i] = high_halves(of[0].upper, of[1].upper);
+          low[2 * i + 1] = high_halves(of[0].lower, of[1].lower);
         }
         const uint32_t row = (entry_rows[e + lane % kStep] & ~15u) ^ uint32_t((pass * tiles + half) * 16);
 #pragma unroll
@@ -535,9 +525,8 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
         const uint32_t entry_row = entry_rows[e];
         if ((entry_row >> (row % 2) & 1) == 0) continue;
         const PairEntry& entry = entries[e];
-        const bool left = entry_keys[e] == uint32_t(key) * kKeyBits;
-        const float weight = join_weight<T>(row % 2 ? (left ? entry.lower_left : entry.lower_right)
-                                                    : (left ? entry.upper_left : entry.upper_right));
+        const PairColumn& of = e < starts[key] ? entry.right : entry.left;
+        const float weight = join_weight<T>(row % 2 ? of.lower : of.upper);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           float pair[2];

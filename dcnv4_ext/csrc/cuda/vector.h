@@ -133,6 +133,19 @@ DCNV4_DEVICE void load_shared(const void* address, Real (&values)[N]) {
   spread<T>(words, values);
 }
 
+// 8 bytes of shared memory where `use` holds, else zeros: a predicated instruction, where the compiler would branch.
+DCNV4_DEVICE uint2 load_shared_if(bool use, const void* address) {
+  uint2 words = make_uint2(0, 0);
+#if defined(__CUDA_ARCH__)
+  asm volatile("{\n .reg .pred use;\n setp.ne.s32 use, %2, 0;\n @use ld.shared.v2.u32 {%0, %1}, [%3];\n}"
+               : "+r"(words.x), "+r"(words.y)
+               : "r"(int(use)), "r"(uint32_t(__cvta_generic_to_shared(address))));
+#else
+  if (use) words = *static_cast<const uint2*>(address);
+#endif
+  return words;
+}
+
 // One instruction, which the compiler does not always make of a plain assignment.
 template <class Word>
 DCNV4_DEVICE void store_word(Word* address, const Word& word) {
