@@ -133,8 +133,8 @@ FAST = {
         for units in (2, 4, 8)
         for k in (8, 9)
         for whole in (0, 1)
-    ]
-    + [
+    ],
+    "scatter_matrix": [
         ("gather_matrix", t, units, k, whole, runs)
         for t in ("bf16", "f16")
         for units in (2, 4, 8)
@@ -145,6 +145,9 @@ FAST = {
     "scatter_tiled": [("merge_tiles", t) for t in WIDTHS],
     "scatter_ordered": [("gather_taps", t, 4) for t in WIDTHS] + [("find_taps", t) for t in WIDTHS],
 }
+
+
+SORTED = ("scatter_sorted", "scatter_matrix")  # kernel[4] tells those for a whole map
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -240,7 +243,8 @@ EARLY = {
 
 
 @pytest.mark.parametrize(
-    "source", ["forward", "forward_window", "backward", "backward_window", "scatter_sorted"]
+    "source",
+    ["forward", "forward_window", "backward", "backward_window", "scatter_sorted", "scatter_matrix"],
 )
 def test_kernels_that_start_early_wait_before_they_touch_memory(kernels, source):
     """The compiler may move a read of what it takes for constant past anything."""
@@ -252,12 +256,14 @@ def test_kernels_that_start_early_wait_before_they_touch_memory(kernels, source)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", ["forward", "forward_window", "backward", "scatter_sorted"])
+@pytest.mark.parametrize(
+    "source", ["forward", "forward_window", "backward", "scatter_sorted", "scatter_matrix"]
+)
 def test_results_are_stored_in_one_piece(kernels, source, architecture):
     """16 bytes a thread, 8 where two threads share them: the compiler made four stores of one where it did not see through."""
     instructions = kernels(source, architecture).instructions()
     for kernel in FAST[source]:
-        if kernel[0] == "differentiate" or (source == "scatter_sorted" and kernel[4] == 0):
+        if kernel[0] == "differentiate" or (source in SORTED and kernel[4] == 0):
             continue  # offsets are stored one by one, tiles are reduced
         stores = [name for name in instructions[kernel] if name.startswith("STG")]
         halved = kernel[0] == "gather_matrix" or kernel[::2][:2] == ("sample_window", 2)
@@ -265,10 +271,10 @@ def test_results_are_stored_in_one_piece(kernels, source, architecture):
         assert stores and all(width in name for name in stores), (kernel, stores)
 
 
-@pytest.mark.parametrize("source", ["scatter_tiled", "scatter_sorted"])
+@pytest.mark.parametrize("source", ["scatter_tiled", *SORTED])
 def test_gradients_are_added_four_at_a_time(kernels, source):
     for kernel, operations in kernels(source, MAIN).instructions().items():
-        if source == "scatter_sorted" and kernel[4] == 1:
+        if source in SORTED and kernel[4] == 1:
             continue  # a whole map's are stored
         reductions = [name for name in operations if name.startswith("RED")]
         assert reductions and all(".F32x4" in name for name in reductions), kernel

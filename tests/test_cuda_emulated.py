@@ -38,6 +38,7 @@ BACKWARD = {
     "no window": {"force": ("no_window",)},
     "window": {"force": ("window",)},
     "threads": {"force": ("threads",)},
+    "window apart": {"force": ("window", "apart")},
 }
 LARGE = 0  # multiprocessors of a device for which every problem is a large one
 FORWARD = {
@@ -181,6 +182,31 @@ def test_windows_smaller_than_the_map(emulation, dtype, depth, offsets):
             output = emulation.forward(op, tensors.value, tensors.offset_mask, force=("window",))
             assert (wrong := mismatch(output, expected[0])) is None, wrong
             assert_backward(emulation, case, tensors, expected, "window")
+
+
+@pytest.mark.parametrize("row_gap", [0, 8])
+@pytest.mark.parametrize(
+    ("dtype", "variant", "launches", "rounds"),
+    [
+        (torch.bfloat16, "auto", 2, False),  # too few blocks for two launches: rounded beside
+        (torch.bfloat16, "window", 3, False),  # cleared beside the first half, rounded beside the second
+        (torch.bfloat16, "window apart", 3, True),
+        (torch.float16, "window", 3, False),
+        (torch.float32, "window", 2, False),  # the sums are the result: cleared beside
+        (torch.float32, "window apart", 2, False),
+    ],
+)
+def test_sums_are_cleared_and_rounded_beside_the_other_gradient(
+    emulation, dtype, variant, launches, rounds, row_gap
+):
+    case = case_of(Operator(2), 2, (27, 25), 32, dtype=dtype, padding_channels=2, row_gap=row_gap)
+    tensors = tensors_of(case)
+    with emulation.multiprocessors(132):
+        emulation.launched()
+        before = emulation.launches()
+        assert_backward(emulation, case, tensors, reference(case.op, tensors), variant)
+        assert emulation.launches() - before == launches
+        assert ("round_sums" in {name for name, *_ in emulation.launched()}) == rounds
 
 
 def test_code_of_an_older_architecture(emulation):

@@ -26,6 +26,7 @@ FORCE = {
     "window": 32,
     "threads": 64,
     "in_turn": 128,
+    "apart": 256,
 }
 _GUARD = 64  # elements before and behind every buffer a kernel writes
 

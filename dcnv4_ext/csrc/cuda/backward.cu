@@ -1,7 +1,7 @@
 // Gradients of the forward kernel. With s_c the dot product of grad_output and the value at corner c, over the channels of a
 // group (0 for a corner outside the map), `tap_gradient` of sampling.h gives the three numbers of a tap; the gradient of
-// `value` comes from one of four kernels: here corner by corner, in scatter_sorted.cu gathered out of sorted taps, in
-// scatter_tiled.cu merged a tile at a time, in scatter_ordered.cu in a fixed order.
+// `value` comes from one of five kernels: here corner by corner, in scatter_sorted.cu and scatter_matrix.cu gathered out of
+// sorted taps, in scatter_tiled.cu merged a tile at a time, in scatter_ordered.cu in a fixed order.
 #include "backward.h"
 
 namespace dcnv4 {
@@ -271,9 +271,16 @@ __global__ void DCNV4_BLOCK(T, kThreads)
 // fp32 sums of the gradient of a 16-bit value, rows padded for reductions of four.
 int64_t sums_stride_of(const dcnv4_problem& p) { return round_up(p.G * p.D, 4); }
 
-int32_t clear(void* pointer, int64_t rows, int64_t row_bytes, int64_t stride_bytes, cudaStream_t stream) {
-  if (row_bytes == stride_bytes) return status_of(cudaMemsetAsync(pointer, 0, size_t(rows * row_bytes), stream));
-  return status_of(cudaMemset2DAsync(pointer, size_t(stride_bytes), 0, size_t(row_bytes), size_t(rows), stream));
+// Where the sums of the gradient of value are taken: rows of `channels` numbers of `bytes`.
+struct SumsInMemory {
+  void* sums;
+  int64_t rows, channels, stride, bytes;
+};
+
+int32_t clear(const SumsInMemory& m, cudaStream_t stream) {
+  const size_t row_bytes = size_t(m.channels * m.bytes), stride_bytes = size_t(m.stride * m.bytes);
+  if (row_bytes == stride_bytes) return status_of(cudaMemsetAsync(m.sums, 0, size_t(m.rows) * row_bytes, stream));
+  return status_of(cudaMemset2DAsync(m.sums, stride_bytes, 0, row_bytes, size_t(m.rows), stream));
 }
 
 template <class T, int N, int TAPS, bool SCATTER>
@@ -323,12 +330,17 @@ int32_t run_vectors(const BackwardCall& call, void* sums, int64_t sums_stride) {
   }
 }
 
+int32_t try_window(const BackwardCall& call, Part part, const Errand& errand) {
+  for (const Force other : {kForceNoWindow, kForceScalar, kForceGeneral})
+    if (forced(call.p, other)) return DCNV4_NO_KERNEL;
+  return differentiate_window(call, part, errand);
+}
+
 // The gradient of offset_mask, and with `sums` that of value, corner by corner.
 template <class T>
 int32_t differentiate_type(const BackwardCall& call, void* sums, int64_t sums_stride) {
-  const dcnv4_problem& p = call.p;
-  if (!sums && !forced(p, kForceNoWindow) && !forced(p, kForceScalar) && !forced(p, kForceGeneral)) {
-    const int32_t found = differentiate_window(call);
+  if (!sums) {
+    const int32_t found = try_window(call, Part::all, Errand{});
     if (found != DCNV4_NO_KERNEL) return found;
   }
   return sums ? run_vectors<T, true>(call, sums, sums_stride) : run_vectors<T, false>(call, nullptr, 0);
@@ -345,6 +357,38 @@ int32_t round_type(const BackwardCall& call, const float* sums, int64_t sums_str
   };
   const bool vectors = C % 8 == 0 && aligned(call.grad_value, p.grad_value_stride, sizeof(T), 16);
   return vectors ? start(round_sums<T, 8>, 8) : start(round_sums<T, 1>, 1);
+}
+
+// Both gradients, that of value merged before it is added to the sums. Where the other one comes out of a window, clearing and
+// rounding the sums are errands of its kernel: of its two halves, one before and one after, in 16 bits; or of all of it.
+template <class T>
+int32_t merge(const BackwardCall& call, const SumsInMemory& memory, bool sorted) {
+  const dcnv4_problem& p = call.p;
+  constexpr bool rounds = sizeof(T) == 2;
+  float* sums = static_cast<float*>(memory.sums);
+  const auto errand = [&](void* rounded) {
+    return make_errand(memory.rows, memory.channels, sums, memory.stride, rounded, p.grad_value_stride, sizeof(T));
+  };
+  const Errand clearing = errand(nullptr), rounding = errand(call.grad_value);
+  const bool beside = call.grad_offset_mask && clearing.vectors != 0 && (!rounds || rounding.vectors != 0) &&
+                      !forced(p, kForceApart);
+
+  const int32_t before = beside ? try_window(call, rounds ? Part::first : Part::all, clearing) : DCNV4_NO_KERNEL;
+  int32_t status = before == DCNV4_NO_KERNEL ? clear(memory, call.stream) : before;
+  if (status == DCNV4_OK) status = sorted ? scatter_sorted(call, sums, memory.stride) : scatter_tiled(call, sums, memory.stride);
+  if (status != DCNV4_OK) return status;
+  if constexpr (rounds) {
+    if (beside) {
+      status = try_window(call, before == DCNV4_OK ? Part::second : Part::all, rounding);
+      if (status != DCNV4_NO_KERNEL) return status;
+    }
+  } else if (before == DCNV4_OK) {
+    return status;
+  }
+  if (call.grad_offset_mask) status = differentiate_type<T>(call, nullptr, 0);
+  if constexpr (rounds)
+    if (status == DCNV4_OK) status = round_type<T>(call, sums, memory.stride);
+  return status;
 }
 
 template <class T>
@@ -369,20 +413,12 @@ int32_t run_type(const BackwardCall& call) {
     const int32_t status = scatter_sorted(call, nullptr, 0);
     return status != DCNV4_OK || !call.grad_offset_mask ? status : differentiate_type<T>(call, nullptr, 0);
   }
-  int32_t status = clear(sums, rows, (direct_sums ? C : stride) * size, stride * size, call.stream);
-  if (status != DCNV4_OK) return status;
-
   bool tiled = sizeof(T) <= 4 && can_scatter_tiled(p) && !forced(p, kForceDirect) && !forced(p, kForceScalar);
   tiled = tiled && aligned(sums, stride, size, 16) && aligned(call.grad_output, p.output_stride, sizeof(T), 4 * sizeof(T));
-  if (sorted == Sorted::tiles) {
-    status = scatter_sorted(call, static_cast<float*>(sums), stride);
-    if (status == DCNV4_OK && call.grad_offset_mask) status = differentiate_type<T>(call, nullptr, 0);
-  } else if (tiled) {
-    status = scatter_tiled(call, static_cast<float*>(sums), stride);
-    if (status == DCNV4_OK && call.grad_offset_mask) status = differentiate_type<T>(call, nullptr, 0);
-  } else {
-    status = differentiate_type<T>(call, sums, stride);
-  }
+  const SumsInMemory memory{sums, rows, C, stride, size};
+  if (sorted == Sorted::tiles || tiled) return merge<T>(call, memory, sorted == Sorted::tiles);
+  int32_t status = clear(memory, call.stream);
+  if (status == DCNV4_OK) status = differentiate_type<T>(call, sums, stride);
   if constexpr (!direct_sums)
     if (status == DCNV4_OK) status = round_type<T>(call, static_cast<const float*>(sums), stride);
   return status;

@@ -2,6 +2,7 @@
 //     weight of the tap * weight of the corner * grad_output[n, ho, wo, g, :]
 // to the cell of every corner inside the map.
 #pragma once
+#include "errand.h"
 #include "launch.h"
 
 namespace dcnv4 {
@@ -14,9 +15,11 @@ struct BackwardCall {
   cudaStream_t stream;
 };
 
-// The gradient of offset_mask alone, out of a window in shared memory (backward_window.cu); DCNV4_NO_KERNEL where it cannot be
-// or is not worth while.
-int32_t differentiate_window(const BackwardCall& call);
+// The gradient of offset_mask alone, out of a window in shared memory (backward_window.cu), and an errand; DCNV4_NO_KERNEL where
+// it cannot be or is not worth while. In halves that other work may lie between: not where there are too few blocks for two
+// launches.
+enum class Part { all, first, second };
+int32_t differentiate_window(const BackwardCall& call, Part part, const Errand& errand);
 
 // Tile-merged (scatter_tiled.cu): adds into `sums` (fp32, rows of `sums_stride` elements), which the caller has zeroed. D must
 // be a multiple of 4, rows of grad_output and sums aligned for 4 elements.

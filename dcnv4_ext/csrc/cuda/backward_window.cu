@@ -146,8 +146,9 @@ constexpr DCNV4_HD int64_t thread_bytes() {
 template <class T, int UNITS, int TAPS, bool RUNS>
 __global__ void __launch_bounds__(kMostDotThreads, 2)
     dot_window(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w,
-               const __grid_constant__ BulkMap value_map, const __grid_constant__ BulkMap mask_map, const T* __restrict__ value,
-               const T* __restrict__ offset_mask, const T* __restrict__ grad_output, T* __restrict__ grad_offset_mask) {
+               const __grid_constant__ Errand errand, const __grid_constant__ BulkMap value_map,
+               const __grid_constant__ BulkMap mask_map, const T* __restrict__ value, const T* __restrict__ offset_mask,
+               const T* __restrict__ grad_output, T* __restrict__ grad_offset_mask) {
   constexpr int N = 16 / int(sizeof(T)), items = kWarp / UNITS, cell_bytes = UNITS * 16;
   constexpr int pixels = kSlots / TAPS;
   const WindowOrigin o = window_origin(p, w);
@@ -167,6 +168,7 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
   const TileTaps<T, TAPS, RUNS> tile(w, o, offset_mask);
   start_window<UNITS>(p, w, o, tile, value_map, mask_map, map, channel * int(sizeof(T)), window, barriers);
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
+  if (errand.vectors != 0) run_errand<T>(errand, blockIdx.x);
   TapSlot slots[kSlotRounds];
 #pragma unroll
   for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<TAPS>(r * kWarp + lane);
@@ -238,8 +240,9 @@ constexpr DCNV4_HD int64_t matrix_bytes() {
 template <class T, int HALVES, int TAPS, bool RUNS>
 __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotThreads, 2)
     dot_matrix(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w,
-               const __grid_constant__ BulkMap value_map, const __grid_constant__ BulkMap mask_map, const T* __restrict__ value,
-               const T* __restrict__ offset_mask, const T* __restrict__ grad_output, T* __restrict__ grad_offset_mask) {
+               const __grid_constant__ Errand errand, const __grid_constant__ BulkMap value_map,
+               const __grid_constant__ BulkMap mask_map, const T* __restrict__ value, const T* __restrict__ offset_mask,
+               const T* __restrict__ grad_output, T* __restrict__ grad_offset_mask) {
   constexpr int pieces = 4 * HALVES, cell_bytes = 64 * HALVES;
   constexpr int pixels = kSlots / TAPS;
   // More would not fit the registers; where threads stand in for matrix units it would be long.
@@ -262,6 +265,7 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
   const TileTaps<T, TAPS, RUNS> tile(w, o, offset_mask);
   start_window<pieces>(p, w, o, tile, value_map, mask_map, map, channel * int(sizeof(T)), window, barriers);
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
+  if (errand.vectors != 0) run_errand<T>(errand, blockIdx.x);
   TapSlot slots[kSlotRounds];
 #pragma unroll
   for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<TAPS>(r * kWarp + lane);
@@ -345,10 +349,30 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
 }
 
 template <class T>
-using DotKernel = void (*)(dcnv4_problem, Window, BulkMap, BulkMap, const T*, const T*, const T*, T*);
+using DotKernel = void (*)(dcnv4_problem, Window, Errand, BulkMap, BulkMap, const T*, const T*, const T*, T*);
+
+// What is to be launched.
+struct DotCall {
+  const BackwardCall& backward;
+  Part part;
+  const Errand& errand;
+};
+
+// Cuts a window's blocks to those of a part; false where two launches would cost more than they hide: that the last blocks of
+// each leave multiprocessors idle, half the time of a wave of blocks, against some eighth of all waves for clearing the sums.
+bool take_part(const dcnv4_problem& p, Part part, Window& w) {
+  constexpr int64_t enough_waves = 5;
+  if (part == Part::all) return true;
+  if (w.blocks < (forced(p, kForceWindow) ? 2 : enough_waves * w.resident)) return false;
+  const int64_t half = w.blocks / 2;
+  if (part == Part::second) w.first_block = uint32_t(half);
+  w.blocks = part == Part::first ? half : w.blocks - half;
+  return true;
+}
 
 template <class T, int TAPS, bool RUNS>
-int32_t start(const BackwardCall& call, DotKernel<T> kernel, int64_t cell, int64_t warp, int64_t most_threads) {
+int32_t start(const DotCall& dots, DotKernel<T> kernel, int64_t cell, int64_t warp, int64_t most_threads) {
+  const BackwardCall& call = dots.backward;
   const dcnv4_problem& p = call.p;
   WindowBytes bytes{cell, RUNS ? kRunBytes<T, TAPS> : 0, warp, window_fixed<RUNS>(cell), 1, kWarp * 16 / cell};
   bytes.most_threads = most_threads;
@@ -359,65 +383,69 @@ int32_t start(const BackwardCall& call, DotKernel<T> kernel, int64_t cell, int64
     bytes.cost = sizeof(T) == 2 ? WindowCost{5.8, 0.052, 0.0039, 0.5} : WindowCost{45, 0.047, 0.034, 0};
   else
     bytes.cost = sizeof(T) == 2 ? WindowCost{10, 0.03, 0.008, 0} : WindowCost{6, 0.02, 0.008, 0};
-  const Window w = plan_window(p, 1, bytes);
+  Window w = plan_window(p, 1, bytes);
   // Whole maps with cells of 128 bytes by threads: fewer than three blocks a multiprocessor are slower than none.
   if (w.blocks == 0 || (bytes.whole && 3 * (w.shared + 1024) > shared_total(p.device))) return DCNV4_NO_KERNEL;
   BulkMap value_map{}, mask_map{};
   if (RUNS && !make_maps<T, TAPS>(p, w, call.value, cell, call.offset_mask, value_map, mask_map)) return DCNV4_NO_KERNEL;
-  return launch(earliest_start(p), kernel, w.blocks, w.threads, w.shared, call.stream, p, w, value_map, mask_map,
-                static_cast<const T*>(call.value), static_cast<const T*>(call.offset_mask),
-                static_cast<const T*>(call.grad_output), static_cast<T*>(call.grad_offset_mask));
+  if (!take_part(p, dots.part, w)) return DCNV4_NO_KERNEL;
+  return launch(earliest_start(p), kernel, w.blocks, w.threads, w.shared, call.stream, p, w,
+                divide_errand(dots.errand, w.blocks), value_map, mask_map, static_cast<const T*>(call.value),
+                static_cast<const T*>(call.offset_mask), static_cast<const T*>(call.grad_output),
+                static_cast<T*>(call.grad_offset_mask));
 }
 
 template <class T, int TAPS, bool RUNS>
-int32_t run_cells(const BackwardCall& call) {
-  const int64_t bytes = call.p.D * int64_t(sizeof(T));
+int32_t run_cells(const DotCall& dots) {
+  const dcnv4_problem& p = dots.backward.p;
+  const int64_t bytes = p.D * int64_t(sizeof(T));
   if constexpr (sizeof(T) == 2) {
     // Before sm_80 threads would have to do what matrix units do.
-    if (architecture(call.p.device) < 80) return DCNV4_NO_KERNEL;
+    if (architecture(p.device) < 80) return DCNV4_NO_KERNEL;
     if (bytes == 128)
-      return start<T, TAPS, RUNS>(call, dot_matrix<T, 2, TAPS, RUNS>, 128, matrix_bytes<2, TAPS>(), kMostWideDotThreads);
+      return start<T, TAPS, RUNS>(dots, dot_matrix<T, 2, TAPS, RUNS>, 128, matrix_bytes<2, TAPS>(), kMostWideDotThreads);
     if (bytes == 64)
-      return start<T, TAPS, RUNS>(call, dot_matrix<T, 1, TAPS, RUNS>, 64, matrix_bytes<1, TAPS>(), kMostDotThreads);
+      return start<T, TAPS, RUNS>(dots, dot_matrix<T, 1, TAPS, RUNS>, 64, matrix_bytes<1, TAPS>(), kMostDotThreads);
   } else {
     if (bytes == 128)
-      return start<T, TAPS, RUNS>(call, dot_window<T, 8, TAPS, RUNS>, 128, thread_bytes<TAPS>(), kMostDotThreads);
-    if (bytes == 64) return start<T, TAPS, RUNS>(call, dot_window<T, 4, TAPS, RUNS>, 64, thread_bytes<TAPS>(), kMostDotThreads);
+      return start<T, TAPS, RUNS>(dots, dot_window<T, 8, TAPS, RUNS>, 128, thread_bytes<TAPS>(), kMostDotThreads);
+    if (bytes == 64) return start<T, TAPS, RUNS>(dots, dot_window<T, 4, TAPS, RUNS>, 64, thread_bytes<TAPS>(), kMostDotThreads);
   }
   return DCNV4_NO_KERNEL;
 }
 
 template <class T, int TAPS>
-int32_t run_taps(const BackwardCall& call) {
-  if (can_have_runs(call.p, call.offset_mask)) {
-    const int32_t status = run_cells<T, TAPS, true>(call);
-    if (status != DCNV4_NO_KERNEL) return status;
+int32_t run_taps(const DotCall& dots) {
+  if (can_have_runs(dots.backward.p, dots.backward.offset_mask)) {
+    const int32_t status = run_cells<T, TAPS, true>(dots);
+    if (status != DCNV4_NO_KERNEL || dots.part != Part::all) return status;  // both parts the same way
   }
-  return run_cells<T, TAPS, false>(call);
+  return run_cells<T, TAPS, false>(dots);
 }
 
 template <class T>
-int32_t run_type(const BackwardCall& call) {
-  const int taps = taps_of(call.p);
-  return taps == 9 ? run_taps<T, 9>(call) : taps == 8 ? run_taps<T, 8>(call) : int32_t(DCNV4_NO_KERNEL);
+int32_t run_type(const DotCall& dots) {
+  const int taps = taps_of(dots.backward.p);
+  return taps == 9 ? run_taps<T, 9>(dots) : taps == 8 ? run_taps<T, 8>(dots) : int32_t(DCNV4_NO_KERNEL);
 }
 
 }  // namespace
 
-int32_t differentiate_window(const BackwardCall& call) {
+int32_t differentiate_window(const BackwardCall& call, Part part, const Errand& errand) {
   const dcnv4_problem& p = call.p;
   const int64_t element = element_bytes(p.dtype);
   // Behind softmax every tap's gradient needs those of the others.
   if (p.softmax || !aligned(call.value, p.value_stride, element, 16) ||
       !aligned(call.grad_output, p.output_stride, element, 16))
     return DCNV4_NO_KERNEL;
+  const DotCall dots{call, part, errand};
   switch (p.dtype) {
     case DCNV4_FLOAT32:
-      return run_type<float>(call);
+      return run_type<float>(dots);
     case DCNV4_BFLOAT16:
-      return run_type<bf16>(call);
+      return run_type<bf16>(dots);
     case DCNV4_FLOAT16:
-      return run_type<f16>(call);
+      return run_type<f16>(dots);
     default:
       return DCNV4_NO_KERNEL;
   }

@@ -88,7 +88,8 @@ enum Force : int32_t {
   kForceNoWindow = 16,  // no window in shared memory, no sorting
   kForceWindow = 32,    // a window wherever one fits
   kForceThreads = 64,   // windows fetched by threads, as before sm_90
-  kForceInTurn = 128    // no kernel starts before those ahead of it have ended
+  kForceInTurn = 128,   // no kernel starts before those ahead of it have ended
+  kForceApart = 256     // backward: no kernel clears or rounds the sums of another
 };
 inline bool forced(const dcnv4_problem& p, Force bit) { return (p.reserved & bit) != 0; }
 

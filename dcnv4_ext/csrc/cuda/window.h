@@ -29,6 +29,8 @@ struct Window {
   int32_t slices;                  // of a group's channels
   int32_t threads;
   int64_t blocks, shared;                          // of the launch; shared memory in bytes
+  int64_t resident;                                // blocks that the device has room for at once
+  uint32_t first_block;                            // of a launch of some of the blocks
   int32_t base_x, base_y;                          // of output pixel 0
   int32_t first_x, first_y, last_x, last_y;        // first cell of the first tile's window, were there no edge; of any window
   uint64_t value_image, mask_image, output_image;  // bytes
@@ -147,6 +149,7 @@ inline Window find_window(const dcnv4_problem& p, int64_t slices, const WindowBy
       best.first_y = int32_t(first_y + y.reach);
       best.blocks = blocks;
       best.shared = shared;
+      best.resident = fit * device.processors;
       best.tiles_x = divisor_of(tiles_x);
       best.tiles_y = divisor_of(tiles_y);
     }
@@ -220,13 +223,14 @@ struct WindowOrigin {
 };
 
 DCNV4_DEVICE WindowOrigin window_origin(const dcnv4_problem& p, const Window& w) {
-  const uint32_t above_x = w.tiles_x.quotient(blockIdx.x), above_y = w.tiles_y.quotient(above_x);
+  const uint32_t block = blockIdx.x + w.first_block;
+  const uint32_t above_x = w.tiles_x.quotient(block), above_y = w.tiles_y.quotient(above_x);
   const uint32_t above_slice = w.by_slices.quotient(above_y);
   WindowOrigin o;
   o.n = w.groups.quotient(above_slice);
   o.g = int(above_slice - o.n * w.groups.divisor);
   o.slice = int(above_y - above_slice * w.by_slices.divisor);
-  o.tile_x = int(blockIdx.x - above_x * w.tiles_x.divisor) * w.tile_w;
+  o.tile_x = int(block - above_x * w.tiles_x.divisor) * w.tile_w;
   o.tile_y = int(above_x - above_y * w.tiles_y.divisor) * w.tile_h;
   o.x = max(-kAround, min(o.tile_x * p.stride_w + w.first_x, w.last_x));
   o.y = max(-kAround, min(o.tile_y * p.stride_h + w.first_y, w.last_y));
