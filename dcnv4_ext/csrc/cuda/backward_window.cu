@@ -5,10 +5,10 @@
 //
 // dot_window: a thread holds 16 bytes of one pixel's channels and all corners of all taps; eight or four threads then add up.
 //
-// dot_matrix, for 16-bit types: a warp has one pixel at a time. The corners of its taps, 8 channels each, are rows of matrices
-// A; the columns of B hold grad_output, each turned by another number of pieces of 8 channels. So every row of A may begin its
-// channels elsewhere, and eight corners touch every bank once; of its row of the product a corner wants the column that turns
-// as far as it does.
+// dot_matrix, for 16-bit types: a warp has one pixel at a time, or two of groups of 64 bytes. The corners of its taps, 8 channels
+// each, are rows of matrices A; the columns of B hold grad_output, each turned by another number of pieces of 8 channels. So
+// every row of A may begin its channels elsewhere, and eight corners touch every bank once; of its row of the product a corner
+// wants the column that turns as far as it does. Of 64 bytes there are four turns: the other four columns are another pixel's.
 #include "backward.h"
 #include "window.h"
 
@@ -231,9 +231,13 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
 // Of a pixel of a batch, in words: places [odd tap][odd block][block / 2], of a ninth tap; rows of grad_output.
 constexpr int kBlocks = 4, kNinthPlace = 2 * kBlocks, kPlaceWords = 12;
 
+// How many pixels share the columns of a B.
+constexpr DCNV4_HD int pixels_together(int halves) { return halves == 1 ? 2 : 1; }
+
 template <int HALVES, int TAPS>
 constexpr DCNV4_HD int64_t matrix_bytes() {
-  return kSlots / TAPS * (dots_length<TAPS>() * 4 + kPlaceWords * 4 + HALVES * 64);
+  constexpr int pixels = kSlots / TAPS, rows = round_up_to(pixels, pixels_together(HALVES));
+  return pixels * dots_length<TAPS>() * 4 + rows * (kPlaceWords * 4 + HALVES * 64);
 }
 
 // HALVES of 64 bytes a cell.
@@ -245,8 +249,9 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
                const T* __restrict__ grad_output, T* __restrict__ grad_offset_mask) {
   constexpr int pieces = 4 * HALVES, cell_bytes = 64 * HALVES;
   constexpr int pixels = kSlots / TAPS;
+  constexpr int together = pixels_together(HALVES), rows = int(round_up_to(pixels, together));
   // More would not fit the registers; where threads stand in for matrix units it would be long.
-  constexpr int unrolled = HALVES == 1 && DCNV4_MATRIX_UNITS ? pixels : 1;
+  constexpr int unrolled = HALVES == 1 && DCNV4_MATRIX_UNITS ? 2 : 1;
   const WindowOrigin o = window_origin(p, w);
   const int lane = int(threadIdx.x % kWarp), warp = warp_index(), warps = int(blockDim.x / kWarp);
   const int64_t first_output = int64_t(o.n) * p.Ho * p.Wo;
@@ -259,7 +264,7 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
   const uint32_t pitch_bytes = uint32_t(w.pitch) * cell_bytes, nowhere = pitch_bytes * uint32_t(w.height);
   char* barriers = window + nowhere + pitch_bytes + 2 * cell_bytes;
   char* gradient_rows = barriers + kWindowBarriers + warp * matrix_bytes<HALVES, TAPS>();
-  float* dots = reinterpret_cast<float*>(gradient_rows + pixels * cell_bytes);
+  float* dots = reinterpret_cast<float*>(gradient_rows + rows * cell_bytes);
   uint32_t* places = reinterpret_cast<uint32_t*>(dots + pixels * dots_length<TAPS>());
   wait_for_earlier();
   const TileTaps<T, TAPS, RUNS> tile(w, o, offset_mask);
@@ -272,20 +277,32 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
   wait_for_runs<RUNS>(barriers);
 
   // As a row of A: matrices 0 and 1 of a load are of an even and the next odd block at one piece of the channels, 2 and 3 at
-  // the next piece. A row begins `turn` pieces on.
+  // the next piece. A row's piece i is that of number i ^ turn.
   const int row = lane % 8, matrix = lane / 8, turn = HALVES == 1 ? row / 2 : row;
-  const char* cells = window + row % 2 * cell_bytes + row / 2 % 2 * pitch_bytes;
+  const uint32_t corner = uint32_t(row % 2 * cell_bytes) + uint32_t(row / 2 % 2) * pitch_bytes;
+  const uint32_t own_corner = corner + uint32_t(matrix / 2 ^ turn) * 16;
+  // Of ninth taps pieces 0 and 1 are eight upper rows, pieces 2 and 3 eight lower ones.
+  const uint32_t ninth_corner = corner + uint32_t((matrix % 2 * 2 + matrix / 2) ^ turn) * 16;
   const uint32_t* own_places = places + row / 4 * kBlocks + matrix % 2 * 2;
-  const int first_piece = matrix / 2 + turn, ninth_piece = matrix + turn;
-  // As a column of B: grad_output turned by as many pieces; two columns are the same where there are but four turns.
+  const uint32_t* ninth_places = places + (together == 2 ? row / kCorners * kPlaceWords : 0) + kNinthPlace;
+  // As a column of B: grad_output at the same turn, of the first of two pixels or of the second.
   const int q = lane % 4, column = lane / 4;
-  const char* words = gradient_rows + q * 4;
-  // As a row of C: which lane holds the column that its row wants, in which number.
-  const int wanted = HALVES == 1 ? column / 2 : column;
-  const bool holds = wanted / 2 == q;
+  uint32_t own_words[pieces];
+#pragma unroll
+  for (int i = 0; i < pieces; ++i) own_words[i] = uint32_t(column / pieces * cell_bytes + (column % pieces ^ i) * 16 + q * 4);
+  // As a row of C: which column it wants of the first pixel, and in which number the lane holds that, of one of the pixels.
+  const int wanted = HALVES == 1 ? column / 2 : column, own_pixel = together == 2 ? q / 2 : 0;
+  const bool holds = wanted / 2 == (together == 2 ? q % 2 : q), high = wanted % 2 != 0;
+  // Of the eight rows of ninth taps four are the first pixel's and four the second's.
+  const int ninth_pixel = together == 2 ? column / kCorners : 0;
+  const bool holds_ninth = wanted / 2 + 2 * ninth_pixel == q && (together == 2 || column < kCorners);
+  float* own_dots = dots + own_pixel * dots_length<TAPS>() + column;
+  float* ninth_dots = dots + ninth_pixel * (dots_length<TAPS>() - kCorners) + column + (kMostTaps - 1) * kCorners;
+  // Behind the last of an odd number of pixels: its row of grad_output is read, to no effect.
+  if (rows > pixels && lane == 0) places[pixels * kPlaceWords + kNinthPlace] = nowhere;
 
   for (int batch = warp; batch * pixels < w.pixels; batch += warps) {
-    for (int i = lane; i < pixels * pieces; i += kWarp) {
+    for (int i = lane; i < rows * pieces; i += kWarp) {
       const TilePixel pixel = tile_pixel(p, w, o, batch * pixels + i / pieces);
       copy_async(gradient_rows + i * 16,  // where there is no pixel, another's
                  reinterpret_cast<const char*>(gradients) + (pixel.number * w.output_bytes + uint32_t(i % pieces) * 16));
@@ -302,39 +319,48 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
     if (batch == warp) wait_for_cells<RUNS>(barriers);
 
 #pragma unroll(unrolled)
-    for (int of = 0; of < pixels; ++of) {
-      const uint2 at = *reinterpret_cast<const uint2*>(own_places + of * kPlaceWords);
-      const auto b = [&](int i) {
-        return *reinterpret_cast<const uint32_t*>(words + of * cell_bytes + (i + column) % pieces * 16);
-      };
-      float first[4] = {}, second[4] = {}, ninth[4] = {};  // of blocks 0 and 1, 2 and 3, and of a ninth tap
+    for (int of = 0; of < pixels; of += together) {
+      uint32_t b[pieces];
 #pragma unroll
-      for (int i = 0; i < pieces; i += 2) {
-        uint32_t a[4];
-        load_matrices<4, false>(cells + at.x + (first_piece + i) % pieces * 16, a);
-        const uint32_t b0 = b(i), b1 = b(i + 1);
-        multiply_matrices<T, 2>(first, a, b0, b1);
-        load_matrices<4, false>(cells + at.y + (first_piece + i) % pieces * 16, a);
-        multiply_matrices<T, 2>(second, a, b0, b1);
+      for (int i = 0; i < pieces; ++i)
+        b[i] = *reinterpret_cast<const uint32_t*>(gradient_rows + of * cell_bytes + own_words[i]);
+      float own[4];  // of blocks 0 to 3
+#pragma unroll
+      for (int pixel = 0; pixel < together; ++pixel) {
+        if (of + pixel >= pixels) continue;
+        const uint2 at = *reinterpret_cast<const uint2*>(own_places + (of + pixel) * kPlaceWords);
+        const uint32_t first_at = at.x + own_corner, second_at = at.y + own_corner;
+        float first[4] = {}, second[4] = {};  // of blocks 0 and 1, 2 and 3
+#pragma unroll
+        for (int i = 0; i < pieces; i += 2) {
+          uint32_t a[4];
+          load_matrices<4, false>(window + (first_at ^ uint32_t(i * 16)), a);
+          multiply_matrices<T, 2>(first, a, b[i], b[i + 1]);
+          load_matrices<4, false>(window + (second_at ^ uint32_t(i * 16)), a);
+          multiply_matrices<T, 2>(second, a, b[i], b[i + 1]);
+        }
+        const float numbers[4] = {high ? first[1] : first[0], high ? first[3] : first[2], high ? second[1] : second[0],
+                                  high ? second[3] : second[2]};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) own[i] = pixel == 0 || own_pixel == pixel ? numbers[i] : own[i];
+      }
+      if (holds && of + own_pixel < pixels) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) own_dots[of * dots_length<TAPS>() + i * 2 * kCorners] = own[i];
       }
       if (TAPS == 9) {
+        const uint32_t at = ninth_places[of * kPlaceWords] + ninth_corner;
+        float upper[4] = {}, lower[4] = {};
 #pragma unroll
         for (int i = 0; i < pieces; i += 4) {
-          // Rows 4 to 7 repeat the four corners; of the products the upper eight rows alone are wanted.
+          // Of the first product the upper eight rows are wanted, of the second the lower ones.
           uint32_t a[4];
-          load_matrices<4, false>(cells + places[of * kPlaceWords + kNinthPlace] + (ninth_piece + i) % pieces * 16, a);
-          multiply_matrices<T, 2>(ninth, {a[0], 0, a[1], 0}, b(i), b(i + 1));
-          multiply_matrices<T, 2>(ninth, {a[2], 0, a[3], 0}, b(i + 2), b(i + 3));
+          load_matrices<4, false>(window + (at ^ uint32_t(i * 16)), a);
+          multiply_matrices<T, 2>(upper, a, b[i], b[i + 1]);
+          multiply_matrices<T, 2>(lower, a, b[i + 2], b[i + 3]);
         }
-      }
-      if (holds) {
-        const bool high = wanted % 2 != 0;
-        float* to = dots + of * dots_length<TAPS>() + column;
-        to[0] = high ? first[1] : first[0];
-        to[8] = high ? first[3] : first[2];
-        to[16] = high ? second[1] : second[0];
-        to[24] = high ? second[3] : second[2];
-        if (TAPS == 9 && column < kCorners) to[32] = high ? ninth[1] : ninth[0];
+        if (holds_ninth && of + ninth_pixel < pixels)
+          ninth_dots[of * dots_length<TAPS>()] = high ? upper[1] + lower[3] : upper[0] + lower[2];
       }
     }
     __syncwarp();
