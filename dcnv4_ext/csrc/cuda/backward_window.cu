@@ -170,8 +170,7 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
   if (errand.vectors != 0) run_errand<T>(errand, blockIdx.x);
   TapSlot slots[kSlotRounds];
-#pragma unroll
-  for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<TAPS>(r * kWarp + lane);
+  find_slots<TAPS>(w, slots);
   wait_for_runs<RUNS>(barriers);
 
   const int item = lane / UNITS, unit = lane % UNITS;
@@ -272,8 +271,7 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
   if (errand.vectors != 0) run_errand<T>(errand, blockIdx.x);
   TapSlot slots[kSlotRounds];
-#pragma unroll
-  for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<TAPS>(r * kWarp + lane);
+  find_slots<TAPS>(w, slots);
   wait_for_runs<RUNS>(barriers);
 
   // As a row of A: matrices 0 and 1 of a load are of an even and the next odd block at one piece of the channels, 2 and 3 at

@@ -133,8 +133,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
     *reinterpret_cast<uint2*>(row + ((unit / 2 * 2 + 1) ^ turn) * 16) = make_uint2(words.y, words.w);
   }
   TapSlot slots[kSlotRounds];
-#pragma unroll
-  for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<TAPS>(r * kWarp + lane);
+  find_slots<TAPS>(w, slots);
   __syncthreads();
   if (RUNS) wait_for_bulk(barrier);
   if ((odd_bits & kNotFinite) != 0) *hostile = 1;

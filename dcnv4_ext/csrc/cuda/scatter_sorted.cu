@@ -60,8 +60,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
   for (int i = int(threadIdx.x); i <= cells; i += int(blockDim.x)) starts[i] = 0;
   for (int i = int(threadIdx.x); i <= kLengths; i += int(blockDim.x)) lengths[i] = 0;
   TapSlot slots[kSlotRounds];
-#pragma unroll
-  for (int r = 0; r < kSlotRounds; ++r) slots[r] = tap_slot<TAPS>(r * kWarp + lane);
+  find_slots<TAPS>(w, slots);
   __syncthreads();
 
   // Taps, their cells, and the number of each corner among those of its cell, from 1 on, two in a word; 0 for none.

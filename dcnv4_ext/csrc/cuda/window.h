@@ -361,11 +361,19 @@ DCNV4_DEVICE WindowTap tap_at(const Window& w, const WindowOrigin& o, bool live,
 constexpr int kSlotRounds = kSlots / kWarp;
 struct TapSlot {
   int of, k;
+  float grid_x, grid_y;
 };
+// This thread's slots.
 template <int TAPS>
-DCNV4_DEVICE TapSlot tap_slot(int slot) {
-  const int of = slot / TAPS;
-  return {of, slot - of * TAPS};
+DCNV4_DEVICE void find_slots(const Window& w, TapSlot (&slots)[kSlotRounds]) {
+  const int lane = int(threadIdx.x % kWarp);
+#pragma unroll
+  for (int r = 0; r < kSlotRounds; ++r) {
+    const int of = (r * kWarp + lane) / TAPS, k = r * kWarp + lane - of * TAPS;
+    // The threads of a warp read nine constants, one after the other. What a shuffle gave the compiler keeps; those it would
+    // read anew for every batch.
+    slots[r] = {of, k, __shfl_sync(0xffffffffu, w.grid_x[k], lane), __shfl_sync(0xffffffffu, w.grid_y[k], lane)};
+  }
 }
 
 // The far taps of pixel `of`, from bit 0 on.
@@ -462,7 +470,7 @@ DCNV4_DEVICE void work_out_slots(const dcnv4_problem& p, const Window& w, const 
     const int index = batch * pixels + slots[r].of, k = slots[r].k;
     const TilePixel pixel = tile_pixel(p, w, o, index);
     const WindowTap tap =
-        tile.template tap<false, SOFTMAX>(p, w, o, min(index, w.pixels - 1), pixel, k, w.grid_x[k], w.grid_y[k]);
+        tile.template tap<false, SOFTMAX>(p, w, o, min(index, w.pixels - 1), pixel, k, slots[r].grid_x, slots[r].grid_y);
     far[r] = __ballot_sync(0xffffffffu, has_slot && tap.far);
     if (has_slot) visit(r, pixel, tap);
   }
