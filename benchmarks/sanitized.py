@@ -24,13 +24,13 @@ FORCED, FORCED_DETERMINISTIC = (0, 1, 2, 4, 6, 8, 16, 32), (0, 1)
 SHAPES = ((2, 7, 5, 2, 32), (1, 9, 11, 1, 40), (1, 5, 6, 3, 12), (1, 18, 17, 2, 16))
 # Windows by cells of 32, 64 and 128 bytes, whole maps and tiles of larger ones; as the shape chooses alone.
 WINDOWS = (
-    (1, 40, 6, 1, 32),
+    (1, 60, 6, 1, 32),
     (1, 6, 5, 1, 64),
-    (1, 40, 6, 1, 64),
+    (1, 60, 6, 1, 64),
     (1, 6, 5, 1, 16),
-    (1, 40, 6, 1, 16),
+    (1, 60, 6, 1, 16),
     (1, 6, 5, 1, 8),
-    (1, 40, 6, 1, 8),
+    (1, 60, 6, 1, 8),
 )
 # (kernel, stride, padding, dilation, remove_center)
 GEOMETRIES = (
@@ -70,7 +70,7 @@ def problems() -> Iterator[Problem]:
         for deterministic, forced in ((False, FORCED), (True, FORCED_DETERMINISTIC)):
             yield Problem(shape, Geometry.of(*settings), dtype, index % 3 == 0, deterministic, forced)
     for shape, settings, dtype in itertools.product(WINDOWS + SHAPES[:1], GEOMETRIES[:2], DTYPES[:3]):
-        yield Problem(shape, Geometry.of(*settings), dtype, False, False, (0, 64), in_step=True)
+        yield Problem(shape, Geometry.of(*settings), dtype, False, False, (0, 32, 64), in_step=True)
         yield Problem(shape, Geometry.of(*settings), dtype, False, False, (0,))
 
 

@@ -209,6 +209,18 @@ def test_sums_are_cleared_and_rounded_beside_the_other_gradient(
         assert ("round_sums" in {name for name, *_ in emulation.launched()}) == rounds
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_block_has_a_whole_map_of_sixteen_by_sixteen(emulation, dtype):
+    """As of Stable Diffusion's second level, in groups of 32: nothing to clear, to reduce or to round."""
+    case = case_of(Operator(1), 1, (16, 16), 32, dtype=dtype, padding_channels=5, offsets="wild")
+    tensors = tensors_of(case)
+    with emulation.multiprocessors(132):
+        emulation.launched()
+        assert_backward(emulation, case, tensors, reference(case.op, tensors), "auto")
+    name = "gather_sorted" if dtype == torch.float32 else "gather_matrix"
+    assert [kernel[4] for kernel in emulation.launched() if kernel[0] == name] == [1]
+
+
 def test_code_of_an_older_architecture(emulation):
     """A build for sm_80 alone runs on a newer GPU, from PTX: what its kernels were compiled without must not be asked of them."""
     case = case_of(Operator(2), 1, (9, 11), 32, dtype=torch.bfloat16, padding_channels=2)

@@ -9,7 +9,7 @@
 
 namespace dcnv4 {
 
-constexpr int kMostBatches = 2;        // of a warp; what is known of their taps stays in registers while they are sorted
+constexpr int kMostBatches = 3;        // of a warp; what is known of their taps stays in registers while they are sorted
 constexpr int kMostSortThreads = 448;  // of a block; two have the registers they need
 
 // Adds what the taps of `far` give to their corners, by a whole warp, one reduction a corner and four channels. Their numbers
