@@ -149,6 +149,15 @@ struct F32 {
     if (add) sums = _mm_add_ps(sums, _mm_loadu_ps(out));
     _mm_storeu_ps(out, sums);
   }
+  // The sums over the lanes of each quarter of a to out[0..3], or added to them.
+  static DCNV4_INLINE void sum_blocks(F32 a, float* out, bool add) {
+    const __m512 pairs = _mm512_add_ps(a.v, _mm512_permute_ps(a.v, 0xb1));
+    const __m512 all = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0x4e));
+    const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+    __m128 sums = _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, all));
+    if (add) sums = _mm_add_ps(sums, _mm_loadu_ps(out));
+    _mm_storeu_ps(out, sums);
+  }
 
   static constexpr bool looks_up = true, spreads = true, sorts = true;
   static constexpr int permuted = 2;

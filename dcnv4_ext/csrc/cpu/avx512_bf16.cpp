@@ -24,6 +24,7 @@ struct Bf16 {
   using Cell = bf16;
   using Operand = __m512i;
   static constexpr int width = 32, at_once = 3, registers = 2, permuted = 1;
+  static constexpr bool turns = true;
   F32 even, odd;
 
   static DCNV4_INLINE __m512i some(const bf16* p, int n) { return _mm512_maskz_loadu_epi16(first(n), p); }
@@ -42,6 +43,15 @@ struct Bf16 {
 
   static DCNV4_INLINE __m512i operand(const bf16* p) { return _mm512_loadu_si512(p); }
   static DCNV4_INLINE __m512i operand_some(const bf16* p, int n) { return n > 0 ? some(p, n) : _mm512_setzero_si512(); }
+  static DCNV4_INLINE void turn(__m512i& a, __m512i& b, __m512i& c, __m512i& d) {
+    const __m512i ab_low = _mm512_shuffle_i32x4(a, b, 0x44), ab_high = _mm512_shuffle_i32x4(a, b, 0xee);
+    const __m512i cd_low = _mm512_shuffle_i32x4(c, d, 0x44), cd_high = _mm512_shuffle_i32x4(c, d, 0xee);
+    a = _mm512_shuffle_i32x4(ab_low, cd_low, 0x88);
+    b = _mm512_shuffle_i32x4(ab_low, cd_low, 0xdd);
+    c = _mm512_shuffle_i32x4(ab_high, cd_high, 0x88);
+    d = _mm512_shuffle_i32x4(ab_high, cd_high, 0xdd);
+  }
+  static DCNV4_INLINE __m512i spread_block(const bf16* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
   static DCNV4_INLINE F32 dot(__m512i x, __m512i y) { return dot(x, y, F32::zero()); }
   static DCNV4_INLINE F32 dot(__m512i x, __m512i y, F32 sum) { return {_mm512_dpbf16_ps(sum.v, (__m512bh)x, (__m512bh)y)}; }
 

@@ -76,8 +76,10 @@ class Front {
 
   // The taps to come are those of the output rows [first, last) and further on.
   void expect(int64_t first, int64_t last) {
-    if (rolls_ && target_ && first < last) unpack_to(std::min(packed_ - 1, window_of(p_, plan_, first, last, halo_).first));
+    if (rolls_ && target_ && first < last) unpack_to(std::min(packed_ - 1, expected(first, last).first));
   }
+  // Value rows that taps of those output rows are thought to reach.
+  Window expected(int64_t first, int64_t last) const { return window_of(p_, plan_, first, last, halo_); }
 
   // No taps are to come: rows that none has looked at have a gradient of zero.
   void finish() {
@@ -86,6 +88,7 @@ class Front {
   }
 
   bool rolls() const { return rolls_; }
+  const T* image() const { return image_; }
 
  private:
   void clear_to(int64_t row) {
@@ -184,7 +187,8 @@ DCNV4_INLINE void finish_taps(const Plan<ScalarOf<V>>& plan, int64_t K, const Sc
 template <class V, class T, int kVectors, int kTaps>
 void backward_rows(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* offset_mask, const T* grad_output,
                    T* grad_offset_mask, const ScalarOf<V>* map, ScalarOf<V>* grad_map, Window window, int32_t blank,
-                   int64_t first_row, int64_t last_row, ScalarOf<V>* tap_scratch, Front<Widened<V>, T>&, Ahead<V> ahead) {
+                   int64_t first_row, int64_t last_row, ScalarOf<V>* tap_scratch, Front<Widened<V>, T>&, int64_t padding,
+                   Ahead<V> ahead, const Operands<T>*) {
   using S = ScalarOf<V>;
   const int64_t K = kTaps > 0 ? kTaps : plan.K, padded = plan.padded_taps;
   const int64_t width = plan.packed_width, row_size = plan.pitch * width;
@@ -207,9 +211,10 @@ void backward_rows(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const 
         load_channels<V, kVectors>(gradient + c, p.D - c, grad);
         scatter<V, kVectors, kTaps>(map + c, grad_map + c, width, row_size, K, taps, grad, sums, c > 0);
       }
-      if (grad_offset_mask)
-        finish_taps<V, T>(plan, K, sums, state, softened, weight_gradients,
-                          grad_offset_mask + pixel * p.grad_offset_mask_stride);
+      if (!grad_offset_mask) continue;
+      T* const target = grad_offset_mask + pixel * p.grad_offset_mask_stride;
+      finish_taps<V, T>(plan, K, sums, state, softened, weight_gradients, target);
+      if (padding > 0) memset(target + 3 * K, 0, padding * sizeof(T));
     }
   }
 }
@@ -219,7 +224,7 @@ void backward_rows(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const 
 template <class C, class T, int kVectors, int kTaps, bool kSingle, class V = typename C::Vector>
 DCNV4_NOINLINE void dot_lookups(const typename C::Cell* map, int64_t width, int64_t row_size, const Lookups<V, kTaps>& from,
                                 int count, const T* gradient, int64_t step, int64_t channels, ScalarOf<V>* sums, bool add,
-                                Ahead<V>& ahead) {
+                                AheadOfVisits<V>& ahead) {
   using Cell = typename C::Cell;
   if (kSingle) width = kVectors * C::width;
   for (int i = 0; i < count; ++i, gradient += step, sums += 4 * kTaps) {
@@ -281,12 +286,12 @@ DCNV4_NOINLINE void scatter_lookups(ScalarOf<V>* map, int64_t width, int64_t row
   }
 }
 
-// Gradients of the offsets and weights of `count` pixels from the dot products, to rows `step` apart. `fetch`: nobody has asked
-// for those rows ahead; those of the next pixels are.
+// Gradients of the offsets and weights of `count` pixels from the dot products, to rows `step` apart, and zeros to the
+// `padding` columns behind them. `fetch`: nobody has asked for those rows ahead; those of the next pixels are.
 template <class V, class T, int kTaps>
 DCNV4_NOINLINE void finish_lookups(const LaneTables<V, kTaps>& lanes, V scale, const ScalarOf<V>* sums,
                                    const LookupStates<V>& states, bool softmax, int count, T* target, int64_t step,
-                                   bool fetch) {
+                                   int64_t padding, bool fetch) {
   using S = ScalarOf<V>;
   alignas(64) T pairs[2 * V::width * kTaps], weights[V::width * kTaps];
   alignas(64) S softmax_gradients[V::width * kTaps];
@@ -321,6 +326,8 @@ DCNV4_NOINLINE void finish_lookups(const LaneTables<V, kTaps>& lanes, V scale, c
     const int at = i * kTaps;
     memcpy(target, pairs + 2 * at, 2 * kTaps * sizeof(T));
     memcpy(target + 2 * kTaps, weights + at, kTaps * sizeof(T));
+    for (int64_t i = 0; i < padding; i += V::width)
+      V::zero().store_some(target + 3 * kTaps + i, int(std::min<int64_t>(V::width, padding - i)));
   }
 }
 
@@ -353,12 +360,14 @@ int64_t columns_of_block(const dcnv4_problem& p) {
   return p.Wo;
 }
 
-// And how high; 0 where a single row is too much.
+// And how high, all alike if they can be; 0 where a single row is too much.
 template <class V>
 int64_t rows_of_block(const dcnv4_problem& p) {
   constexpr int64_t kPixels = SortedTaps<V, kLookupTaps>::kPixels;
   const int64_t columns = columns_of_block<V>(p);
-  return columns > 4 * kPixels ? 0 : std::min(p.Ho, std::max<int64_t>(1, kPixels / columns));
+  if (columns > 4 * kPixels) return 0;
+  const int64_t most = std::max<int64_t>(1, kPixels / columns), blocks = (p.Ho + most - 1) / most;
+  return (p.Ho + blocks - 1) / blocks;
 }
 
 // Bytes of scratch that backward_block_sorted needs.
@@ -390,7 +399,7 @@ template <class C, class T, int kTaps, class V = typename C::Vector>
 Sorting backward_block_sorted(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* offset_mask, const T* grad_output,
                               T* grad_offset_mask, const typename C::Cell* map, ScalarOf<V>* grad_map, Window window,
                               int32_t blank, const Block& block, const CellGrid& grid, char* scratch, Front<C, T>& front,
-                              Ahead<V>& ahead) {
+                              int64_t padding, BlocksAhead<V>& ahead) {
   using Cell = typename C::Cell;
   const LaneTables<V, kTaps>& lanes = *static_cast<const LaneTables<V, kTaps>*>(plan.lanes);
   const int64_t width = plan.packed_width, row_size = plan.pitch * width, pixels = block.pixels();
@@ -420,8 +429,12 @@ Sorting backward_block_sorted(const dcnv4_problem& p, const Plan<ScalarOf<V>>& p
                    gradients + i * run * width);
   for (int64_t c = 0; c < width;) {
     const bool most = width - c >= kMost * C::width;
-    const auto visit = grad_offset_mask ? (most ? visit_cells<C, kMost, kTaps, true> : visit_cells<C, 1, kTaps, true>)
-                                        : (most ? visit_cells<C, kMost, kTaps, false> : visit_cells<C, 1, kTaps, false>);
+    const bool single = width == kMost * C::width;
+    const auto visit = !grad_offset_mask
+                           ? (most ? visit_cells<C, kMost, kTaps, false, false> : visit_cells<C, 1, kTaps, false, false>)
+                       : single ? visit_cells<C, kMost, kTaps, true, true>
+                       : most   ? visit_cells<C, kMost, kTaps, true, false>
+                                : visit_cells<C, 1, kTaps, true, false>;
     visit(map + c, grad_map + c, width, row_size, grid, taps, first_cell, last_cell, gradients + c, c > 0, ahead);
     c += (most ? kMost : 1) * C::width;
   }
@@ -432,10 +445,50 @@ Sorting backward_block_sorted(const dcnv4_problem& p, const Plan<ScalarOf<V>>& p
     const LookupStates<V> states = {taps.lx + at, taps.ly + at, taps.weight + at, taps.used + at / V::width};
     finish_lookups<V, T, kTaps>(lanes, frame.frame.scale, taps.sums + 4 * at, states, p.softmax, count,
                                 grad_offset_mask + (row * p.Wo + column) * p.grad_offset_mask_stride, p.grad_offset_mask_stride,
-                                front.rolls());
+                                padding, false);
     done += count;
   });
   return Sorting::done;
+}
+
+// What is to be fetched while the taps of `block` are visited: what is written for it, and what is read for the one behind it,
+// be it the first one of the next task. `next` is null if that is not known.
+template <class C, class T, class V = typename C::Vector>
+BlocksAhead<V> ahead_of(const dcnv4_problem& p, int64_t taps, const Block& block, const Operands<T>& own,
+                        const Operands<T>* next, const T* grad_offset_mask, const Front<C, T>& front) {
+  const bool whole_rows = block.columns() == p.Wo;  // all pixels in one row, then
+  BlocksAhead<V> ahead(whole_rows ? 1 : block.bottom - block.top, whole_rows ? block.pixels() : block.columns());
+  const auto add_nothing = [&]() { ahead.add(own.gradient, 0, 0, 1); };
+  const auto add = [&](const T* all, int64_t first, int64_t stride, int64_t elements) {
+    ahead.add(all + first * stride, stride, p.Wo * stride, elements);
+  };
+  if (grad_offset_mask) {
+    add(grad_offset_mask, block.top * p.Wo + block.left, p.grad_offset_mask_stride, 3 * taps);
+  } else {
+    add_nothing();
+  }
+  const bool ends_rows = block.right >= p.Wo, last_rows = block.bottom >= own.last_row;
+  const Operands<T>* const pixels_of = ends_rows && last_rows ? next : &own;
+  if (!pixels_of) return ahead;
+  const int64_t below = last_rows ? pixels_of->first_row : block.bottom;
+  const int64_t first = ends_rows ? below * p.Wo : block.top * p.Wo + block.right;
+  add(pixels_of->offsets, first, p.offset_mask_stride, 3 * taps);
+  add(pixels_of->gradient, first, p.output_stride, p.D);
+  // Values are packed by whole rows, those of some blocks or of the whole map: blocks beside each other share them.
+  const Operands<T>* const values_of = !front.rolls() || last_rows ? next : &own;
+  if (!values_of) {
+    add_nothing();
+    return ahead;
+  }
+  int64_t row = 0;
+  if (!front.rolls()) {
+    row = (block.top - own.first_row) * p.H / (own.last_row - own.first_row);
+  } else if (!last_rows) {
+    row = std::min(p.H - 1, front.expected(block.top, block.bottom).last);
+  }
+  const int64_t value = row * p.W + block.left * (block.bottom - block.top), stride = p.value_stride;
+  ahead.add(values_of->image + value * stride, stride, (whole_rows ? p.Wo : block.columns()) * stride, p.D);
+  return ahead;
 }
 
 // The same as backward_rows where positions and elements of the map are whole numbers that the compute type holds: by cells, or
@@ -443,7 +496,8 @@ Sorting backward_block_sorted(const dcnv4_problem& p, const Plan<ScalarOf<V>>& p
 template <class C, class T, int kVectors, int kTaps, class V = typename C::Vector>
 void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* offset_mask, const T* grad_output,
                           T* grad_offset_mask, const typename C::Cell* map, ScalarOf<V>* grad_map, Window window, int32_t blank,
-                          int64_t first_row, int64_t last_row, ScalarOf<V>* scratch, Front<C, T>& front, Ahead<V> ahead) {
+                          int64_t first_row, int64_t last_row, ScalarOf<V>* scratch, Front<C, T>& front, int64_t padding,
+                          Ahead<V> ahead, const Operands<T>* next) {
   using S = ScalarOf<V>;
   constexpr int64_t kChunk = kVectors * C::width;
   const LaneTables<V, kTaps>& lanes = *static_cast<const LaneTables<V, kTaps>*>(plan.lanes);
@@ -453,7 +507,7 @@ void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
   OwnStates<V, kTaps> states;
   alignas(64) S sums[4 * V::width * kTaps];
   memset(sums, 0, sizeof sums);  // lanes of a last batch that nothing is computed for
-  const auto batch_by_batch = [&](const Block& block) {
+  const auto batch_by_batch = [&](const Block& block, AheadOfVisits<V>& ahead) {
     // No strips: what is added to would come back to the L1 cache as often as there are strips (measured: a quarter slower).
     for_batches_of<V>(p, block, [&](int64_t row, int64_t column, int count, int64_t below) DCNV4_LAMBDA_INLINE {
       const int64_t pixel = row * p.Wo + column;
@@ -472,13 +526,15 @@ void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
       }
       if (grad_offset_mask)
         finish_lookups<V, T, kTaps>(lanes, frame.frame.scale, sums, states.view(), p.softmax, count,
-                                    grad_offset_mask + pixel * p.grad_offset_mask_stride, p.grad_offset_mask_stride,
+                                    grad_offset_mask + pixel * p.grad_offset_mask_stride, p.grad_offset_mask_stride, padding,
                                     front.rolls());
     });
   };
   const int64_t rows = rows_of_block<V>(p), columns = columns_of_block<V>(p);
   if (rows == 0 || !(V::sorts || front.rolls())) {
-    batch_by_batch({first_row, last_row, 0, p.Wo});
+    AheadOfVisits<V> whole{};
+    if constexpr (!V::sorts) whole = ahead;
+    batch_by_batch({first_row, last_row, 0, p.Wo}, whole);
     return;
   }
   bool narrow = true;  // until taps leave the columns around a block
@@ -487,19 +543,22 @@ void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
     for (int64_t left = 0; left < p.Wo; left += columns) {
       const Block block{top, bottom, left, left + columns};
       if constexpr (V::sorts) {
+        const Operands<T> own = {front.image(), offset_mask, grad_output, first_row, last_row};
+        BlocksAhead<V> ahead = ahead_of<C, T>(p, kTaps, block, own, next, grad_offset_mask, front);
         const auto sorted = [&]() {
           return backward_block_sorted<C, T, kTaps>(p, plan, offset_mask, grad_output, grad_offset_mask, map, grad_map, window,
                                                     blank, block, grid_of<V>(p, plan.pitch, block, narrow),
-                                                    reinterpret_cast<char*>(scratch), front, ahead);
+                                                    reinterpret_cast<char*>(scratch), front, padding, ahead);
         };
         Sorting found = sorted();
         if (found == Sorting::leaves) {
           narrow = false;
           found = sorted();
         }
-        if (found == Sorting::done) continue;
+        if (found != Sorting::done) batch_by_batch(block, ahead);
+      } else {
+        batch_by_batch(block, ahead);
       }
-      batch_by_batch(block);
     }
     front.expect(bottom, std::min(last_row, bottom + rows));
   }
@@ -507,7 +566,8 @@ void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
 
 template <class C, class T, class V = typename C::Vector>
 using BackwardRows = void (*)(const dcnv4_problem&, const Plan<ScalarOf<V>>&, const T*, const T*, T*, const typename C::Cell*,
-                              ScalarOf<V>*, Window, int32_t, int64_t, int64_t, ScalarOf<V>*, Front<C, T>&, Ahead<V>);
+                              ScalarOf<V>*, Window, int32_t, int64_t, int64_t, ScalarOf<V>*, Front<C, T>&, int64_t, Ahead<V>,
+                              const Operands<T>*);
 
 template <class C, class T, int kVectors>
 BackwardRows<C, T> backward_rows_for_taps(int64_t K, bool exact) {
@@ -558,11 +618,12 @@ int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_
   const int64_t map_size = map_elements(plan, p.H + 2);
   const int64_t tap_size = (11 + 4) * plan.padded_taps;
   int64_t tap_bytes = tap_size * int64_t(sizeof(S));
-  bool rolls = false;
+  bool rolls = false, by_blocks = false;
   if constexpr (V::looks_up) {
-    constexpr int64_t kStays = int64_t(4) << 20;  // bytes of maps
-    rolls = plan.lanes && is_exact(p, plan, p.H + 2) && rows_of_block<V>(p) > 0 &&
-            map_size * int64_t(sizeof(Cell) + sizeof(S)) > kStays;
+    constexpr int64_t kStays = int64_t(V::sorts ? 2 : 4) << 20;  // bytes of maps
+    by_blocks = plan.lanes && is_exact(p, plan, p.H + 2) && rows_of_block<V>(p) > 0;
+    rolls = by_blocks && map_size * int64_t(sizeof(Cell) + sizeof(S)) > kStays;
+    by_blocks = by_blocks && (rolls || V::sorts);
     if constexpr (V::sorts)
       if (plan.lanes) tap_bytes = std::max(tap_bytes, sorted_bytes<C>(p, plan));
   }
@@ -613,6 +674,10 @@ int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_
                     Stream(offsets_of(part) + skipped * p.offset_mask_stride, p.offset_mask_stride, pixels, 3 * plan.K),
                     Stream(gradient_of(part) + skipped * p.output_stride, p.output_stride, pixels, p.D), written};
   };
+  const auto operands_of = [&](int64_t task) {
+    const Part part = part_of(task);
+    return Operands<T>{image_of(part), offsets_of(part), gradient_of(part), part.first, part.last};
+  };
   Tasks tasks(count);
 #pragma omp parallel num_threads(p.threads) if (parallel)
   {
@@ -637,14 +702,13 @@ int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_
           grad_value && slabs == 1 ? grad_value + part.n * p.H * p.W * p.grad_value_stride + part.g * p.D : nullptr;
       Front<C, T> front(p, plan, image_of(part), map, grad_map, values, past_caches, rolls);
       T* target = target_of(part);
-      // Of a large map the next task's data would be gone again when its turn comes.
+      const int64_t padding = part.g == p.G - 1 ? p.P - 3 * p.G * plan.K : 0;
+      const Operands<T> upcoming = operands_of(std::max<int64_t>(0, next));
+      // Blocks fetch for the next one. Without them the next task's data of a large map would be gone again when its turn
+      // comes.
       rows_kernel(p, plan, offsets_of(part), gradient_of(part), target, map, grad_map, whole, blank, part.first, part.last,
-                  tap_scratch, front, rolls ? Ahead<V>() : data_of(next));
+                  tap_scratch, front, padding, by_blocks ? Ahead<V>() : data_of(next), next < 0 ? nullptr : &upcoming);
       front.finish();
-      const int64_t used = 3 * p.G * plan.K;
-      if (target && part.g == p.G - 1 && p.P > used)
-        for (int64_t pixel = part.first * p.Wo; pixel < part.last * p.Wo; ++pixel)
-          memset(target + pixel * p.grad_offset_mask_stride + 3 * plan.K, 0, (p.P - used) * sizeof(T));
     });
     scratch.trim(kKeptScratch);
   }

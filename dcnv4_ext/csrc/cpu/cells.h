@@ -17,7 +17,7 @@ struct SortedTaps {
   // Twice the cell, one more for every second tap. A counter that is counted up again at once has to be waited for: two a cell
   // are so half as often. Taps that do not count have V::width counters together, behind all others.
   uint32_t* counter;
-  uint64_t* order;   // pixel << 32 | tap, in the order of the counters, and of the taps of a counter
+  uint32_t* order;   // 16 times the pixel + its tap, in the order of the counters, and of the taps of a counter
   uint32_t* end;     // where in `order` the taps of a counter end
   Reach<V> cells;    // that the taps look at
   Reach<V> columns;  // of the value
@@ -91,11 +91,12 @@ DCNV4_NOINLINE void sort_taps(const SortedTaps<V, kTaps>& taps, int64_t pixels, 
   };
   begin_of(2 * first, 2 * last + 2);
   begin_of(2 * blank, 2 * blank + V::width);
-  uint64_t* const order = taps.order;
-  uint64_t entry = 0;
-  for (int64_t i = 0; i < pixels; ++i, counter += kTaps, entry += uint64_t(1) << 32) {
+  static_assert(kTaps <= 16, "entries hold a tap in four bits");
+  uint32_t* const order = taps.order;
+  uint32_t entry = 0;
+  for (int64_t i = 0; i < pixels; ++i, counter += kTaps, entry += 16) {
     DCNV4_UNROLL
-    for (int k = 0; k < kTaps; ++k) order[end[counter[k]]++] = entry++;
+    for (int k = 0; k < kTaps; ++k) order[end[counter[k]]++] = entry + k;
   }
 }
 
@@ -107,15 +108,17 @@ struct CellGrid {
 
 // For kVectors vectors of channels: dot products of the gradients with the corners of every tap, four a tap, to `taps.sums`, or
 // added to them; and the gradients times the corners' weights, added to the cells of `grad_map`, for the taps that look at the
-// cells [first, last]. Cells of both maps, and `gradients` of pixels, are `width` elements apart.
-template <class C, int kVectors, int kTaps, bool kDots, class V = typename C::Vector>
+// cells [first, last]. Cells of both maps, and `gradients` of pixels, are `width` elements apart; kSingle: those are all
+// channels.
+template <class C, int kVectors, int kTaps, bool kDots, bool kSingle, class V = typename C::Vector>
 DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_map, int64_t width, int64_t row_size,
                                 const CellGrid& grid, const SortedTaps<V, kTaps>& taps, int64_t first, int64_t last,
-                                const typename C::Cell* gradients, bool add, Ahead<V>& ahead) {
+                                const typename C::Cell* gradients, bool add, BlocksAhead<V>& ahead) {
   using S = ScalarOf<V>;
   using Cell = typename C::Cell;
   constexpr int kParts = kVectors * C::registers;
-  const uint64_t* const order = taps.order;
+  if (kSingle) width = kVectors * C::width;
+  const uint32_t* const order = taps.order;
   const S* const corners = taps.corners;
   S* const sums = taps.sums;
   // What the cell before added to its right and lower right neighbour: this cell's own and lower one.
@@ -149,7 +152,7 @@ DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_m
       }
       continue;
     }
-    if (!add) ahead.fetch();
+    if (kSingle || !add) ahead.fetch();
     typename C::Operand value[4][kVectors];
     if (kDots) {
       const Cell* const source = map + place;
@@ -158,6 +161,7 @@ DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_m
         value[1][v] = C::operand(source + width + v * C::width);
         value[2][v] = C::operand(source + row_size + v * C::width);
         value[3][v] = C::operand(source + row_size + width + v * C::width);
+        if constexpr (C::turns) C::turn(value[0][v], value[1][v], value[2][v], value[3][v]);
       }
     }
     V sum[4][kParts];
@@ -167,8 +171,7 @@ DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_m
       sum[1][v] = sum[3][v] = V::zero();
     }
     do {
-      const uint64_t entry = order[at];
-      const int64_t tap = uint32_t(entry), pixel = int64_t(entry >> 32);
+      const uint64_t entry = order[at], pixel = entry / 16, tap = pixel * kTaps + entry % 16;
       const Cell* const gradient = gradients + pixel * width;
       const S* const weights = corners + 4 * tap;
       for (int v = 0; v < kVectors; ++v) {
@@ -179,13 +182,21 @@ DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_m
             total = V::fma(V::set1(weights[q]), g.part(r), total);
           }
       }
-      if (kDots) {
+      if constexpr (kDots && C::turns) {
+        V dots;
+        for (int v = 0; v < kVectors; ++v)
+          for (int i = 0; i < 4; ++i) {
+            const typename C::Operand g = C::spread_block(gradient + v * C::width + i * C::width / 4);
+            dots = v + i == 0 ? C::dot(g, value[i][v]) : C::dot(g, value[i][v], dots);
+          }
+        V::sum_blocks(dots, sums + 4 * tap, !kSingle && add);
+      } else if constexpr (kDots) {
         V dot[4];
         for (int v = 0; v < kVectors; ++v) {
           const typename C::Operand g = C::operand(gradient + v * C::width);
           for (int q = 0; q < 4; ++q) dot[q] = v == 0 ? C::dot(g, value[q][v]) : C::dot(g, value[q][v], dot[q]);
         }
-        V::sum4(dot[0], dot[1], dot[2], dot[3], sums + 4 * tap, add);
+        V::sum4(dot[0], dot[1], dot[2], dot[3], sums + 4 * tap, !kSingle && add);
       }
     } while (++at < end);
     add_to(target, sum[0]);

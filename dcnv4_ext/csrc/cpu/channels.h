@@ -3,7 +3,9 @@
 // addresses stay in registers; registers, how many vectors of the compute type one becomes; permuted, how many of the four
 // corners' weights come out of registers rather than from memory; clear, pack and pack_some, of a map; load, load_some, times,
 // add and + for weighted sums; store, store_some, stream and store_two of sums; part, each of the vectors of the compute type,
-// and of, what they are together; Operand, operand, operand_some and dot for dot products.
+// and of, what they are together; Operand, operand, operand_some and dot for dot products; turns: whether the dot products of
+// one vector with four are had in one sum, a quarter of its lanes each (V::sum_blocks): then turn, which makes of four operands
+// those that hold a quarter of every one of them, and spread_block, a quarter of an operand four times.
 
 namespace {
 
@@ -15,6 +17,7 @@ struct Widened {
   using Operand = V;
   static constexpr int width = V::width, at_once = 4, registers = 1;
   static constexpr int permuted = V::permuted;
+  static constexpr bool turns = false;
   V v;
 
   static DCNV4_INLINE void clear(Cell* to) { V::zero().store(to); }

@@ -15,8 +15,8 @@
 // `looks_up` is true also all_pairs, permute, store_whole, either, least, greatest, lane, power_of_two, stream (a store past
 // the caches), store_two, fence; Weights, weights and spread (one of a pixel's weights over all lanes, out of registers),
 // permuted (how many of the four corners' weights forward takes so) and spreads (whether backward does); `sorts`: whether
-// backward goes by cells (cells.h), with store_quads and a store_whole for lanes that are not used. kUnrollTaps asks for
-// kernels with the nine taps of a 3x3 kernel unrolled, which pays where the taps' weights can stay in registers.
+// backward goes by cells (cells.h), with store_quads, sum_blocks and a store_whole for lanes that are not used. kUnrollTaps
+// asks for kernels with the nine taps of a 3x3 kernel unrolled, which pays where the taps' weights can stay in registers.
 
 // In the order in which they need each other.
 #include "channels.h"

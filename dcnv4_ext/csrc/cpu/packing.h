@@ -31,7 +31,7 @@ void pack_rows(const dcnv4_problem& p, const Plan<ScalarOf<typename C::Vector>>&
       Cell* cell = map + width + c;
       if (c + kChunk <= p.D) {
         for (int64_t w = 0; w < p.W; ++w, source += step, cell += width) {
-          for (int64_t line = 0; line < kChunk; line += 64 / int64_t(sizeof(T))) C::Vector::prefetch(source + 8 * step + line);
+          for (int64_t line = 0; line < kChunk; line += 64 / int64_t(sizeof(T))) C::Vector::prefetch(source + 16 * step + line);
           for (int v = 0; v < kVectors; ++v) C::pack(source + v * C::width, cell + v * C::width);
         }
         continue;
@@ -61,7 +61,7 @@ template <class C, class T>
 void pack_pixels(const Plan<ScalarOf<typename C::Vector>>& plan, const T* source, int64_t step, int64_t pixels,
                  typename C::Cell* to) {
   for (int64_t i = 0; i < pixels; ++i, source += step, to += plan.packed_width) {
-    for (int64_t line = 0; line < plan.D; line += 64 / int64_t(sizeof(T))) C::Vector::prefetch(source + 8 * step + line);
+    for (int64_t line = 0; line < plan.D; line += 64 / int64_t(sizeof(T))) C::Vector::prefetch(source + 16 * step + line);
     for (int64_t c = 0; c < plan.packed_width; c += C::width) {
       const int64_t left = plan.D - c;
       if (DCNV4_LIKELY(left >= C::width)) {

@@ -53,6 +53,74 @@ struct Ahead {
   }
 };
 
+// What a task reads: a group's channels of an image and of the gradient, the offsets, and of which rows of the output.
+template <class T>
+struct Operands {
+  const T *image, *offsets, *gradient;
+  int64_t first_row, last_row;
+};
+
+// The same for blocks that are equally many rows and columns of up to four tensors: one of them, or four, that are fetched side
+// by side.
+template <class V>
+class BlocksAhead {
+ public:
+  BlocksAhead() = default;
+  BlocksAhead(int64_t rows, int64_t columns) : columns_(columns), rows_(rows) {}
+
+  // A block whose pixels are `stride` apart, and `row_stride` from row to row: the first `elements` of each.
+  template <class T>
+  void add(const T* first, int64_t stride, int64_t row_stride, int64_t elements) {
+    constexpr int64_t kSize = int64_t(sizeof(T));
+    const Stream pixel(first, stride, 1, elements);
+    blocks_[count_++] = {pixel.at, pixel.last, stride * kSize, (row_stride - columns_ * stride) * kSize};
+    lines_between_ = std::max(lines_between_, pixel.whole_lines - 1);
+  }
+
+  DCNV4_INLINE void fetch() {
+    if (--column_ < 0 && !begin_row()) return;
+    fetch(blocks_[0]);
+    if (count_ == 1) return;
+    fetch(blocks_[1]);
+    fetch(blocks_[2]);
+    fetch(blocks_[3]);
+  }
+
+ private:
+  struct Block {
+    const char* at = nullptr;
+    int64_t last = 0, step = 0, jump = 0;  // bytes
+  };
+
+  DCNV4_INLINE void fetch(Block& block) {
+    V::prefetch(block.at);
+    for (int64_t line = 1; line <= lines_between_; ++line) V::prefetch(block.at + std::min(64 * line, block.last));
+    V::prefetch(block.at + block.last);
+    block.at += block.step;
+  }
+  DCNV4_NOINLINE bool begin_row() {
+    column_ = 0;
+    if (rows_ <= 0) return false;
+    if (begun_)
+      for (Block& block : blocks_) block.at += block.jump;
+    begun_ = true;
+    --rows_;
+    column_ = columns_ - 1;
+    return true;
+  }
+
+  int64_t columns_ = 0, rows_ = 0;  // of a block; not yet begun
+  int64_t column_ = 0;              // how many of the row are left
+  int64_t lines_between_ = 0;       // a pixel's first and last
+  int count_ = 0;
+  bool begun_ = false;
+  Block blocks_[4];
+};
+
+// What goes on while taps are visited.
+template <class V>
+using AheadOfVisits = std::conditional_t<V::sorts, BlocksAhead<V>, Ahead<V>>;
+
 // What tasks threads take: in turn at first, so that threads work side by side and share what memory has ready, then whoever is
 // free the next one. Not all so: to take one waits until memory has what was stored past the caches. A thread knows its next
 // task while it does this one where there are many, and can ask for that one's data meanwhile.
