@@ -67,6 +67,7 @@ enum cudaError_t {
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrL2CacheSize = 38,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
@@ -417,6 +418,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   const auto& settings = host_cuda::settings;
   *value = attribute == cudaDevAttrMultiProcessorCount ? settings.multiprocessors : settings.shared_limit;
   if (attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor) *value += 1024;
+  if (attribute == cudaDevAttrL2CacheSize) *value = 48 << 20;
   return cudaSuccess;
 }
 template <class... Parameters>

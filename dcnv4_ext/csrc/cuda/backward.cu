@@ -264,7 +264,7 @@ __global__ void DCNV4_BLOCK(T, kThreads)
   const int64_t row = vectors <= INT32_MAX ? by_row.quotient(uint32_t(i)) : i / by_row.divisor;
   const int64_t channel = (i - row * by_row.divisor) * N;
   float values[N];
-  load<float, N>(sums + row * sums_stride + channel, values);
+  load_written<float, N>(sums + row * sums_stride + channel, values);
   store<T, N>(grad_value + row * grad_value_stride + channel, values);
 }
 
@@ -360,7 +360,9 @@ int32_t round_type(const BackwardCall& call, const float* sums, int64_t sums_str
 }
 
 // Both gradients, that of value merged before it is added to the sums. Where the other one comes out of a window, clearing and
-// rounding the sums are errands of its kernel: of its two halves, one before and one after, in 16 bits; or of all of it.
+// rounding the sums are errands of its kernel. In 16 bits of its two halves, one before and one after, where the sums outgrow
+// the cache; clearing smaller ones takes less than a second launch. Those that the cache holds well are soon rounded too; of
+// few the launch that is saved counts.
 template <class T>
 int32_t merge(const BackwardCall& call, const SumsInMemory& memory, bool sorted) {
   const dcnv4_problem& p = call.p;
@@ -370,12 +372,16 @@ int32_t merge(const BackwardCall& call, const SumsInMemory& memory, bool sorted)
     return make_errand(memory.rows, memory.channels, sums, memory.stride, rounded, p.grad_value_stride, sizeof(T));
   };
   const Errand clearing = errand(nullptr), rounding = errand(call.grad_value);
-  const bool beside = call.grad_offset_mask && clearing.vectors != 0 && (!rounds || rounding.vectors != 0) &&
+  const int64_t bytes = memory.rows * memory.stride * memory.bytes, cache = cache_bytes(p.device);
+  const bool halves = bytes > cache || forced(p, kForceWindow);
+  const bool worth_it = !rounds || halves || bytes > cache / 3 * 2 || bytes <= cache / 4;
+  const bool beside = call.grad_offset_mask && clearing.vectors != 0 && (!rounds || rounding.vectors != 0) && worth_it &&
                       !forced(p, kForceApart);
-
-  const int32_t before = beside ? try_window(call, rounds ? Part::first : Part::all, clearing) : DCNV4_NO_KERNEL;
+  const bool before_it = beside && (!rounds || halves);
+  const int32_t before = before_it ? try_window(call, rounds ? Part::first : Part::all, clearing) : DCNV4_NO_KERNEL;
   int32_t status = before == DCNV4_NO_KERNEL ? clear(memory, call.stream) : before;
-  if (status == DCNV4_OK) status = sorted ? scatter_sorted(call, sums, memory.stride) : scatter_tiled(call, sums, memory.stride);
+  if (status == DCNV4_OK)
+    status = sorted ? scatter_sorted(call, sums, memory.stride) : scatter_tiled(call, sums, memory.stride);
   if (status != DCNV4_OK) return status;
   if constexpr (rounds) {
     if (beside) {

@@ -15,9 +15,9 @@ struct BackwardCall {
   cudaStream_t stream;
 };
 
-// The gradient of offset_mask alone, out of a window in shared memory (backward_window.cu), and an errand; DCNV4_NO_KERNEL where
-// it cannot be or is not worth while. In halves that other work may lie between: not where there are too few blocks for two
-// launches.
+// The gradient of offset_mask alone, out of a window in shared memory (backward_window.cu), and an errand; DCNV4_NO_KERNEL
+// where it cannot be or is not worth while. In halves that other work may lie between: not where there are too few blocks for
+// two launches.
 enum class Part { all, first, second };
 int32_t differentiate_window(const BackwardCall& call, Part part, const Errand& errand);
 

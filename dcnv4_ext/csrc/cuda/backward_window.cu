@@ -5,10 +5,11 @@
 //
 // dot_window: a thread holds 16 bytes of one pixel's channels and all corners of all taps; eight or four threads then add up.
 //
-// dot_matrix, for 16-bit types: a warp has one pixel at a time, or two of groups of 64 bytes. The corners of its taps, 8 channels
-// each, are rows of matrices A; the columns of B hold grad_output, each turned by another number of pieces of 8 channels. So
-// every row of A may begin its channels elsewhere, and eight corners touch every bank once; of its row of the product a corner
-// wants the column that turns as far as it does. Of 64 bytes there are four turns: the other four columns are another pixel's.
+// dot_matrix, for 16-bit types: a warp has one pixel at a time, or two of groups of 64 bytes. The corners of its taps, 8
+// channels each, are rows of matrices A; the columns of B hold grad_output, each turned by another number of pieces of 8
+// channels. So every row of A may begin its channels elsewhere, and eight corners touch every bank once; of its row of the
+// product a corner wants the column that turns as far as it does. Of 64 bytes there are four turns: the other four columns are
+// another pixel's.
 #include "backward.h"
 #include "window.h"
 
@@ -145,13 +146,13 @@ constexpr DCNV4_HD int64_t thread_bytes() {
 
 template <class T, int UNITS, int TAPS, bool RUNS>
 __global__ void __launch_bounds__(kMostDotThreads, 2)
-    dot_window(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w,
-               const __grid_constant__ Errand errand, const __grid_constant__ BulkMap value_map,
-               const __grid_constant__ BulkMap mask_map, const T* __restrict__ value, const T* __restrict__ offset_mask,
-               const T* __restrict__ grad_output, T* __restrict__ grad_offset_mask) {
+    dot_window(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w, const __grid_constant__ Errand errand,
+               uint32_t first_block, const __grid_constant__ BulkMap value_map, const __grid_constant__ BulkMap mask_map,
+               const T* __restrict__ value, const T* __restrict__ offset_mask, const T* __restrict__ grad_output,
+               T* __restrict__ grad_offset_mask) {
   constexpr int N = 16 / int(sizeof(T)), items = kWarp / UNITS, cell_bytes = UNITS * 16;
   constexpr int pixels = kSlots / TAPS;
-  const WindowOrigin o = window_origin(p, w);
+  const WindowOrigin o = window_origin(p, w, blockIdx.x + first_block);
   const int lane = int(threadIdx.x % kWarp), warp = warp_index(), warps = int(blockDim.x / kWarp);
   const int64_t first_output = int64_t(o.n) * p.Ho * p.Wo;
   const int channel = o.g * int(p.D);
@@ -168,7 +169,7 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
   const TileTaps<T, TAPS, RUNS> tile(w, o, offset_mask);
   start_window<UNITS>(p, w, o, tile, value_map, mask_map, map, channel * int(sizeof(T)), window, barriers);
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
-  if (errand.vectors != 0) run_errand<T>(errand, blockIdx.x);
+  if (errand.vectors != 0) run_errand<T>(errand);
   TapSlot slots[kSlotRounds];
   find_slots<TAPS>(w, slots);
   wait_for_runs<RUNS>(barriers);
@@ -242,16 +243,16 @@ constexpr DCNV4_HD int64_t matrix_bytes() {
 // HALVES of 64 bytes a cell.
 template <class T, int HALVES, int TAPS, bool RUNS>
 __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotThreads, 2)
-    dot_matrix(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w,
-               const __grid_constant__ Errand errand, const __grid_constant__ BulkMap value_map,
-               const __grid_constant__ BulkMap mask_map, const T* __restrict__ value, const T* __restrict__ offset_mask,
-               const T* __restrict__ grad_output, T* __restrict__ grad_offset_mask) {
+    dot_matrix(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w, const __grid_constant__ Errand errand,
+               uint32_t first_block, const __grid_constant__ BulkMap value_map, const __grid_constant__ BulkMap mask_map,
+               const T* __restrict__ value, const T* __restrict__ offset_mask, const T* __restrict__ grad_output,
+               T* __restrict__ grad_offset_mask) {
   constexpr int pieces = 4 * HALVES, cell_bytes = 64 * HALVES;
   constexpr int pixels = kSlots / TAPS;
   constexpr int together = pixels_together(HALVES), rows = int(round_up_to(pixels, together));
   // More would not fit the registers; where threads stand in for matrix units it would be long.
   constexpr int unrolled = HALVES == 1 && DCNV4_MATRIX_UNITS ? 2 : 1;
-  const WindowOrigin o = window_origin(p, w);
+  const WindowOrigin o = window_origin(p, w, blockIdx.x + first_block);
   const int lane = int(threadIdx.x % kWarp), warp = warp_index(), warps = int(blockDim.x / kWarp);
   const int64_t first_output = int64_t(o.n) * p.Ho * p.Wo;
   const int channel = o.g * int(p.D);
@@ -269,7 +270,7 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
   const TileTaps<T, TAPS, RUNS> tile(w, o, offset_mask);
   start_window<pieces>(p, w, o, tile, value_map, mask_map, map, channel * int(sizeof(T)), window, barriers);
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
-  if (errand.vectors != 0) run_errand<T>(errand, blockIdx.x);
+  if (errand.vectors != 0) run_errand<T>(errand);
   TapSlot slots[kSlotRounds];
   find_slots<TAPS>(w, slots);
   wait_for_runs<RUNS>(barriers);
@@ -373,7 +374,7 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
 }
 
 template <class T>
-using DotKernel = void (*)(dcnv4_problem, Window, Errand, BulkMap, BulkMap, const T*, const T*, const T*, T*);
+using DotKernel = void (*)(dcnv4_problem, Window, Errand, uint32_t, BulkMap, BulkMap, const T*, const T*, const T*, T*);
 
 // What is to be launched.
 struct DotCall {
@@ -382,14 +383,14 @@ struct DotCall {
   const Errand& errand;
 };
 
-// Cuts a window's blocks to those of a part; false where two launches would cost more than they hide: that the last blocks of
-// each leave multiprocessors idle, half the time of a wave of blocks, against some eighth of all waves for clearing the sums.
-bool take_part(const dcnv4_problem& p, Part part, Window& w) {
+// Cuts a window's blocks to those of a part, from `first` on; false where two launches would cost more than they hide: that the
+// last blocks of each leave multiprocessors idle, half the time of a wave of blocks.
+bool take_part(const dcnv4_problem& p, Part part, Window& w, uint32_t& first) {
   constexpr int64_t enough_waves = 5;
   if (part == Part::all) return true;
   if (w.blocks < (forced(p, kForceWindow) ? 2 : enough_waves * w.resident)) return false;
   const int64_t half = w.blocks / 2;
-  if (part == Part::second) w.first_block = uint32_t(half);
+  if (part == Part::second) first = uint32_t(half);
   w.blocks = part == Part::first ? half : w.blocks - half;
   return true;
 }
@@ -412,9 +413,10 @@ int32_t start(const DotCall& dots, DotKernel<T> kernel, int64_t cell, int64_t wa
   if (w.blocks == 0 || (bytes.whole && 3 * (w.shared + 1024) > shared_total(p.device))) return DCNV4_NO_KERNEL;
   BulkMap value_map{}, mask_map{};
   if (RUNS && !make_maps<T, TAPS>(p, w, call.value, cell, call.offset_mask, value_map, mask_map)) return DCNV4_NO_KERNEL;
-  if (!take_part(p, dots.part, w)) return DCNV4_NO_KERNEL;
+  uint32_t first_block = 0;
+  if (!take_part(p, dots.part, w, first_block)) return DCNV4_NO_KERNEL;
   return launch(earliest_start(p), kernel, w.blocks, w.threads, w.shared, call.stream, p, w,
-                divide_errand(dots.errand, w.blocks), value_map, mask_map, static_cast<const T*>(call.value),
+                divide_errand(dots.errand, w.blocks), first_block, value_map, mask_map, static_cast<const T*>(call.value),
                 static_cast<const T*>(call.offset_mask), static_cast<const T*>(call.grad_output),
                 static_cast<T*>(call.grad_offset_mask));
 }

@@ -38,10 +38,10 @@ inline Errand divide_errand(Errand errand, int64_t blocks) {
   return errand;
 }
 
-// This block's share; `block` counts those of the launch.
+// A block's share.
 template <class T>
-DCNV4_DEVICE void run_errand(const Errand& errand, uint32_t block) {
-  const uint32_t first = block * errand.share, end = min(first + errand.share, errand.vectors);
+DCNV4_DEVICE void run_errand(const Errand& errand) {
+  const uint32_t first = blockIdx.x * errand.share, end = min(first + errand.share, errand.vectors);
   const auto in_rows = [&](uint32_t i, int64_t stride) {
     const uint32_t row = errand.by_row.quotient(i);
     return int64_t(row) * stride + (i - row * errand.by_row.divisor) * kErrandStep;
@@ -58,7 +58,7 @@ DCNV4_DEVICE void run_errand(const Errand& errand, uint32_t block) {
       float sums[at_once][kErrandStep];
 #pragma unroll
       for (uint32_t j = 0; j < at_once; ++j, from += blockDim.x * kErrandStep)
-        load_if<float, kErrandStep>(i + j * blockDim.x < end, from, sums[j]);
+        if (i + j * blockDim.x < end) load_written<float, kErrandStep>(from, sums[j]);
 #pragma unroll
       for (uint32_t j = 0; j < at_once; ++j)
         if (i + j * blockDim.x < end)

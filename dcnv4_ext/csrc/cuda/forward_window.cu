@@ -283,10 +283,10 @@ int32_t run(const ForwardCall& call, int64_t slices) {
   if (RUNS) bytes.cost = sizeof(T) == 2 ? WindowCost{1.85, 0.2, 0.002, 1} : WindowCost{11.3, 0.32, 0.0042, 2};
   if (UNITS == 8) {
     // Cells of 128 bytes leave little room beside the halo of a tile: worth while for whole maps, and with runs, where tiles
-    // cost less, for small ones. In halves of 64 bytes every tap is worked out twice.
-    bytes.whole = !RUNS ? INT32_MAX : forced(p, kForceWindow) ? 0 : 256;
+    // cost less, in fp32. In halves of 64 bytes every tap is worked out twice.
+    bytes.whole = !RUNS ? INT32_MAX : sizeof(T) == 4 || forced(p, kForceWindow) ? 0 : 256;
     bytes.most_threads = kMostWideThreads;
-    if (sizeof(T) == 4) bytes.cost = {8, 0, 0.008, 0};
+    if (sizeof(T) == 4) bytes.cost = {5, 0.05, 0.004, 1};
   }
   Window w = plan_window(p, slices, bytes);
   if (TAPS == 9) w.shared -= (w.pixels + kBatch - 1) % kBatch * (Room<UNITS>::ninths_bytes / kBatch);

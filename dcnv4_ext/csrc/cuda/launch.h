@@ -58,6 +58,8 @@ inline int64_t shared_total(int device) {
   return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device, int(kSharedBytes));
 }
 
+inline int64_t cache_bytes(int device) { return attribute(cudaDevAttrL2CacheSize, device, 0); }
+
 template <class>
 __global__ void compiled_code() {}
 // What a device's code was compiled for, 80 for sm_80: the architecture whose instructions it has, which may be older than the

@@ -25,7 +25,8 @@ struct alignas(8) PairColumn {
 struct alignas(16) PairEntry {
   PairColumn left, right;
 };
-// Of an entry it is also kept where its row of grad_output lies; there the two lowest bits tell which rows of the pair it is for.
+// Of an entry it is also kept where its row of grad_output lies; there the two lowest bits tell which rows of the pair it is
+// for.
 constexpr uint32_t kUpper = 1, kLower = 2;
 constexpr int64_t kPairEntryBytes = sizeof(PairEntry) + sizeof(uint16_t);
 
@@ -99,8 +100,8 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
 
   const int keys = groups.pairs * groups.pitch, most = w.pixels * TAPS * 2 + kStep;
   // Where entries come to lie when the taps are known, the runs lie until then.
-  PairEntry* entries = reinterpret_cast<PairEntry*>(dynamic_shared());               // (most)
-  char* rows = reinterpret_cast<char*>(entries + most);                              // (pixels, UNITS pieces)
+  PairEntry* entries = reinterpret_cast<PairEntry*>(dynamic_shared());     // (most)
+  char* rows = reinterpret_cast<char*>(entries + most);                    // (pixels, UNITS pieces)
   uint2* far_of = reinterpret_cast<uint2*>(rows + w.pixels * cell_bytes);  // (batches): a bit a tap beyond the window
   char* barrier = reinterpret_cast<char*>(far_of + kMostBatches * warps);
   int* starts = reinterpret_cast<int*>(barrier + kBarrierBytes);    // (keys + 1)
@@ -319,7 +320,7 @@ MatrixPlan plan_of(const dcnv4_problem& p) {
   const int64_t fixed = kStep * kPairEntryBytes + kMostSortThreads / kWarp * kMostBatches * int64_t(sizeof(uint2)) +
                         kBarrierBytes + (1 + kMostSortThreads / kWarp + 2) * int64_t(sizeof(int));
   WindowBytes bytes{int64_t(sizeof(int)), slicing.bytes + taps * 2 * kPairEntryBytes, 0, fixed, 0};
-  bytes.cost = WindowCost{5, 0.07, 0.010, 1};
+  bytes.cost = WindowCost{5, 0.07, 0.025, 1};
   plan.w = plan_blocks(p, taps, slicing, bytes);
   if (plan.w.blocks == 0) return plan;
   const int64_t columns = divide_up(plan.w.width, kGroupColumns);
@@ -344,8 +345,7 @@ int32_t run(const BackwardCall& call, const MatrixPlan& plan, float* sums, int64
     return launch(earliest_start(p), kernel, w.blocks, w.threads, w.shared, call.stream, p, w, plan.groups, mask_map,
                   offset_mask, static_cast<const T*>(call.grad_output), static_cast<T*>(call.grad_value), sums, sums_stride);
   };
-  if (runs)
-    return sums ? start(gather_matrix<T, UNITS, TAPS, false, true>) : start(gather_matrix<T, UNITS, TAPS, true, true>);
+  if (runs) return sums ? start(gather_matrix<T, UNITS, TAPS, false, true>) : start(gather_matrix<T, UNITS, TAPS, true, true>);
   return sums ? start(gather_matrix<T, UNITS, TAPS, false, false>) : start(gather_matrix<T, UNITS, TAPS, true, false>);
 }
 

@@ -84,6 +84,7 @@ inline Window plan_blocks(const dcnv4_problem& p, int taps, const Slicing& slici
   // A whole map's sums are written at once; others are cleared before and rounded after.
   WindowBytes whole = bytes;
   whole.whole = INT32_MAX;
+  whole.most_of_few = 196;
   const Window w = plan_window(p, slicing.slices, whole);
   return w.blocks != 0 ? w : plan_window(p, slicing.slices, bytes);
 }

@@ -123,7 +123,7 @@ DCNV4_DEVICE void load_if(bool use, const void* address, Real (&values)[N]) {
   if (use) load<T, N>(address, values);
 }
 
-// The same from shared memory, or from what a kernel has written.
+// The same from shared memory.
 template <class T, int N, class Real>
 DCNV4_DEVICE void load_shared(const void* address, Real (&values)[N]) {
   using A = Access<T, N>;
@@ -131,6 +131,12 @@ DCNV4_DEVICE void load_shared(const void* address, Real (&values)[N]) {
 #pragma unroll
   for (int i = 0; i < A::words; ++i) words[i] = static_cast<const typename A::type*>(address)[i];
   spread<T>(words, values);
+}
+
+// The same from what a kernel has written that may still have run when this one was launched.
+template <class T, int N, class Real>
+DCNV4_DEVICE void load_written(const void* address, Real (&values)[N]) {
+  load_shared<T, N>(address, values);
 }
 
 // 8 bytes of shared memory where `use` holds, else zeros: a predicated instruction, where the compiler would branch.

@@ -30,7 +30,6 @@ struct Window {
   int32_t threads;
   int64_t blocks, shared;                          // of the launch; shared memory in bytes
   int64_t resident;                                // blocks that the device has room for at once
-  uint32_t first_block;                            // of a launch of some of the blocks
   int32_t base_x, base_y;                          // of output pixel 0
   int32_t first_x, first_y, last_x, last_y;        // first cell of the first tile's window, were there no edge; of any window
   uint64_t value_image, mask_image, output_image;  // bytes
@@ -68,7 +67,8 @@ struct WindowBytes {
   int64_t cell, pixel, warp, fixed, rows;
   int64_t copied = 1;  // cells of a row that are fetched at once
   int64_t most_pixels_a_warp = INT32_MAX;
-  int64_t whole = 0;  // where not 0: one tile must do for the map, of at most so many pixels
+  int64_t whole = 0;          // where not 0: one tile must do for the map, of at most so many pixels
+  int64_t most_of_few = 256;  // pixels of such a tile where there are fewer blocks than multiprocessors
   int64_t most_threads = kMostWindowThreads, blocks = kWindowBlocks;  // of a block; blocks of so many that have the registers
   int64_t batch = kBatch;                                             // pixels of a batch
   WindowCost cost{8, 0, 0.008, 0};
@@ -115,8 +115,8 @@ inline Window find_window(const dcnv4_problem& p, int64_t slices, const WindowBy
                  fetched = double(round_up(x.cells, bytes.copied) * y.cells);
     if (bytes.whole) {
       if (tiles_x * tiles_y > 1 || pixels > bytes.whole || x.cells < p.W + 2 * kAround || y.cells < p.H + 2 * kAround) return;
-      // A few blocks with much to do each: the kernels without a window spread it further.
-      if (blocks < device.processors && pixels > 256 && !forced(p, kForceWindow)) return;
+      // A few blocks with much to do each: other kernels or tiles spread it further.
+      if (blocks < device.processors && pixels > bytes.most_of_few && !forced(p, kForceWindow)) return;
     }
     if (x.cells >= device.most / bytes.cell / y.cells || blocks > INT32_MAX) return;
     const int64_t pitch = round_up(x.cells, 2), cells = pitch * y.cells;
@@ -214,7 +214,7 @@ inline Window plan_window(const dcnv4_problem& p, int64_t slices, const WindowBy
 // This thread's warp. The compiler sees of a shuffle that it is the same for all of its threads.
 DCNV4_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, int(threadIdx.x / kWarp), 0); }
 
-// Which tile, group, slice and image a block has, and where its window lies: inside the map and kAround cells beyond.
+// Which tile, group, slice and image block `block` has, and where its window lies: inside the map and kAround cells beyond.
 struct WindowOrigin {
   uint32_t n;
   int g, slice;
@@ -222,8 +222,7 @@ struct WindowOrigin {
   int x, y;            // first cell
 };
 
-DCNV4_DEVICE WindowOrigin window_origin(const dcnv4_problem& p, const Window& w) {
-  const uint32_t block = blockIdx.x + w.first_block;
+DCNV4_DEVICE WindowOrigin window_origin(const dcnv4_problem& p, const Window& w, uint32_t block = blockIdx.x) {
   const uint32_t above_x = w.tiles_x.quotient(block), above_y = w.tiles_y.quotient(above_x);
   const uint32_t above_slice = w.by_slices.quotient(above_y);
   WindowOrigin o;
