@@ -30,8 +30,6 @@ void unpack(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const ScalarO
         }
       }
     }
-  if constexpr (V::looks_up)
-    if (past_caches) V::fence();
 }
 
 // How far a task has come with its packed maps. Where both are larger than a cache (`rolls`), rows of them are packed and
@@ -69,6 +67,8 @@ class Front {
       clear_to(last);
     }
     if (first - 1 < unpacked_) {
+      if constexpr (V::looks_up)
+        if (past_caches_) V::fence();  // what comes again stays behind what is on its way
       halo_ += unpacked_ - std::max<int64_t>(0, first - 1);
       unpacked_ = std::max<int64_t>(0, first - 1);
     }
@@ -710,6 +710,8 @@ int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_
                   tap_scratch, front, padding, by_blocks ? Ahead<V>() : data_of(next), next < 0 ? nullptr : &upcoming);
       front.finish();
     });
+    if constexpr (V::looks_up)
+      if (past_caches) V::fence();
     scratch.trim(kKeptScratch);
   }
   if (grad_value && slabs > 1 && status == DCNV4_OK) {
@@ -719,6 +721,8 @@ int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_
       const int64_t rows = (p.H + slabs - 1) / slabs;
       unpack<C, T>(p, plan, slab_maps + owner * slabs * map_size, map_size, slabs, slab * rows,
                    std::min(p.H, (slab + 1) * rows), grad_value + n * p.H * p.W * p.grad_value_stride + g * p.D, past_caches);
+      if constexpr (V::looks_up)
+        if (past_caches) V::fence();
     }
   }
   slab_scratch.trim(kKeptScratch);
