@@ -191,8 +191,23 @@ def test_what_is_said_of_the_operator_on_a_gpu_is_in_the_json(readme: ModuleType
     modules = [
         readme.times_as_long(r, "official")
         for r in content["measurements"]
-        if (r["level"], r["dtype"], r["direction"]) == ("module", "bfloat16", "forward")
+        if (r["level"], r["dtype"], r["direction"], r["sigma"]) == ("module", "bfloat16", "forward", 2)
     ]
+    wide = [
+        f"{statistics.geometric_mean(readme.times_as_long(r, 'official') for r in content['measurements'] if kind(r)):.2f}"
+        for kind in (
+            lambda r: (
+                (r["level"], r["dtype"], r["direction"], r["sigma"]) == ("op", "bfloat16", "forward", 8)
+            ),
+            lambda r: (r["level"], r["dtype"], r["direction"], r["sigma"]) == ("op", "float32", "forward", 8),
+        )
+    ]
+    assert "takes {} times as long forward in bf16 and {} times in fp32".format(*wide) in text
+    half = [ahead("float16", direction, "official")[2] for direction in ("forward", "backward")]
+    assert (
+        "In fp16 the official operator takes {} times as long forward and {} times backward".format(*half)
+        in text
+    )
     assert len(modules) == 14 and f"1/{statistics.geometric_mean(modules):.2f}, in geometric mean" in text
     stages = json.loads((readme.RESULTS / "gpu.json").read_text(encoding="utf-8"))
     assert stages["known"]["device"] == "NVIDIA H200"
