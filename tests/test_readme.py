@@ -138,14 +138,14 @@ def test_what_is_said_of_the_operator_on_a_gpu_is_in_the_json(readme: ModuleType
     assert content["identity"]["device"] == "NVIDIA H200"
     text = " ".join(EVIDENCE.split())
 
-    def rows(dtype: str, direction: str) -> list[dict]:
-        kind = (dtype, direction, 2, "op")
+    def rows(dtype: str, direction: str, sigma: float = 2, level: str = "op") -> list[dict]:
+        kind = (dtype, direction, sigma, level)
         return [
             r for r in content["measurements"] if (r["dtype"], r["direction"], r["sigma"], r["level"]) == kind
         ]
 
-    def ahead(dtype: str, direction: str, peer: str) -> tuple[int, int, str]:
-        ratios = [readme.times_as_long(r, peer) for r in rows(dtype, direction) if peer in r["times"]]
+    def ahead(dtype: str, direction: str, peer: str, *kind: object) -> tuple[int, int, str]:
+        ratios = [readme.times_as_long(r, peer) for r in rows(dtype, direction, *kind) if peer in r["times"]]
         return sum(q >= 1 for q in ratios), len(ratios), f"{statistics.geometric_mean(ratios):.2f}"
 
     def said(dtype: str, direction: str, peer: str) -> str:
@@ -188,27 +188,15 @@ def test_what_is_said_of_the_operator_on_a_gpu_is_in_the_json(readme: ModuleType
     assert all("BFloat16" in r["skipped"]["official"] for r in rows("bfloat16", "backward"))
     failing = {r["shape"] for r in rows("float32", "backward") if "official" in r["skipped"]}
     assert failing == {"64x8x8x1280", "64x4x4x1280"}
-    modules = [
-        readme.times_as_long(r, "official")
-        for r in content["measurements"]
-        if (r["level"], r["dtype"], r["direction"], r["sigma"]) == ("module", "bfloat16", "forward", 2)
-    ]
-    wide = [
-        f"{statistics.geometric_mean(readme.times_as_long(r, 'official') for r in content['measurements'] if kind(r)):.2f}"
-        for kind in (
-            lambda r: (
-                (r["level"], r["dtype"], r["direction"], r["sigma"]) == ("op", "bfloat16", "forward", 8)
-            ),
-            lambda r: (r["level"], r["dtype"], r["direction"], r["sigma"]) == ("op", "float32", "forward", 8),
-        )
-    ]
+    _, count, mean = ahead("bfloat16", "forward", "official", 2, "module")
+    assert count == 14 and f"1/{mean}, in geometric mean" in text
+    wide = (ahead(dtype, "forward", "official", 8)[2] for dtype in ("bfloat16", "float32"))
     assert "takes {} times as long forward in bf16 and {} times in fp32".format(*wide) in text
     half = [ahead("float16", direction, "official")[2] for direction in ("forward", "backward")]
     assert (
         "In fp16 the official operator takes {} times as long forward and {} times backward".format(*half)
         in text
     )
-    assert len(modules) == 14 and f"1/{statistics.geometric_mean(modules):.2f}, in geometric mean" in text
     stages = json.loads((readme.RESULTS / "gpu.json").read_text(encoding="utf-8"))
     assert stages["known"]["device"] == "NVIDIA H200"
     for stage in ("correctness", "memcheck", "racecheck"):
