@@ -4,6 +4,11 @@
 
 namespace {
 
+// Where a tap's four numbers begin among those of a block, and of which pixel it is.
+struct SortedTap {
+  uint32_t corners, pixel;
+};
+
 // The taps of a block of pixels, tap by tap and pixel by pixel.
 template <class V, int kTaps>
 struct SortedTaps {
@@ -17,7 +22,7 @@ struct SortedTaps {
   // Twice the cell, one more for every second tap. A counter that is counted up again at once has to be waited for: two a cell
   // are so half as often. Taps that do not count have V::width counters together, behind all others.
   uint32_t* counter;
-  uint32_t* order;   // 16 times the pixel + its tap, in the order of the counters, and of the taps of a counter
+  SortedTap* order;  // in the order of the counters, and of the taps of a counter
   uint32_t* end;     // where in `order` the taps of a counter end
   Reach<V> cells;    // that the taps look at
   Reach<V> columns;  // of the value
@@ -91,12 +96,11 @@ DCNV4_NOINLINE void sort_taps(const SortedTaps<V, kTaps>& taps, int64_t pixels, 
   };
   begin_of(2 * first, 2 * last + 2);
   begin_of(2 * blank, 2 * blank + V::width);
-  static_assert(kTaps <= 16, "entries hold a tap in four bits");
-  uint32_t* const order = taps.order;
-  uint32_t entry = 0;
-  for (int64_t i = 0; i < pixels; ++i, counter += kTaps, entry += 16) {
+  SortedTap* const order = taps.order;
+  SortedTap tap{0, 0};
+  for (int64_t i = 0; i < pixels; ++i, counter += kTaps, ++tap.pixel) {
     DCNV4_UNROLL
-    for (int k = 0; k < kTaps; ++k) order[end[counter[k]]++] = entry + k;
+    for (int k = 0; k < kTaps; ++k, tap.corners += 4) order[end[counter[k]]++] = tap;
   }
 }
 
@@ -118,7 +122,6 @@ DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_m
   using Cell = typename C::Cell;
   constexpr int kParts = kVectors * C::registers;
   if (kSingle) width = kVectors * C::width;
-  const uint32_t* const order = taps.order;
   const S* const corners = taps.corners;
   S* const sums = taps.sums;
   // What the cell before added to its right and lower right neighbour: this cell's own and lower one.
@@ -130,20 +133,16 @@ DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_m
     for (int v = 0; v < kParts; ++v) (V::load(cell + v * V::width) + what[v]).store(cell + v * V::width);
   };
   clear();
-  bool pending = false;
-  uint32_t at = 0;
-  // Where the cell lies in the maps; a row's end is passed without anything pending.
-  int64_t column = first % grid.pitch, place = first / grid.pitch * row_size + (grid.left + column) * width;
-  const auto step = [&]() DCNV4_LAMBDA_INLINE {
-    place += width;
-    if (++column < grid.pitch) return;
-    column = 0;
-    place += row_size - grid.pitch * width;
-  };
-  for (int64_t c = first; c <= last; ++c, step()) {
-    const uint32_t end = taps.end[2 * c + 1];
-    S* const target = grad_map + place;
-    if (at == end) {
+  bool pending = false;  // never at the end of a row
+  const SortedTap* tap = taps.order;
+  for (int64_t row = first / grid.pitch, c = first; c <= last; ++row) {
+    const int64_t column = c - row * grid.pitch, end_of_row = std::min(last + 1, c - column + grid.pitch);
+    const int64_t place = row * row_size + (grid.left + column) * width;
+    const Cell* source = map + place;
+    S* target = grad_map + place;
+    for (; c < end_of_row; ++c, source += width, target += width) {
+    const SortedTap* const end = taps.order + taps.end[2 * c + 1];
+    if (tap == end) {
       if (pending) {
         add_to(target, right);
         add_to(target + row_size, lower_right);
@@ -155,7 +154,6 @@ DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_m
     if (kSingle || !add) ahead.fetch();
     typename C::Operand value[4][kVectors];
     if (kDots) {
-      const Cell* const source = map + place;
       for (int v = 0; v < kVectors; ++v) {
         value[0][v] = C::operand(source + v * C::width);
         value[1][v] = C::operand(source + width + v * C::width);
@@ -171,9 +169,8 @@ DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_m
       sum[1][v] = sum[3][v] = V::zero();
     }
     do {
-      const uint64_t entry = order[at], pixel = entry / 16, tap = pixel * kTaps + entry % 16;
-      const Cell* const gradient = gradients + pixel * width;
-      const S* const weights = corners + 4 * tap;
+      const Cell* const gradient = gradients + tap->pixel * width;
+      const S* const weights = corners + tap->corners;
       for (int v = 0; v < kVectors; ++v) {
         const C g = C::load(gradient + v * C::width);
         for (int q = 0; q < 4; ++q)
@@ -189,16 +186,16 @@ DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_m
             const typename C::Operand g = C::spread_block(gradient + v * C::width + i * C::width / 4);
             dots = v + i == 0 ? C::dot(g, value[i][v]) : C::dot(g, value[i][v], dots);
           }
-        V::sum_blocks(dots, sums + 4 * tap, !kSingle && add);
+        V::sum_blocks(dots, sums + tap->corners, !kSingle && add);
       } else if constexpr (kDots) {
         V dot[4];
         for (int v = 0; v < kVectors; ++v) {
           const typename C::Operand g = C::operand(gradient + v * C::width);
           for (int q = 0; q < 4; ++q) dot[q] = v == 0 ? C::dot(g, value[q][v]) : C::dot(g, value[q][v], dot[q]);
         }
-        V::sum4(dot[0], dot[1], dot[2], dot[3], sums + 4 * tap, !kSingle && add);
+        V::sum4(dot[0], dot[1], dot[2], dot[3], sums + tap->corners, !kSingle && add);
       }
-    } while (++at < end);
+    } while (++tap < end);
     add_to(target, sum[0]);
     add_to(target + row_size, sum[2]);
     for (int v = 0; v < kParts; ++v) {
@@ -207,10 +204,10 @@ DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_m
     }
     pending = true;
   }
-  if (pending) {
-    S* const target = grad_map + place;
+  if (pending && c > last) {
     add_to(target, right);
     add_to(target + row_size, lower_right);
+  }
   }
 }
 

@@ -8,43 +8,46 @@ namespace {
 // A product of matrices adds to the cells of a group what sixteen entries give them: eight columns of two rows of the window,
 // rows of A; the entries are columns of A and rows of B, whose columns are channels. Lists of entries are kept by pairs of
 // rows and the column of the tap's cell, `pitch` keys a pair; so a group's lists, from the column to its left on, are one
-// stretch. A thread, which has one column of the window, knows of each entry by its number whether it is one of the column's
-// own list, of the list to the left, or gives it nothing: then A has a zero.
+// stretch. A thread, which has one column of the window, knows of each entry by its number whether it is of the column's own
+// list or the list to the left; of others A has a zero.
 constexpr int kGroupColumns = 8, kStep = 16;
 struct Groups {
   int32_t pitch, pairs;
-  int32_t count;  // of groups
+  int32_t count;       // of groups
+  int32_t run_length;  // keys that a thread adds up
   Divisor by_columns;
 };
 
-// What a tap gives to the two rows of a pair, in its own column and in the next. A weight is the sum of two 16-bit numbers, of
-// what one alone could not hold.
+// What an entry gives to a column of a pair of rows, the upper one's in the lower halves of words. A weight is the sum of two
+// 16-bit numbers, of what one alone could not hold. With starts[key] the number of a list's first entry, what entry e gives to
+// its own column lies at starts[key] + e, and to the next one at starts[key + 1] + e: what a column gets, by the list to its
+// left and then by its own, lies in order, and for all of it the place is the number and one start.
 struct alignas(8) PairColumn {
-  uint32_t upper, lower;
+  uint32_t high, low;
 };
-struct alignas(16) PairEntry {
-  PairColumn left, right;
-};
+constexpr int kEntryColumns = 2;
 // Of an entry it is also kept where its row of grad_output lies; there the two lowest bits tell which rows of the pair it is
 // for.
 constexpr uint32_t kUpper = 1, kLower = 2;
-constexpr int64_t kPairEntryBytes = sizeof(PairEntry) + sizeof(uint16_t);
+constexpr int64_t kPairEntryBytes = kEntryColumns * sizeof(PairColumn) + sizeof(uint16_t);
 
 // What the lesser number of a weight is multiplied by: an f16 would not be fine enough.
 template <class T>
 constexpr float kFiner = std::is_same<T, f16>::value ? 2048.0f : 1.0f;
 
-// Of a weight that is not finite, or a part of one, all is in one number.
 template <class T>
-DCNV4_DEVICE uint32_t split_weight(float weight, bool finite) {
-  const float high = to_compute(round_one<T>(weight));
-  return pack(T{}, high, finite ? (weight - high) * kFiner<T> : 0.0f);
+DCNV4_DEVICE PairColumn split_weights(float upper, float lower) {
+  const uint32_t high = pack(T{}, upper, lower);
+  float high_upper, high_lower;
+  unpack(T{}, high, high_upper, high_lower);
+  return {high, pack(T{}, (upper - high_upper) * kFiner<T>, (lower - high_lower) * kFiner<T>)};
 }
+// The weight of row 0 or 1 of the pair. Of one that is not finite the lesser number is NaN.
 template <class T>
-DCNV4_DEVICE float join_weight(uint32_t word) {
-  float high, low;
-  unpack(T{}, word, high, low);
-  return high + low * (1 / kFiner<T>);
+DCNV4_DEVICE float join_weight(const PairColumn& column, int row) {
+  const auto number = [&](uint32_t pair) { return to_compute(T{uint16_t(pair >> 16 * row)}); };
+  const float high = number(column.high), low = number(column.low);
+  return low == low ? high + low * (1 / kFiner<T>) : high;
 }
 
 // One instruction each, which the compiler makes two of.
@@ -63,24 +66,38 @@ DCNV4_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) {
 #endif
 }
 
-// Raises a number in shared memory by one and returns what it was, by one thread. Of an addition the compiler makes one of the
-// warp's threads together first.
+// Raises a number in shared memory by one and returns what it was, by one thread. Of an addition, or an increment that never
+// comes to its limit, the compiler makes one of the warp's threads together first, in ten instructions.
 DCNV4_DEVICE int take_next(int* number) {
 #if defined(__CUDA_ARCH__)
-  return int(atomicInc(reinterpret_cast<unsigned*>(number), ~0u));
+  return int(atomicInc(reinterpret_cast<unsigned*>(number), 0x7fffffffu));
 #else
   return atomicAdd(number, 1);
 #endif
 }
 
-// Whether a pair of numbers holds one that is infinite or NaN: then bit 15 or bit 31.
-template <class T>
-DCNV4_DEVICE uint32_t not_finite(uint32_t pair) {
-  constexpr uint32_t exponents = std::is_same<T, bf16>::value ? 0x7f807f80u : 0x7c007c00u,
-                     lowest = std::is_same<T, bf16>::value ? 0x00800080u : 0x04000400u;
-  return (pair & exponents) + lowest;
+// Adds to `marks` zero times a pair of numbers: from then on it is_marked, if one of them is infinite or NaN.
+DCNV4_DEVICE void mark_not_finite(bf16, uint32_t pair, uint32_t& marks) {
+#if DCNV4_MATRIX_UNITS
+  asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(marks) : "r"(pair), "r"(0u));
+#else
+  if ((((pair & 0x7f807f80u) + 0x00800080u) & 0x80008000u) != 0) marks = 0x7fff7fffu;
+#endif
 }
-constexpr uint32_t kNotFinite = 0x80008000u;
+DCNV4_DEVICE void mark_not_finite(f16, uint32_t pair, uint32_t& marks) {
+#if DCNV4_MATRIX_UNITS
+  asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(marks) : "r"(pair), "r"(0u));
+#else
+  if ((((pair & 0x7c007c00u) + 0x04000400u) & 0x80008000u) != 0) marks = 0x7fff7fffu;
+#endif
+}
+DCNV4_DEVICE bool is_marked(uint32_t marks) { return (marks & 0x7fff7fffu) != 0; }
+
+// How the 16-byte pieces of a row of grad_output change places.
+template <int UNITS>
+DCNV4_DEVICE uint32_t row_turn(uint32_t index) {
+  return index * UNITS / 8 % UNITS;
+}
 
 template <class T, int UNITS, int TAPS, bool WHOLE, bool RUNS>
 __global__ void __launch_bounds__(kMostSortThreads, 2)
@@ -100,15 +117,15 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
 
   const int keys = groups.pairs * groups.pitch, most = w.pixels * TAPS * 2 + kStep;
   // Where entries come to lie when the taps are known, the runs lie until then.
-  PairEntry* entries = reinterpret_cast<PairEntry*>(dynamic_shared());     // (most)
-  char* rows = reinterpret_cast<char*>(entries + most);                    // (pixels, UNITS pieces)
+  PairColumn* columns = reinterpret_cast<PairColumn*>(dynamic_shared());   // (most, 2)
+  char* rows = reinterpret_cast<char*>(columns + kEntryColumns * most);    // (pixels, UNITS pieces)
   uint2* far_of = reinterpret_cast<uint2*>(rows + w.pixels * cell_bytes);  // (batches): a bit a tap beyond the window
   char* barrier = reinterpret_cast<char*>(far_of + kMostBatches * warps);
-  int* starts = reinterpret_cast<int*>(barrier + kBarrierBytes);    // (keys + 1)
-  int* counts = starts + keys + 1;                                  // (warps)
-  int* next_group = counts + warps;                                 // the next to be taken
-  int* hostile = next_group + 1;                                    // whether grad_output has inf or NaN here
-  uint16_t* entry_rows = reinterpret_cast<uint16_t*>(hostile + 1);  // (most)
+  int* starts = reinterpret_cast<int*>(barrier + kBarrierBytes) + 1;  // (keys + 1), and a zero before
+  int* counts = starts + keys + 1;                                    // (warps)
+  int* next_group = counts + warps;                                   // the next to be taken
+  int* hostile = next_group + 1;                                      // whether grad_output has inf or NaN here
+  uint16_t* entry_rows = reinterpret_cast<uint16_t*>(hostile + 1);    // (most)
 
   wait_for_earlier();
   const TileTaps<T, TAPS, RUNS> tile(w, o, offset_mask);
@@ -116,28 +133,31 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
     expect_bulk(barrier, uint32_t(w.pixels) * kRunBytes<T, TAPS>);
     start_bulk(mask_map, dynamic_shared(), barrier, tile.first_word(), o.tile_x, o.tile_y, int(o.n));
   }
-  for (int i = int(threadIdx.x); i < keys + 1 + warps + 2; i += int(blockDim.x)) starts[i] = 0;
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < 1 + keys + 1 + warps + 2; i += int(blockDim.x)) starts[i - 1] = 0;
 
   // Rows of grad_output. Of each 32 bytes the even words go to one piece of 16 bytes and the odd ones to the next, so that the
   // columns a lane gets of two products are neighbours. Pieces change places from row to row, to be read eight rows at a time.
-  uint32_t odd_bits = 0;
+  uint32_t marks = 0;
+  const uint32_t unit = threadIdx.x % UNITS;
+  const char* from = gradients + unit * 16;
 #pragma unroll 2
-  for (int i = int(threadIdx.x); i < w.pixels * UNITS; i += int(blockDim.x)) {
-    const int index = i / UNITS, unit = i % UNITS;
-    const TilePixel pixel = tile_pixel(p, w, o, index);
-    const uint4 words =
-        __ldg(reinterpret_cast<const uint4*>(gradients + (pixel.number * w.output_bytes + uint32_t(unit) * 16)));
-    odd_bits |= not_finite<T>(words.x) | not_finite<T>(words.y) | not_finite<T>(words.z) | not_finite<T>(words.w);
-    const int turn = index * UNITS / 8 % UNITS;
-    char* row = rows + index * cell_bytes + unit % 2 * 8;
-    *reinterpret_cast<uint2*>(row + (unit / 2 * 2 ^ turn) * 16) = make_uint2(words.x, words.z);
-    *reinterpret_cast<uint2*>(row + ((unit / 2 * 2 + 1) ^ turn) * 16) = make_uint2(words.y, words.w);
+  for (uint32_t index = threadIdx.x / UNITS; index < uint32_t(w.pixels); index += blockDim.x / UNITS) {
+    const uint4 words = __ldg(reinterpret_cast<const uint4*>(from + tile_pixel(p, w, o, int(index)).number * w.output_bytes));
+    mark_not_finite(T{}, words.x, marks);
+    mark_not_finite(T{}, words.y, marks);
+    mark_not_finite(T{}, words.z, marks);
+    mark_not_finite(T{}, words.w, marks);
+    const uint32_t place = ((unit & ~1u) ^ row_turn<UNITS>(index)) * 16 + unit % 2 * 8;
+    char* row = rows + index * cell_bytes;
+    *reinterpret_cast<uint2*>(row + place) = make_uint2(words.x, words.z);
+    *reinterpret_cast<uint2*>(row + (place ^ 16)) = make_uint2(words.y, words.w);
   }
   TapSlot slots[kSlotRounds];
   find_slots<TAPS>(w, slots);
   __syncthreads();
   if (RUNS) wait_for_bulk(barrier);
-  if ((odd_bits & kNotFinite) != 0) *hostile = 1;
+  if (is_marked(marks)) *hostile = 1;
 
   // Taps, their cells, and their number among those of a key, from 1 on; of one in an odd row also among those of the pair
   // below, in the upper half of a word. 0 for none.
@@ -165,7 +185,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
   }
   __syncthreads();
 
-  find_starts(starts, keys, counts, [](int, int) {});
+  find_starts(starts, keys, groups.run_length, counts, [](int, int) {});
   __syncthreads();
 
 #pragma unroll
@@ -174,37 +194,36 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
     for (int r = 0; r < kSlotRounds; ++r) {
       if (number[b][r] == 0) continue;
       const uint32_t index = uint32_t((warp + b * warps) * pixels + slots[r].of);
-      const uint32_t row = index * cell_bytes + index * UNITS / 8 % UNITS * 16;
+      const uint32_t row = index * cell_bytes + row_turn<UNITS>(index) * 16;
       const Corners<float> weights = corner_weights(lx[b][r], ly[b][r], weight[b][r], 1.0f);
-      const bool finite = fabsf(weight[b][r]) < bits_to_float(0x7f800000u);
-      const uint32_t top_left = split_weight<T>(weights.w00, finite), top_right = split_weight<T>(weights.w01, finite);
-      const uint32_t bottom_left = split_weight<T>(weights.w10, finite), bottom_right = split_weight<T>(weights.w11, finite);
-      const auto enter = [&](int key, uint32_t number, const PairEntry& entry, uint32_t rows_of) {
-        const int at = starts[key] + int(number) - 1;
-        entries[at] = entry;
+      if (!(fabsf(weight[b][r]) < bits_to_float(0x7f800000u))) *hostile = 1;
+      const PairColumn left = split_weights<T>(weights.w00, weights.w10), right = split_weights<T>(weights.w01, weights.w11);
+      const auto enter = [&](int key, uint32_t number, const PairColumn& own, const PairColumn& next, uint32_t rows_of) {
+        const int start = starts[key], next_start = starts[key + 1], at = start + int(number) - 1;
+        columns[start + at] = own;
+        columns[next_start + at] = next;
         entry_rows[at] = uint16_t(row | rows_of);
       };
-      const uint32_t below = number[b][r] >> 16;
-      const bool odd = below != 0;
-      enter(key_of[b][r], number[b][r] & 0xffffu,
-            {{odd ? 0 : top_left, odd ? top_left : bottom_left}, {odd ? 0 : top_right, odd ? top_right : bottom_right}},
-            odd ? kLower : kUpper | kLower);
-      if (odd) enter(key_of[b][r] + groups.pitch, below, {{bottom_left, 0}, {bottom_right, 0}}, kUpper);
+      // Of a tap in an odd row the lower two corners are the next pair's.
+      const uint32_t below = number[b][r] >> 16, shift = below != 0 ? 16 : 0;
+      enter(key_of[b][r], number[b][r] & 0xffffu, {left.high << shift, left.low << shift},
+            {right.high << shift, right.low << shift}, below != 0 ? kLower : kUpper | kLower);
+      if (below != 0)
+        enter(key_of[b][r] + groups.pitch, below, {left.high >> 16, left.low >> 16}, {right.high >> 16, right.low >> 16},
+              kUpper);
     }
   }
   if (threadIdx.x < kStep) entry_rows[starts[keys] + int(threadIdx.x)] = 0;  // read behind the last entry, to no effect
   __syncthreads();
 
-  const auto is_inside = [&](int column, int row) {
-    return uint32_t(o.x + column) < uint32_t(p.W) && uint32_t(o.y + row) < uint32_t(p.H);
-  };
-  // Four sums of a cell, of the group's channels or those from `vector` fours on. 32 bits count a map's sums.
-  const auto write = [&](bool used, int column, int row, int vector, const float (&values)[4]) {
-    const uint32_t cell = uint32_t(o.y + row) * uint32_t(p.W) + uint32_t(o.x + column);
+  // Four sums of a cell of the map, of the group's channels from `first` on, and then `further`.
+  const uint32_t sums_bytes = uint32_t(sums_stride) * uint32_t(sizeof(float));
+  const auto write = [&](bool used, uint32_t cell, int first, int further, const float (&values)[4]) {
     if (WHOLE) {
-      if (used) store<T, 4>(at_pixel(value_map, cell, p.grad_value_stride) + vector * 4, values);
+      if (used) store<T, 4>(at_pixel(value_map + first, cell, p.grad_value_stride) + further, values);
     } else {
-      if (used) add_if(true, sums_map + cell * uint32_t(sums_stride) + vector * 4, values);
+      char* sums_of_cell = reinterpret_cast<char*>(sums_map + first) + uint64_t(cell) * sums_bytes;
+      add_if(used, reinterpret_cast<float*>(sums_of_cell) + further, values);
     }
   };
   if (*hostile == 0) {
@@ -216,38 +235,34 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
       item = __shfl_sync(0xffffffffu, item, 0);
       const int group = item / passes, pass = item % passes;
       if (group >= groups.count) break;
-      // From the middle on: there are most entries.
+      // From the middle on, to both sides in turn: there are most entries.
       const int turn = groups.by_columns.quotient(group),
                 column = (group - turn * int(groups.by_columns.divisor)) * kGroupColumns;
-      const int pair = (groups.pairs - 1) / 2 + (turn % 2 ? (turn + 1) / 2 : -(turn / 2));
-      const int first_key = pair * groups.pitch + column;
-      const int begin = starts[max(first_key - 1, 0)], end = starts[first_key + kGroupColumns];
+      const int pair = groups.pairs / 2 + (turn >> 1 ^ -(turn & 1));
+      const int* first = starts + pair * groups.pitch + column;
+      const int begin = first[-1], end = first[kGroupColumns];
       if (!WHOLE && begin == end) continue;
       // The list to the left of the thread's column, and behind it the column's own.
-      const int own_key = first_key + g, left_begin = starts[max(own_key - 1, 0)];
-      const uint32_t left_length = uint32_t(starts[own_key] - left_begin), both = uint32_t(starts[own_key + 1] - left_begin);
-      const PairEntry* next = entries + begin + q * 2;
-      uint32_t number = uint32_t(begin + q * 2 - left_begin);
+      const int left = first[g - 1], start = first[g];
+      const uint32_t both = uint32_t(first[g + 1] - left);
+      int number = begin + q * 2 - left;  // of the thread's first entry, from the left list's first on
+      const PairColumn* next = columns + (start + begin + q * 2);
+      const uint16_t* next_row = entry_rows + begin + lane % kStep;
       constexpr bool finer = kFiner<T> != 1.0f;
       float totals[tiles][4] = {}, low_totals[finer ? tiles : 1][4] = {};
 #pragma unroll 1
-      for (int e = begin; e < end; e += kStep, next += kStep, number += kStep) {
+      for (int e = begin; e < end; e += kStep, number += kStep, next += kStep, next_row += kStep) {
         uint32_t high[4], low[4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          PairColumn of[2];
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const PairColumn* column = number + uint32_t(i * 8 + j) < left_length ? &next->right : &next->left;
-            const uint2 words = load_shared_if(number + uint32_t(i * 8 + j) < both, column + (i * 8 + j) * 2);
-            of[j] = {words.x, words.y};
-          }
-          high[2 * i] = low_halves(of[0].upper, of[1].upper);
-          high[2 * i + 1] = low_halves(of[0].lower, of[1].lower);
-          low[2 * i] = high_halves(of[0].upper, of[1].upper);
-          low[2 * i + 1] = high_halves(of[0].lower, of[1].lower);
+          const uint2 one = load_shared_if(uint32_t(number + i * 8) < both, next + i * 8),
+                      two = load_shared_if(uint32_t(number + i * 8 + 1) < both, next + i * 8 + 1);
+          high[2 * i] = low_halves(one.x, two.x);
+          high[2 * i + 1] = high_halves(one.x, two.x);
+          low[2 * i] = low_halves(one.y, two.y);
+          low[2 * i + 1] = high_halves(one.y, two.y);
         }
-        const uint32_t row = (entry_rows[e + lane % kStep] & ~15u) ^ uint32_t((pass * tiles + half) * 16);
+        const uint32_t row = (*next_row & ~15u) ^ uint32_t((pass * tiles + half) * 16);
 #pragma unroll
         for (int t = 0; t < tiles; t += 2) {
           uint32_t b[4];
@@ -259,9 +274,12 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
           }
         }
       }
+      const int x = o.x + column + g, y = o.y + 2 * pair;
+      const bool used = uint32_t(x) < uint32_t(p.W) && (WHOLE || both != 0);
+      const uint32_t cell = uint32_t(y) * uint32_t(p.W) + uint32_t(x);
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const bool inside = is_inside(column + g, 2 * pair + row);
+        const bool inside = used && uint32_t(y + row) < uint32_t(p.H);
 #pragma unroll
         for (int t = 0; t < tiles; t += 2) {
           float values[4];
@@ -270,8 +288,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
             values[i] = totals[t + i / 2][2 * row + i % 2];
             if (finer) values[i] += low_totals[finer ? t + i / 2 : 0][2 * row + i % 2] * (1 / kFiner<T>);
           }
-          const bool used = WHOLE || values[0] != 0 || values[1] != 0 || values[2] != 0 || values[3] != 0;
-          write(inside && used, column + g, 2 * pair + row, (pass * tiles + t) * 2 + q, values);
+          write(inside, cell + uint32_t(row) * uint32_t(p.W), pass * tiles * N + q * 4, t * N, values);
         }
       }
     }
@@ -280,15 +297,13 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
     constexpr int vectors = UNITS * 2;
     for (int i = int(threadIdx.x); i < keys * 2 * vectors; i += int(blockDim.x)) {
       const int vector = i % vectors, cell = i / vectors, row = cell / groups.pitch, column = cell % groups.pitch;
-      const int key = row / 2 * groups.pitch + column, begin = starts[max(key - 1, 0)], end = starts[key + 1];
+      const int x = o.x + column, y = o.y + row, key = row / 2 * groups.pitch + column;
       float values[4] = {};
       bool used = WHOLE;
-      for (int e = begin; e < end; ++e) {
+      for (int e = starts[key - 1]; e < starts[key + 1]; ++e) {
         const uint32_t entry_row = entry_rows[e];
         if ((entry_row >> (row % 2) & 1) == 0) continue;
-        const PairEntry& entry = entries[e];
-        const PairColumn& of = e < starts[key] ? entry.right : entry.left;
-        const float weight = join_weight<T>(row % 2 ? of.lower : of.upper);
+        const float weight = join_weight<T>(columns[starts[key] + e], row % 2);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           float pair[2];
@@ -298,7 +313,8 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
         }
         used = true;
       }
-      write(used && is_inside(column, row), column, row, vector, values);
+      write(used && uint32_t(x) < uint32_t(p.W) && uint32_t(y) < uint32_t(p.H), uint32_t(y) * uint32_t(p.W) + uint32_t(x),
+            vector * 4, 0, values);
     }
   }
 
@@ -318,7 +334,7 @@ MatrixPlan plan_of(const dcnv4_problem& p) {
   if ((taps != 8 && taps != 9) || slicing.bytes == 0 || element_bytes(p.dtype) != 2) return plan;
   if (architecture(p.device) < 80 || forced(p, kForceThreads)) return plan;
   const int64_t fixed = kStep * kPairEntryBytes + kMostSortThreads / kWarp * kMostBatches * int64_t(sizeof(uint2)) +
-                        kBarrierBytes + (1 + kMostSortThreads / kWarp + 2) * int64_t(sizeof(int));
+                        kBarrierBytes + (2 + kMostSortThreads / kWarp + 2) * int64_t(sizeof(int));
   WindowBytes bytes{int64_t(sizeof(int)), slicing.bytes + taps * 2 * kPairEntryBytes, 0, fixed, 0};
   bytes.cost = WindowCost{5, 0.07, 0.025, 1};
   plan.w = plan_blocks(p, taps, slicing, bytes);
@@ -328,6 +344,7 @@ MatrixPlan plan_of(const dcnv4_problem& p) {
   plan.groups.pairs = int32_t(divide_up(plan.w.height, 2));
   plan.groups.count = int32_t(columns * plan.groups.pairs);
   plan.groups.by_columns = divisor_of(columns);
+  plan.groups.run_length = int32_t(divide_up(plan.groups.pitch * plan.groups.pairs + 1, plan.w.threads));
   // Whole groups may be more than the window's cells.
   plan.w.shared = fixed + plan.w.pixels * bytes.pixel + plan.groups.pitch * plan.groups.pairs * int64_t(sizeof(int));
   if (plan.w.shared > shared_limit(p.device)) plan.w.blocks = 0;

@@ -30,9 +30,9 @@ DCNV4_DEVICE bool has_to_write(const dcnv4_problem& p, const Window& w, const Wi
 
 template <class T, int UNITS, int TAPS, bool WHOLE>
 __global__ void __launch_bounds__(kMostSortThreads, 2)
-    gather_sorted(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w, const T* __restrict__ offset_mask,
-                  const T* __restrict__ grad_output, T* __restrict__ grad_value, float* __restrict__ sums,
-                  int64_t sums_stride) {
+    gather_sorted(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w, int run_length,
+                  const T* __restrict__ offset_mask, const T* __restrict__ grad_output, T* __restrict__ grad_value,
+                  float* __restrict__ sums, int64_t sums_stride) {
   constexpr int N = 16 / int(sizeof(T)), cell_bytes = UNITS * 16, pixels = kSlots / TAPS;
   const WindowOrigin o = window_origin(p, w);
   const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp), warps = int(blockDim.x / kWarp);
@@ -52,11 +52,10 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
   uint16_t* order = reinterpret_cast<uint16_t*>(far_of + kMostBatches * warps);  // (cells)
 
   wait_for_earlier();
-  for (int i = int(threadIdx.x); i < w.pixels * UNITS; i += int(blockDim.x)) {
-    const TilePixel pixel = tile_pixel(p, w, o, i / UNITS);
-    copy_async(rows + i * 16,
-               gradients + (pixel.number * w.output_bytes + uint32_t(i % UNITS) * 16));  // read by live taps alone
-  }
+  const char* from = gradients + threadIdx.x % UNITS * 16;
+  for (uint32_t i = threadIdx.x; i < uint32_t(w.pixels) * UNITS; i += blockDim.x)  // read by live taps alone
+    copy_async(rows + i * 16, from + tile_pixel(p, w, o, int(i / UNITS)).number * w.output_bytes);
+#pragma unroll 1
   for (int i = int(threadIdx.x); i <= cells; i += int(blockDim.x)) starts[i] = 0;
   for (int i = int(threadIdx.x); i <= kLengths; i += int(blockDim.x)) lengths[i] = 0;
   TapSlot slots[kSlotRounds];
@@ -94,7 +93,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
   __syncthreads();
 
   const auto length_of = [](int count) { return min(count, kLengths - 1); };
-  find_starts(starts, cells, counts, [&](int cell, int count) {
+  find_starts(starts, cells, run_length, counts, [&](int cell, int count) {
     if (cell < cells && has_to_write<WHOLE>(p, w, o, cell, count)) atomicAdd(lengths + length_of(count), 1);
   });
   __syncthreads();
@@ -180,8 +179,8 @@ int32_t run(const BackwardCall& call, const Window& w, float* sums, int64_t sums
   const dcnv4_problem& p = call.p;
   const auto start = [&](auto kernel) {
     return launch(earliest_start(p), kernel, w.blocks, w.threads, w.shared, call.stream, p, w,
-                  static_cast<const T*>(call.offset_mask), static_cast<const T*>(call.grad_output),
-                  static_cast<T*>(call.grad_value), sums, sums_stride);
+                  int(divide_up(int64_t(w.width) * w.height + 1, w.threads)), static_cast<const T*>(call.offset_mask),
+                  static_cast<const T*>(call.grad_output), static_cast<T*>(call.grad_value), sums, sums_stride);
   };
   return sums ? start(gather_sorted<T, UNITS, TAPS, false>) : start(gather_sorted<T, UNITS, TAPS, true>);
 }

@@ -55,18 +55,20 @@ DCNV4_DEVICE void add_all_far(const dcnv4_problem& p, const Window& w, const Win
 }
 
 // Where each list starts, in place of how long it is; behind the last its end. Every thread sums a run of lengths, the warps'
-// totals follow. visit(list, length), also of what comes behind the last.
+// totals follow; all runs have one more than the lists. visit(list, length), also of what comes behind the last.
 template <class Visit>
-DCNV4_DEVICE void find_starts(int* starts, int lists, int* totals, Visit visit) {
-  const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp);
-  const int run_length = (lists + int(blockDim.x)) / int(blockDim.x), first = int(threadIdx.x) * run_length;
+DCNV4_DEVICE void find_starts(int* starts, int lists, int run_length, int* totals, Visit visit) {
+  const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp), first = int(threadIdx.x) * run_length;
   int own = 0;
+#pragma unroll 1
   for (int i = first; i < min(first + run_length, lists); ++i) own += starts[i];
   int before = sum_of_lanes(own);
   if (lane == kWarp - 1) totals[warp] = before;
   before -= own;
   __syncthreads();
+#pragma unroll 1
   for (int i = 0; i < warp; ++i) before += totals[i];
+#pragma unroll 1
   for (int i = first; i < min(first + run_length, lists + 1); ++i) {
     const int length = starts[i];
     starts[i] = before;

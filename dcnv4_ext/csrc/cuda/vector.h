@@ -74,7 +74,7 @@ DCNV4_DEVICE void unpack(f16, uint32_t pair, float& low, float& high) {
   high = to_compute(f16{uint16_t(pair >> 16)});
 }
 
-// Round to nearest even. sm_80 and above have one instruction for two bf16.
+// Round to nearest even. sm_80 and above have one instruction for two.
 DCNV4_DEVICE uint32_t pack(bf16, float low, float high) {
 #if defined(__CUDA_ARCH__)
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -86,7 +86,14 @@ DCNV4_DEVICE uint32_t pack(bf16, float low, float high) {
 #endif
 }
 DCNV4_DEVICE uint32_t pack(f16, float low, float high) {
+#if defined(__CUDA_ARCH__)
+  const __half2 pair = __floats2half2_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+#else
   return from_compute<f16>(low).bits | uint32_t(from_compute<f16>(high).bits) << 16;
+#endif
 }
 
 // Words as they were read to N numbers.

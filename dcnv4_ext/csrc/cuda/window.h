@@ -290,18 +290,17 @@ DCNV4_DEVICE void clear_nowhere(char* nowhere, uint32_t pitch_bytes) {
         make_uint4(0, 0, 0, 0);
 }
 
-// Pixel `index` of the tile; where there is none, the tile's first instead.
+// Pixel `index` of the tile.
 struct TilePixel {
   int wo, ho;
-  uint32_t number;  // in the output map
+  uint32_t number;  // in the output map; where there is no such pixel, the tile's first
   bool live;
 };
 DCNV4_DEVICE TilePixel tile_pixel(const dcnv4_problem& p, const Window& w, const WindowOrigin& o, int index) {
   const int row = w.by_tile_w.quotient(index);
   TilePixel pixel{o.tile_x + index - row * w.tile_w, o.tile_y + row, 0, false};
   pixel.live = index < w.pixels && pixel.wo < int(p.Wo) && pixel.ho < int(p.Ho);
-  if (!pixel.live) pixel.wo = o.tile_x, pixel.ho = o.tile_y;
-  pixel.number = output_pixel(p, pixel.ho, pixel.wo);
+  pixel.number = pixel.live ? output_pixel(p, pixel.ho, pixel.wo) : output_pixel(p, o.tile_y, o.tile_x);
   return pixel;
 }
 
