@@ -25,20 +25,12 @@ constexpr DCNV4_HD int dots_length() {
   return odd(TAPS) * kCorners;
 }
 
-// What is left of a tap until its dot products are known: a bit for each corner inside the map.
+// What is left of a tap until its dot products are known.
 struct DotTap {
   float lx, ly, weight;
-  uint32_t inside;
   uint32_t pixel;  // in the output map
 };
 constexpr uint32_t kNoPixel = ~uint32_t(0);
-DCNV4_DEVICE DotTap dot_tap(const dcnv4_problem& p, const WindowOrigin& o, const TilePixel& pixel, const WindowTap& tap) {
-  const Inside inside(p, o, tap);
-  const uint32_t columns = uint32_t(inside.left) | uint32_t(inside.right) << 1;
-  const uint32_t corners = (inside.top ? columns : 0) | (inside.bottom ? columns << 2 : 0);
-  const bool used = tap.near || tap.far;
-  return {tap.lx, tap.ly, used ? tap.weight : 0, used ? corners : 0, pixel.live ? pixel.number : kNoPixel};
-}
 
 // Works out the taps of a batch, and what is left of them: place(slot, tap) says where their corners lie.
 template <class T, int TAPS, bool RUNS, class Place>
@@ -48,24 +40,40 @@ DCNV4_DEVICE void work_out_dots(const dcnv4_problem& p, const Window& w, const W
 #pragma unroll
   for (int r = 0; r < kSlotRounds; ++r) taps[r].pixel = kNoPixel;
   work_out_slots<false>(p, w, o, batch, tile, slots, far, [&](int r, const TilePixel& pixel, const WindowTap& tap) {
-    taps[r] = dot_tap(p, o, pixel, tap);
-    place(slots[r], tap);
+    taps[r] = {tap.lx, tap.ly, tap.near || tap.far ? tap.weight : 0, pixel.live ? pixel.number : kNoPixel};
+    place(r, slots[r], tap);
   });
 }
 
 // The gradients of a batch's taps from the dot products at `dots`, by the threads that worked the taps out.
-template <class T, int TAPS>
-DCNV4_DEVICE void write_gradients(const dcnv4_problem& p, const Window& w, const TapSlot (&slots)[kSlotRounds],
+template <class T, int TAPS, bool RUNS>
+DCNV4_DEVICE void write_gradients(const dcnv4_problem& p, const Window& w, const WindowOrigin& o,
+                                  const TileTaps<T, TAPS, RUNS>& tile, int batch, const TapSlot (&slots)[kSlotRounds],
                                   const DotTap (&taps)[kSlotRounds], const float* dots, T* rows) {
+  const int lane = int(threadIdx.x % kWarp);
 #pragma unroll
   for (int r = 0; r < kSlotRounds; ++r) {
     const TapSlot& slot = slots[r];
     if (taps[r].pixel == kNoPixel) continue;
-    const Four<float> of = *reinterpret_cast<const Four<float>*>(dots + slot.of * dots_length<TAPS>() + slot.k * kCorners);
-    // A corner outside the map counts as zero, whatever grad_output is; all four of a tap that is not used do.
-    const auto inner = [&](int corner) { return (taps[r].inside >> corner & 1) != 0 ? of.v[corner] : 0; };
-    const TapGradient<float> gradient =
-        tap_gradient(Corners<float>{inner(0), inner(1), inner(2), inner(3)}, taps[r].lx, taps[r].ly, taps[r].weight, w.scale);
+    const int at = TAPS == odd(TAPS) ? r * kWarp + lane : slot.of * odd(TAPS) + slot.k;
+    const Four<float> of = *reinterpret_cast<const Four<float>*>(dots + at * kCorners);
+    Corners<float> corners{of.v[0], of.v[1], of.v[2], of.v[3]};
+    TapGradient<float> gradient = tap_gradient(corners, taps[r].lx, taps[r].ly, taps[r].weight, w.scale);
+    if (!(fabsf(gradient.weight) < bits_to_float(0x7f800000u))) {
+      // A corner outside the map counts as zero, whatever grad_output is, and so do all four of a tap that is not used. Zeros
+      // in the window, multiplied by infinity, are not enough. What is not finite in a corner is so in the gradient of the
+      // weight.
+      const int index = batch * (kSlots / TAPS) + slot.of;
+      const WindowTap tap =
+          tile.template tap<false, false>(p, w, o, index, tile_pixel(p, w, o, index), slot.k, slot.grid_x, slot.grid_y);
+      const Inside inside(p, o, tap);
+      const bool used = tap.near || tap.far, top = used && inside.top, bottom = used && inside.bottom;
+      if (!top || !inside.left) corners.w00 = 0;
+      if (!top || !inside.right) corners.w01 = 0;
+      if (!bottom || !inside.left) corners.w10 = 0;
+      if (!bottom || !inside.right) corners.w11 = 0;
+      gradient = tap_gradient(corners, taps[r].lx, taps[r].ly, taps[r].weight, w.scale);
+    }
     T* run = at_pixel(rows, taps[r].pixel, p.grad_offset_mask_stride);
     run[2 * slot.k] = round_one<T>(gradient.x);
     run[2 * slot.k + 1] = round_one<T>(gradient.y);
@@ -148,8 +156,8 @@ template <class T, int UNITS, int TAPS, bool RUNS>
 __global__ void __launch_bounds__(kMostDotThreads, 2)
     dot_window(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w, const __grid_constant__ Errand errand,
                uint32_t first_block, const __grid_constant__ BulkMap value_map, const __grid_constant__ BulkMap mask_map,
-               const T* __restrict__ value, const T* __restrict__ offset_mask, const T* __restrict__ grad_output,
-               T* __restrict__ grad_offset_mask) {
+               const __grid_constant__ BulkMap, const T* __restrict__ value, const T* __restrict__ offset_mask,
+               const T* __restrict__ grad_output, T* __restrict__ grad_offset_mask) {
   constexpr int N = 16 / int(sizeof(T)), items = kWarp / UNITS, cell_bytes = UNITS * 16;
   constexpr int pixels = kSlots / TAPS;
   const WindowOrigin o = window_origin(p, w, blockIdx.x + first_block);
@@ -179,7 +187,7 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
   for (int batch = warp; batch * pixels < w.pixels; batch += warps) {
     uint32_t far[kSlotRounds];
     DotTap taps[kSlotRounds];
-    work_out_dots<T, TAPS>(p, w, o, batch, tile, slots, far, taps, [&](const TapSlot& slot, const WindowTap& tap) {
+    work_out_dots<T, TAPS>(p, w, o, batch, tile, slots, far, taps, [&](int, const TapSlot& slot, const WindowTap& tap) {
       places[slot.of * odd(TAPS) + slot.k] = tap.near ? uint32_t(tap.y * w.pitch + tap.x) * cell_bytes : nowhere;
     });
     __syncwarp();
@@ -220,7 +228,7 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
       dot_far<UNITS>(p, w, o, tile, batch, map, gradients, far, dots);
       __syncwarp();
     }
-    write_gradients<T, TAPS>(p, w, slots, taps, dots, image + o.g * 3 * TAPS);
+    write_gradients(p, w, o, tile, batch, slots, taps, dots, image + o.g * 3 * TAPS);
     __syncwarp();  // before the next taps take the place of these
   }
   write_padding<T, TAPS>(p, w, o, image);
@@ -228,8 +236,8 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
 
 // ---- By matrices.
 
-// Of a pixel of a batch, in words: places [odd tap][odd block][block / 2], of a ninth tap; rows of grad_output.
-constexpr int kBlocks = 4, kNinthPlace = 2 * kBlocks, kPlaceWords = 12;
+// Words of a pixel of a batch: where its taps lie. Rows of A have two taps a thread, read at once.
+constexpr int kPlaceWords = 12;
 
 // How many pixels share the columns of a B.
 constexpr DCNV4_HD int pixels_together(int halves) { return halves == 1 ? 2 : 1; }
@@ -237,7 +245,7 @@ constexpr DCNV4_HD int pixels_together(int halves) { return halves == 1 ? 2 : 1;
 template <int HALVES, int TAPS>
 constexpr DCNV4_HD int64_t matrix_bytes() {
   constexpr int pixels = kSlots / TAPS, rows = round_up_to(pixels, pixels_together(HALVES));
-  return pixels * dots_length<TAPS>() * 4 + rows * (kPlaceWords * 4 + HALVES * 64);
+  return pixels * dots_length<TAPS>() * 4 + rows * kPlaceWords * 4;
 }
 
 // HALVES of 64 bytes a cell.
@@ -245,8 +253,8 @@ template <class T, int HALVES, int TAPS, bool RUNS>
 __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotThreads, 2)
     dot_matrix(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w, const __grid_constant__ Errand errand,
                uint32_t first_block, const __grid_constant__ BulkMap value_map, const __grid_constant__ BulkMap mask_map,
-               const T* __restrict__ value, const T* __restrict__ offset_mask, const T* __restrict__ grad_output,
-               T* __restrict__ grad_offset_mask) {
+               const __grid_constant__ BulkMap gradient_map, const T* __restrict__ value, const T* __restrict__ offset_mask,
+               const T* __restrict__ grad_output, T* __restrict__ grad_offset_mask) {
   constexpr int pieces = 4 * HALVES, cell_bytes = 64 * HALVES;
   constexpr int pixels = kSlots / TAPS;
   constexpr int together = pixels_together(HALVES), rows = int(round_up_to(pixels, together));
@@ -263,27 +271,37 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
   char* window = window_of<T, TAPS, RUNS>(w);
   const uint32_t pitch_bytes = uint32_t(w.pitch) * cell_bytes, nowhere = pitch_bytes * uint32_t(w.height);
   char* barriers = window + nowhere + pitch_bytes + 2 * cell_bytes;
-  char* gradient_rows = barriers + kWindowBarriers + warp * matrix_bytes<HALVES, TAPS>();
-  float* dots = reinterpret_cast<float*>(gradient_rows + rows * cell_bytes);
+  char* gradient_rows =
+      window + round_up_to(uint32_t(barriers + kWindowBarriers - window), uint32_t(kBulkAlignment));  // (pixels)
+  float* dots = reinterpret_cast<float*>(gradient_rows + w.pixels * cell_bytes + warp * matrix_bytes<HALVES, TAPS>());
   uint32_t* places = reinterpret_cast<uint32_t*>(dots + pixels * dots_length<TAPS>());
   wait_for_earlier();
   const TileTaps<T, TAPS, RUNS> tile(w, o, offset_mask);
-  start_window<pieces>(p, w, o, tile, value_map, mask_map, map, channel * int(sizeof(T)), window, barriers);
+  start_window<pieces>(p, w, o, tile, value_map, mask_map, map, channel * int(sizeof(T)), window, barriers,
+                       w.pixels * cell_bytes);
+  if (!RUNS) {
+    for (uint32_t i = threadIdx.x; i < uint32_t(w.pixels) * pieces; i += blockDim.x)  // where there is no pixel, another's
+      copy_async(gradient_rows + i * 16, reinterpret_cast<const char*>(gradients) +
+                                             tile_pixel(p, w, o, int(i / pieces)).number * w.output_bytes + i % pieces * 16);
+  } else if (threadIdx.x == 0) {
+    start_bulk(gradient_map, gradient_rows, barriers + kBarrierBytes, channel * int(sizeof(T)) / 4, o.tile_x, o.tile_y,
+               int(o.n));
+  }
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
   if (errand.vectors != 0) run_errand<T>(errand);
   TapSlot slots[kSlotRounds];
   find_slots<TAPS>(w, slots);
   wait_for_runs<RUNS>(barriers);
 
-  // As a row of A: matrices 0 and 1 of a load are of an even and the next odd block at one piece of the channels, 2 and 3 at
-  // the next piece. A row's piece i is that of number i ^ turn.
+  // As a row of A: matrices 0 and 1 of a load are of four taps at one piece of the channels, 2 and 3 at the next piece. A row's
+  // piece i is that of number i ^ turn. Of eight taps a thread has two, one a load.
   const int row = lane % 8, matrix = lane / 8, turn = HALVES == 1 ? row / 2 : row;
   const uint32_t corner = uint32_t(row % 2 * cell_bytes) + uint32_t(row / 2 % 2) * pitch_bytes;
   const uint32_t own_corner = corner + uint32_t(matrix / 2 ^ turn) * 16;
   // Of ninth taps pieces 0 and 1 are eight upper rows, pieces 2 and 3 eight lower ones.
   const uint32_t ninth_corner = corner + uint32_t((matrix % 2 * 2 + matrix / 2) ^ turn) * 16;
-  const uint32_t* own_places = places + row / 4 * kBlocks + matrix % 2 * 2;
-  const uint32_t* ninth_places = places + (together == 2 ? row / kCorners * kPlaceWords : 0) + kNinthPlace;
+  const uint32_t* own_places = places + (matrix % 2 * 2 + row / kCorners) * 2;
+  const uint32_t* ninth_places = places + (together == 2 ? row / kCorners * kPlaceWords : 0) + (kMostTaps - 1);
   // As a column of B: grad_output at the same turn, of the first of two pixels or of the second.
   const int q = lane % 4, column = lane / 4;
   uint32_t own_words[pieces];
@@ -295,41 +313,34 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
   // Of the eight rows of ninth taps four are the first pixel's and four the second's.
   const int ninth_pixel = together == 2 ? column / kCorners : 0;
   const bool holds_ninth = wanted / 2 + 2 * ninth_pixel == q && (together == 2 || column < kCorners);
-  float* own_dots = dots + own_pixel * dots_length<TAPS>() + column;
+  float* own_dots = dots + own_pixel * dots_length<TAPS>() + column / kCorners * 2 * kCorners + column % kCorners;
   float* ninth_dots = dots + ninth_pixel * (dots_length<TAPS>() - kCorners) + column + (kMostTaps - 1) * kCorners;
   // Behind the last of an odd number of pixels: its row of grad_output is read, to no effect.
-  if (rows > pixels && lane == 0) places[pixels * kPlaceWords + kNinthPlace] = nowhere;
+  if (rows > pixels && lane == 0) places[pixels * kPlaceWords + kMostTaps - 1] = nowhere;
 
   for (int batch = warp; batch * pixels < w.pixels; batch += warps) {
-    for (int i = lane; i < rows * pieces; i += kWarp) {
-      const TilePixel pixel = tile_pixel(p, w, o, batch * pixels + i / pieces);
-      copy_async(gradient_rows + i * 16,  // where there is no pixel, another's
-                 reinterpret_cast<const char*>(gradients) + (pixel.number * w.output_bytes + uint32_t(i % pieces) * 16));
-    }
     uint32_t far[kSlotRounds];
     DotTap taps[kSlotRounds];
-    work_out_dots<T, TAPS>(p, w, o, batch, tile, slots, far, taps, [&](const TapSlot& slot, const WindowTap& tap) {
-      const int block = slot.k / 2,
-                at = TAPS == 9 && slot.k == 8 ? kNinthPlace : slot.k % 2 * kBlocks + block % 2 * 2 + block / 2;
-      places[slot.of * kPlaceWords + at] = tap.near ? uint32_t(tap.y) * pitch_bytes + uint32_t(tap.x) * cell_bytes : nowhere;
+    work_out_dots<T, TAPS>(p, w, o, batch, tile, slots, far, taps, [&](int r, const TapSlot& slot, const WindowTap& tap) {
+      const int at = r * kWarp + lane + (kPlaceWords - TAPS) * slot.of;
+      places[at] = tap.near ? uint32_t(tap.y) * pitch_bytes + uint32_t(tap.x) * cell_bytes : nowhere;
     });
-    copy_async_wait();
     __syncwarp();
     if (batch == warp) wait_for_cells<RUNS>(barriers);
 
+    const char* batch_rows = gradient_rows + batch * pixels * cell_bytes;
 #pragma unroll(unrolled)
     for (int of = 0; of < pixels; of += together) {
       uint32_t b[pieces];
 #pragma unroll
-      for (int i = 0; i < pieces; ++i)
-        b[i] = *reinterpret_cast<const uint32_t*>(gradient_rows + of * cell_bytes + own_words[i]);
-      float own[4];  // of blocks 0 to 3
+      for (int i = 0; i < pieces; ++i) b[i] = *reinterpret_cast<const uint32_t*>(batch_rows + of * cell_bytes + own_words[i]);
+      float own[4];  // of the two taps that row `column` of either matrix has
 #pragma unroll
       for (int pixel = 0; pixel < together; ++pixel) {
         if (of + pixel >= pixels) continue;
         const uint2 at = *reinterpret_cast<const uint2*>(own_places + (of + pixel) * kPlaceWords);
         const uint32_t first_at = at.x + own_corner, second_at = at.y + own_corner;
-        float first[4] = {}, second[4] = {};  // of blocks 0 and 1, 2 and 3
+        float first[4] = {}, second[4] = {};
 #pragma unroll
         for (int i = 0; i < pieces; i += 2) {
           uint32_t a[4];
@@ -338,14 +349,14 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
           load_matrices<4, false>(window + (second_at ^ uint32_t(i * 16)), a);
           multiply_matrices<T, 2>(second, a, b[i], b[i + 1]);
         }
-        const float numbers[4] = {high ? first[1] : first[0], high ? first[3] : first[2], high ? second[1] : second[0],
+        const float numbers[4] = {high ? first[1] : first[0], high ? second[1] : second[0], high ? first[3] : first[2],
                                   high ? second[3] : second[2]};
 #pragma unroll
         for (int i = 0; i < 4; ++i) own[i] = pixel == 0 || own_pixel == pixel ? numbers[i] : own[i];
       }
       if (holds && of + own_pixel < pixels) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) own_dots[of * dots_length<TAPS>() + i * 2 * kCorners] = own[i];
+        for (int i = 0; i < 4; ++i) own_dots[of * dots_length<TAPS>() + (i / 2 * 4 + i % 2) * kCorners] = own[i];
       }
       if (TAPS == 9) {
         const uint32_t at = ninth_places[of * kPlaceWords] + ninth_corner;
@@ -367,14 +378,15 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
       dot_far<pieces>(p, w, o, tile, batch, map, gradients, far, dots);
       __syncwarp();
     }
-    write_gradients<T, TAPS>(p, w, slots, taps, dots, image + o.g * 3 * TAPS);
+    write_gradients(p, w, o, tile, batch, slots, taps, dots, image + o.g * 3 * TAPS);
     __syncwarp();  // before the next taps take the place of these
   }
   write_padding<T, TAPS>(p, w, o, image);
 }
 
 template <class T>
-using DotKernel = void (*)(dcnv4_problem, Window, Errand, uint32_t, BulkMap, BulkMap, const T*, const T*, const T*, T*);
+using DotKernel = void (*)(dcnv4_problem, Window, Errand, uint32_t, BulkMap, BulkMap, BulkMap, const T*, const T*, const T*,
+                           T*);
 
 // What is to be launched.
 struct DotCall {
@@ -395,11 +407,13 @@ bool take_part(const dcnv4_problem& p, Part part, Window& w, uint32_t& first) {
   return true;
 }
 
-template <class T, int TAPS, bool RUNS>
+// MATRICES: rows of grad_output lie in shared memory.
+template <class T, int TAPS, bool RUNS, bool MATRICES>
 int32_t start(const DotCall& dots, DotKernel<T> kernel, int64_t cell, int64_t warp, int64_t most_threads) {
   const BackwardCall& call = dots.backward;
   const dcnv4_problem& p = call.p;
   WindowBytes bytes{cell, RUNS ? kRunBytes<T, TAPS> : 0, warp, window_fixed<RUNS>(cell), 1, kWarp * 16 / cell};
+  if (MATRICES) bytes.pixel += cell, bytes.fixed += kBulkAlignment;
   bytes.most_threads = most_threads;
   bytes.blocks = 2;
   bytes.whole = sizeof(T) == 4 && !RUNS ? INT32_MAX : 0;  // as forward does
@@ -411,14 +425,15 @@ int32_t start(const DotCall& dots, DotKernel<T> kernel, int64_t cell, int64_t wa
   Window w = plan_window(p, 1, bytes);
   // Whole maps with cells of 128 bytes by threads: fewer than three blocks a multiprocessor are slower than none.
   if (w.blocks == 0 || (bytes.whole && 3 * (w.shared + 1024) > shared_total(p.device))) return DCNV4_NO_KERNEL;
-  BulkMap value_map{}, mask_map{};
+  BulkMap value_map{}, mask_map{}, gradient_map{};
   if (RUNS && !make_maps<T, TAPS>(p, w, call.value, cell, call.offset_mask, value_map, mask_map)) return DCNV4_NO_KERNEL;
+  if (RUNS && MATRICES && !output_map(p, w, call.grad_output, cell, gradient_map)) return DCNV4_NO_KERNEL;
   uint32_t first_block = 0;
   if (!take_part(p, dots.part, w, first_block)) return DCNV4_NO_KERNEL;
   return launch(earliest_start(p), kernel, w.blocks, w.threads, w.shared, call.stream, p, w,
-                divide_errand(dots.errand, w.blocks), first_block, value_map, mask_map, static_cast<const T*>(call.value),
-                static_cast<const T*>(call.offset_mask), static_cast<const T*>(call.grad_output),
-                static_cast<T*>(call.grad_offset_mask));
+                divide_errand(dots.errand, w.blocks), first_block, value_map, mask_map, gradient_map,
+                static_cast<const T*>(call.value), static_cast<const T*>(call.offset_mask),
+                static_cast<const T*>(call.grad_output), static_cast<T*>(call.grad_offset_mask));
 }
 
 template <class T, int TAPS, bool RUNS>
@@ -429,13 +444,14 @@ int32_t run_cells(const DotCall& dots) {
     // Before sm_80 threads would have to do what matrix units do.
     if (architecture(p.device) < 80) return DCNV4_NO_KERNEL;
     if (bytes == 128)
-      return start<T, TAPS, RUNS>(dots, dot_matrix<T, 2, TAPS, RUNS>, 128, matrix_bytes<2, TAPS>(), kMostWideDotThreads);
+      return start<T, TAPS, RUNS, true>(dots, dot_matrix<T, 2, TAPS, RUNS>, 128, matrix_bytes<2, TAPS>(), kMostWideDotThreads);
     if (bytes == 64)
-      return start<T, TAPS, RUNS>(dots, dot_matrix<T, 1, TAPS, RUNS>, 64, matrix_bytes<1, TAPS>(), kMostDotThreads);
+      return start<T, TAPS, RUNS, true>(dots, dot_matrix<T, 1, TAPS, RUNS>, 64, matrix_bytes<1, TAPS>(), kMostDotThreads);
   } else {
     if (bytes == 128)
-      return start<T, TAPS, RUNS>(dots, dot_window<T, 8, TAPS, RUNS>, 128, thread_bytes<TAPS>(), kMostDotThreads);
-    if (bytes == 64) return start<T, TAPS, RUNS>(dots, dot_window<T, 4, TAPS, RUNS>, 64, thread_bytes<TAPS>(), kMostDotThreads);
+      return start<T, TAPS, RUNS, false>(dots, dot_window<T, 8, TAPS, RUNS>, 128, thread_bytes<TAPS>(), kMostDotThreads);
+    if (bytes == 64)
+      return start<T, TAPS, RUNS, false>(dots, dot_window<T, 4, TAPS, RUNS>, 64, thread_bytes<TAPS>(), kMostDotThreads);
   }
   return DCNV4_NO_KERNEL;
 }

@@ -281,6 +281,16 @@ inline bool window_map(const dcnv4_problem& p, const Window& w, const void* valu
   return make_bulk_map(value, sizes, map);
 }
 
+// What fetches a tile's pixels of a tensor like the output as boxes, `bytes` of each.
+inline bool output_map(const dcnv4_problem& p, const Window& w, const void* output, int64_t bytes, BulkMap& map) {
+  BulkSizes sizes{};
+  sizes.words = uint64_t(p.G * p.D * element_bytes(p.dtype) / 4);
+  sizes.width = uint64_t(p.Wo), sizes.height = uint64_t(p.Ho), sizes.images = uint64_t(p.N);
+  sizes.pixel_bytes = w.output_bytes, sizes.row_bytes = uint64_t(p.Wo) * w.output_bytes, sizes.image_bytes = w.output_image;
+  sizes.box_words = uint32_t(bytes / 4), sizes.box_width = uint32_t(w.tile_w), sizes.box_height = uint32_t(w.tile_h);
+  return make_bulk_map(output, sizes, map);
+}
+
 // Zeros in the first two cells of the two rows behind the window, for taps that look nowhere.
 template <int CELL>
 DCNV4_DEVICE void clear_nowhere(char* nowhere, uint32_t pitch_bytes) {
@@ -490,17 +500,17 @@ constexpr int64_t window_fixed(int64_t cell) {
 }
 
 // Starts fetching cells of UNITS * 16 bytes that begin at byte `channel` of a pixel, at `map` of the image's first one. With
-// RUNS both come as boxes.
+// RUNS both come as boxes; with the cells `others` bytes may come that the caller starts fetching.
 template <int UNITS, class T, int TAPS, bool RUNS>
 DCNV4_DEVICE void start_window(const dcnv4_problem& p, const Window& w, const WindowOrigin& o,
                                const TileTaps<T, TAPS, RUNS>& taps, const BulkMap& value_map, const BulkMap& mask_map,
-                               const T* map, int channel, char* window, char* barriers) {
+                               const T* map, int channel, char* window, char* barriers, uint32_t others = 0) {
   if (!RUNS) {
     fetch_window<UNITS>(p, w, o, map, window);
   } else if (threadIdx.x == 0) {
     expect_bulk(barriers, uint32_t(w.pixels) * kRunBytes<T, TAPS>);
     start_bulk(mask_map, dynamic_shared(), barriers, taps.first_word(), o.tile_x, o.tile_y, int(o.n));
-    expect_bulk(barriers + kBarrierBytes, uint32_t(w.pitch * w.height) * (UNITS * 16));
+    expect_bulk(barriers + kBarrierBytes, uint32_t(w.pitch * w.height) * (UNITS * 16) + others);
     start_bulk(value_map, window, barriers + kBarrierBytes, channel / 4, o.x, o.y, int(o.n));
   }
 }
