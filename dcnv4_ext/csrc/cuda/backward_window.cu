@@ -43,6 +43,8 @@ DCNV4_DEVICE void work_out_dots(const dcnv4_problem& p, const Window& w, const W
     taps[r] = {tap.lx, tap.ly, tap.near || tap.far ? tap.weight : 0, pixel.live ? pixel.number : kNoPixel};
     place(r, slots[r], tap);
   });
+#pragma unroll
+  for (int r = 0; r < kSlotRounds; ++r) taps[r].pixel = keep_own(taps[r].pixel);
 }
 
 // The gradients of a batch's taps from the dot products at `dots`, by the threads that worked the taps out.
@@ -51,6 +53,7 @@ DCNV4_DEVICE void write_gradients(const dcnv4_problem& p, const Window& w, const
                                   const TileTaps<T, TAPS, RUNS>& tile, int batch, const TapSlot (&slots)[kSlotRounds],
                                   const DotTap (&taps)[kSlotRounds], const float* dots, T* rows) {
   const int lane = int(threadIdx.x % kWarp);
+  const uint32_t run_bytes = uint32_t(p.grad_offset_mask_stride) * uint32_t(sizeof(T));
 #pragma unroll
   for (int r = 0; r < kSlotRounds; ++r) {
     const TapSlot& slot = slots[r];
@@ -74,10 +77,13 @@ DCNV4_DEVICE void write_gradients(const dcnv4_problem& p, const Window& w, const
       if (!bottom || !inside.right) corners.w11 = 0;
       gradient = tap_gradient(corners, taps[r].lx, taps[r].ly, taps[r].weight, w.scale);
     }
-    T* run = at_pixel(rows, taps[r].pixel, p.grad_offset_mask_stride);
-    run[2 * slot.k] = round_one<T>(gradient.x);
-    run[2 * slot.k + 1] = round_one<T>(gradient.y);
-    run[2 * TAPS + slot.k] = round_one<T>(gradient.weight);
+    char* run = reinterpret_cast<char*>(rows) + uint64_t(taps[r].pixel) * run_bytes;
+    T *pair = reinterpret_cast<T*>(run + uint32_t(slot.k) * uint32_t(2 * sizeof(T))),
+      *alone = reinterpret_cast<T*>(run + (2 * TAPS + uint32_t(slot.k)) * uint32_t(sizeof(T)));
+    const float x[1] = {gradient.x}, y[1] = {gradient.y}, weight[1] = {gradient.weight};
+    store<T, 1>(pair, x);
+    store<T, 1>(pair + 1, y);
+    store<T, 1>(alone, weight);
   }
 }
 
@@ -244,9 +250,16 @@ constexpr DCNV4_HD int pixels_together(int halves) { return halves == 1 ? 2 : 1;
 
 template <int HALVES, int TAPS>
 constexpr DCNV4_HD int64_t matrix_bytes() {
-  constexpr int pixels = kSlots / TAPS, rows = round_up_to(pixels, pixels_together(HALVES));
-  return pixels * dots_length<TAPS>() * 4 + rows * kPlaceWords * 4;
+  constexpr int rows = round_up_to(kSlots / TAPS, pixels_together(HALVES));
+  return rows * (dots_length<TAPS>() + kPlaceWords) * 4;
 }
+
+// What all of a block's threads need again and again, in shared memory: the compiler would work it out anew each time.
+template <class T>
+struct Kept {
+  T* rows;   // where the group's gradients begin
+  int x, y;  // the window's first cell
+};
 
 // HALVES of 64 bytes a cell.
 template <class T, int HALVES, int TAPS, bool RUNS>
@@ -260,7 +273,7 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
   constexpr int together = pixels_together(HALVES), rows = int(round_up_to(pixels, together));
   // More would not fit the registers; where threads stand in for matrix units it would be long.
   constexpr int unrolled = HALVES == 1 && DCNV4_MATRIX_UNITS ? 2 : 1;
-  const WindowOrigin o = window_origin(p, w, blockIdx.x + first_block);
+  WindowOrigin o = window_origin(p, w, blockIdx.x + first_block);
   const int lane = int(threadIdx.x % kWarp), warp = warp_index(), warps = int(blockDim.x / kWarp);
   const int64_t first_output = int64_t(o.n) * p.Ho * p.Wo;
   const int channel = o.g * int(p.D);
@@ -268,13 +281,19 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
   const T* gradients = image_of(grad_output, o, w.output_image) + channel;
   T* image = grad_offset_mask + first_output * p.grad_offset_mask_stride;
 
-  char* window = window_of<T, TAPS, RUNS>(w);
+  // Places are counted from the start of the block's shared memory; the window begins with a multiple of 128.
+  char* shared = dynamic_shared();
+  const uint32_t window_at = window_offset<T, TAPS, RUNS>(w);
+  char* window = shared + window_at;
   const uint32_t pitch_bytes = uint32_t(w.pitch) * cell_bytes, nowhere = pitch_bytes * uint32_t(w.height);
   char* barriers = window + nowhere + pitch_bytes + 2 * cell_bytes;
-  char* gradient_rows =
-      window + round_up_to(uint32_t(barriers + kWindowBarriers - window), uint32_t(kBulkAlignment));  // (pixels)
+  Kept<T>* kept = reinterpret_cast<Kept<T>*>(barriers + kWindowBarriers);
+  const uint32_t rows_at =
+      window_at + round_up_to(nowhere + pitch_bytes + 2 * cell_bytes + kWindowBarriers + uint32_t(sizeof(Kept<T>)),
+                              uint32_t(kBulkAlignment));
+  char* gradient_rows = shared + rows_at;  // (pixels)
   float* dots = reinterpret_cast<float*>(gradient_rows + w.pixels * cell_bytes + warp * matrix_bytes<HALVES, TAPS>());
-  uint32_t* places = reinterpret_cast<uint32_t*>(dots + pixels * dots_length<TAPS>());
+  uint32_t* places = reinterpret_cast<uint32_t*>(dots + rows * dots_length<TAPS>());
   wait_for_earlier();
   const TileTaps<T, TAPS, RUNS> tile(w, o, offset_mask);
   start_window<pieces>(p, w, o, tile, value_map, mask_map, map, channel * int(sizeof(T)), window, barriers,
@@ -288,15 +307,18 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
                int(o.n));
   }
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
+  if (threadIdx.x == 0) *kept = {image + o.g * 3 * TAPS, o.x, o.y};
   if (errand.vectors != 0) run_errand<T>(errand);
   TapSlot slots[kSlotRounds];
   find_slots<TAPS>(w, slots);
   wait_for_runs<RUNS>(barriers);
 
+  o.x = kept->x;
+  o.y = kept->y;
   // As a row of A: matrices 0 and 1 of a load are of four taps at one piece of the channels, 2 and 3 at the next piece. A row's
   // piece i is that of number i ^ turn. Of eight taps a thread has two, one a load.
   const int row = lane % 8, matrix = lane / 8, turn = HALVES == 1 ? row / 2 : row;
-  const uint32_t corner = uint32_t(row % 2 * cell_bytes) + uint32_t(row / 2 % 2) * pitch_bytes;
+  const uint32_t corner = window_at + uint32_t(row % 2 * cell_bytes) + uint32_t(row / 2 % 2) * pitch_bytes;
   const uint32_t own_corner = corner + uint32_t(matrix / 2 ^ turn) * 16;
   // Of ninth taps pieces 0 and 1 are eight upper rows, pieces 2 and 3 eight lower ones.
   const uint32_t ninth_corner = corner + uint32_t((matrix % 2 * 2 + matrix / 2) ^ turn) * 16;
@@ -304,9 +326,7 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
   const uint32_t* ninth_places = places + (together == 2 ? row / kCorners * kPlaceWords : 0) + (kMostTaps - 1);
   // As a column of B: grad_output at the same turn, of the first of two pixels or of the second.
   const int q = lane % 4, column = lane / 4;
-  uint32_t own_words[pieces];
-#pragma unroll
-  for (int i = 0; i < pieces; ++i) own_words[i] = uint32_t(column / pieces * cell_bytes + (column % pieces ^ i) * 16 + q * 4);
+  const uint32_t own_words = rows_at + uint32_t(column / pieces * cell_bytes + column % pieces * 16 + q * 4);
   // As a row of C: which column it wants of the first pixel, and in which number the lane holds that, of one of the pixels.
   const int wanted = HALVES == 1 ? column / 2 : column, own_pixel = together == 2 ? q / 2 : 0;
   const bool holds = wanted / 2 == (together == 2 ? q % 2 : q), high = wanted % 2 != 0;
@@ -315,7 +335,7 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
   const bool holds_ninth = wanted / 2 + 2 * ninth_pixel == q && (together == 2 || column < kCorners);
   float* own_dots = dots + own_pixel * dots_length<TAPS>() + column / kCorners * 2 * kCorners + column % kCorners;
   float* ninth_dots = dots + ninth_pixel * (dots_length<TAPS>() - kCorners) + column + (kMostTaps - 1) * kCorners;
-  // Behind the last of an odd number of pixels: its row of grad_output is read, to no effect.
+  // Behind the last of an odd number of pixels: what is read there has no effect.
   if (rows > pixels && lane == 0) places[pixels * kPlaceWords + kMostTaps - 1] = nowhere;
 
   for (int batch = warp; batch * pixels < w.pixels; batch += warps) {
@@ -328,12 +348,13 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
     __syncwarp();
     if (batch == warp) wait_for_cells<RUNS>(barriers);
 
-    const char* batch_rows = gradient_rows + batch * pixels * cell_bytes;
+    const uint32_t batch_words = own_words + uint32_t(batch * pixels * cell_bytes);
 #pragma unroll(unrolled)
     for (int of = 0; of < pixels; of += together) {
       uint32_t b[pieces];
 #pragma unroll
-      for (int i = 0; i < pieces; ++i) b[i] = *reinterpret_cast<const uint32_t*>(batch_rows + of * cell_bytes + own_words[i]);
+      for (int i = 0; i < pieces; ++i)
+        b[i] = *reinterpret_cast<const uint32_t*>(shared + ((batch_words + uint32_t(of * cell_bytes)) ^ uint32_t(i * 16)));
       float own[4];  // of the two taps that row `column` of either matrix has
 #pragma unroll
       for (int pixel = 0; pixel < together; ++pixel) {
@@ -344,9 +365,9 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
 #pragma unroll
         for (int i = 0; i < pieces; i += 2) {
           uint32_t a[4];
-          load_matrices<4, false>(window + (first_at ^ uint32_t(i * 16)), a);
+          load_matrices<4, false>(shared + (first_at ^ uint32_t(i * 16)), a);
           multiply_matrices<T, 2>(first, a, b[i], b[i + 1]);
-          load_matrices<4, false>(window + (second_at ^ uint32_t(i * 16)), a);
+          load_matrices<4, false>(shared + (second_at ^ uint32_t(i * 16)), a);
           multiply_matrices<T, 2>(second, a, b[i], b[i + 1]);
         }
         const float numbers[4] = {high ? first[1] : first[0], high ? second[1] : second[0], high ? first[3] : first[2],
@@ -354,7 +375,7 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
 #pragma unroll
         for (int i = 0; i < 4; ++i) own[i] = pixel == 0 || own_pixel == pixel ? numbers[i] : own[i];
       }
-      if (holds && of + own_pixel < pixels) {
+      if (holds) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) own_dots[of * dots_length<TAPS>() + (i / 2 * 4 + i % 2) * kCorners] = own[i];
       }
@@ -365,12 +386,11 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
         for (int i = 0; i < pieces; i += 4) {
           // Of the first product the upper eight rows are wanted, of the second the lower ones.
           uint32_t a[4];
-          load_matrices<4, false>(window + (at ^ uint32_t(i * 16)), a);
+          load_matrices<4, false>(shared + (at ^ uint32_t(i * 16)), a);
           multiply_matrices<T, 2>(upper, a, b[i], b[i + 1]);
           multiply_matrices<T, 2>(lower, a, b[i + 2], b[i + 3]);
         }
-        if (holds_ninth && of + ninth_pixel < pixels)
-          ninth_dots[of * dots_length<TAPS>()] = high ? upper[1] + lower[3] : upper[0] + lower[2];
+        if (holds_ninth) ninth_dots[of * dots_length<TAPS>()] = high ? upper[1] + lower[3] : upper[0] + lower[2];
       }
     }
     __syncwarp();
@@ -378,7 +398,7 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
       dot_far<pieces>(p, w, o, tile, batch, map, gradients, far, dots);
       __syncwarp();
     }
-    write_gradients(p, w, o, tile, batch, slots, taps, dots, image + o.g * 3 * TAPS);
+    write_gradients(p, w, o, tile, batch, slots, taps, dots, kept->rows);
     __syncwarp();  // before the next taps take the place of these
   }
   write_padding<T, TAPS>(p, w, o, image);
@@ -413,7 +433,7 @@ int32_t start(const DotCall& dots, DotKernel<T> kernel, int64_t cell, int64_t wa
   const BackwardCall& call = dots.backward;
   const dcnv4_problem& p = call.p;
   WindowBytes bytes{cell, RUNS ? kRunBytes<T, TAPS> : 0, warp, window_fixed<RUNS>(cell), 1, kWarp * 16 / cell};
-  if (MATRICES) bytes.pixel += cell, bytes.fixed += kBulkAlignment;
+  if (MATRICES) bytes.pixel += cell, bytes.fixed += kBulkAlignment + int64_t(sizeof(Kept<T>));
   bytes.most_threads = most_threads;
   bytes.blocks = 2;
   bytes.whole = sizeof(T) == 4 && !RUNS ? INT32_MAX : 0;  // as forward does

@@ -172,11 +172,24 @@ DCNV4_DEVICE void store_word<uint4>(uint4* address, const uint4& word) {
                : "memory");
 }
 template <>
+DCNV4_DEVICE void store_word<unsigned short>(unsigned short* address, const unsigned short& word) {
+  asm volatile("st.global.b16 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "h"(word) : "memory");
+}
+template <>
 DCNV4_DEVICE void store_word<uint2>(uint2* address, const uint2& word) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(address)), "r"(word.x), "r"(word.y)
                : "memory");
 }
 #endif
+
+// One number, by the processor's own instruction where it has one.
+template <class T>
+DCNV4_DEVICE T round_one(typename compute_of<T>::type value) {
+  if constexpr (sizeof(T) == 2)
+    return T{uint16_t(pack(T{}, value, 0.0f))};
+  else
+    return from_compute<T>(value);
+}
 
 // To global memory.
 template <class T, int N, class Real>
@@ -191,20 +204,11 @@ DCNV4_DEVICE void store(void* address, const Real (&values)[N]) {
   } else {
     T elements[N];
 #pragma unroll
-    for (int i = 0; i < N; ++i) elements[i] = from_compute<T>(values[i]);
+    for (int i = 0; i < N; ++i) elements[i] = round_one<T>(values[i]);
     memcpy(words, elements, sizeof elements);
   }
 #pragma unroll
   for (int i = 0; i < A::words; ++i) store_word(static_cast<typename A::type*>(address) + i, words[i]);
-}
-
-// One number, by the processor's own instruction where it has one.
-template <class T>
-DCNV4_DEVICE T round_one(float value) {
-  if constexpr (sizeof(T) == 2)
-    return T{uint16_t(pack(T{}, value, 0.0f))};
-  else
-    return from_compute<T>(value);
 }
 
 template <class T>

@@ -214,6 +214,12 @@ inline Window plan_window(const dcnv4_problem& p, int64_t slices, const WindowBy
 // This thread's warp. The compiler sees of a shuffle that it is the same for all of its threads.
 DCNV4_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, int(threadIdx.x / kWarp), 0); }
 
+// A thread's number, to be held in a register: what a shuffle gave the compiler keeps, what it can work out it works out anew.
+template <class Number>
+DCNV4_DEVICE Number keep_own(Number number) {
+  return __shfl_sync(0xffffffffu, number, int(threadIdx.x % kWarp));
+}
+
 // Which tile, group, slice and image block `block` has, and where its window lies: inside the map and kAround cells beyond.
 struct WindowOrigin {
   uint32_t n;
@@ -380,7 +386,8 @@ DCNV4_DEVICE void find_slots(const Window& w, TapSlot (&slots)[kSlotRounds]) {
     const int of = (r * kWarp + lane) / TAPS, k = r * kWarp + lane - of * TAPS;
     // The threads of a warp read nine constants, one after the other. What a shuffle gave the compiler keeps; those it would
     // read anew for every batch.
-    slots[r] = {of, k, __shfl_sync(0xffffffffu, w.grid_x[k], lane), __shfl_sync(0xffffffffu, w.grid_y[k], lane)};
+    slots[r] = {keep_own(of), keep_own(k), __shfl_sync(0xffffffffu, w.grid_x[k], lane),
+                __shfl_sync(0xffffffffu, w.grid_y[k], lane)};
   }
 }
 
@@ -488,8 +495,12 @@ DCNV4_DEVICE void work_out_slots(const dcnv4_problem& p, const Window& w, const 
 
 // The start of the window. Runs lie before it.
 template <class T, int TAPS, bool RUNS>
+DCNV4_DEVICE uint32_t window_offset(const Window& w) {
+  return RUNS ? round_up_to(uint32_t(w.pixels) * kRunBytes<T, TAPS>, uint32_t(kBulkAlignment)) : 0;
+}
+template <class T, int TAPS, bool RUNS>
 DCNV4_DEVICE char* window_of(const Window& w) {
-  return dynamic_shared() + (RUNS ? round_up_to(uint32_t(w.pixels) * kRunBytes<T, TAPS>, uint32_t(kBulkAlignment)) : 0);
+  return dynamic_shared() + window_offset<T, TAPS, RUNS>(w);
 }
 // Barriers of a window: the runs have come, the cells have come.
 constexpr int kWindowBarriers = 2 * kBarrierBytes;
