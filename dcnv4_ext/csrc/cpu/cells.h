@@ -87,11 +87,12 @@ DCNV4_NOINLINE void sort_taps(const SortedTaps<V, kTaps>& taps, int64_t pixels, 
   memset(end + 2 * blank, 0, V::width * sizeof *end);
   for (int64_t t = 0; t < pixels * kTaps; ++t) ++end[counter[t]];
   uint32_t before = 0;
-  const auto begin_of = [&](int64_t from, int64_t to) {
-    for (int64_t c = from; c < to; ++c) {
-      const uint32_t count = end[c];
+  const auto begin_of = [&](int64_t from, int64_t to) {  // two by two: of a cell
+    for (int64_t c = from; c < to; c += 2) {
+      const uint32_t first = end[c], both = first + end[c + 1];
       end[c] = before;
-      before += count;
+      end[c + 1] = before + first;
+      before += both;
     }
   };
   begin_of(2 * first, 2 * last + 2);
@@ -151,7 +152,6 @@ DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_m
       }
       continue;
     }
-    if (kSingle || !add) ahead.fetch();
     typename C::Operand value[4][kVectors];
     if (kDots) {
       for (int v = 0; v < kVectors; ++v) {
@@ -168,7 +168,7 @@ DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_m
       sum[2][v] = lower_right[v];
       sum[1][v] = sum[3][v] = V::zero();
     }
-    do {
+    const auto take = [&](const SortedTap* tap) DCNV4_LAMBDA_INLINE {
       const Cell* const gradient = gradients + tap->pixel * width;
       const S* const weights = corners + tap->corners;
       for (int v = 0; v < kVectors; ++v) {
@@ -195,7 +195,11 @@ DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_m
         }
         V::sum4(dot[0], dot[1], dot[2], dot[3], sums + tap->corners, !kSingle && add);
       }
-    } while (++tap < end);
+    };
+    // Where a cell's taps end is foreseen wrongly: what has to be computed comes first when the next cell is begun.
+    take(tap);
+    if (kSingle || !add) ahead.fetch();
+    while (++tap < end) take(tap);
     add_to(target, sum[0]);
     add_to(target + row_size, sum[2]);
     for (int v = 0; v < kParts; ++v) {

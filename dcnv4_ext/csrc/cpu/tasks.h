@@ -78,7 +78,7 @@ class BlocksAhead {
   }
 
   DCNV4_INLINE void fetch() {
-    if (--column_ < 0 && !begin_row()) return;
+    if (--column_ < 0 && (rows_ <= 0 || !begin_row())) return;
     fetch(blocks_[0]);
     if (count_ == 1) return;
     fetch(blocks_[1]);

@@ -254,13 +254,6 @@ constexpr DCNV4_HD int64_t matrix_bytes() {
   return rows * (dots_length<TAPS>() + kPlaceWords) * 4;
 }
 
-// What all of a block's threads need again and again, in shared memory: the compiler would work it out anew each time.
-template <class T>
-struct Kept {
-  T* rows;   // where the group's gradients begin
-  int x, y;  // the window's first cell
-};
-
 // HALVES of 64 bytes a cell.
 template <class T, int HALVES, int TAPS, bool RUNS>
 __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotThreads, 2)
@@ -287,10 +280,9 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
   char* window = shared + window_at;
   const uint32_t pitch_bytes = uint32_t(w.pitch) * cell_bytes, nowhere = pitch_bytes * uint32_t(w.height);
   char* barriers = window + nowhere + pitch_bytes + 2 * cell_bytes;
-  Kept<T>* kept = reinterpret_cast<Kept<T>*>(barriers + kWindowBarriers);
+  Kept* kept = kept_of(barriers);
   const uint32_t rows_at =
-      window_at + round_up_to(nowhere + pitch_bytes + 2 * cell_bytes + kWindowBarriers + uint32_t(sizeof(Kept<T>)),
-                              uint32_t(kBulkAlignment));
+      window_at + round_up_to(nowhere + pitch_bytes + 2 * cell_bytes + kWindowBarriers, uint32_t(kBulkAlignment));
   char* gradient_rows = shared + rows_at;  // (pixels)
   float* dots = reinterpret_cast<float*>(gradient_rows + w.pixels * cell_bytes + warp * matrix_bytes<HALVES, TAPS>());
   uint32_t* places = reinterpret_cast<uint32_t*>(dots + rows * dots_length<TAPS>());
@@ -398,7 +390,7 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
       dot_far<pieces>(p, w, o, tile, batch, map, gradients, far, dots);
       __syncwarp();
     }
-    write_gradients(p, w, o, tile, batch, slots, taps, dots, kept->rows);
+    write_gradients(p, w, o, tile, batch, slots, taps, dots, static_cast<T*>(kept->rows));
     __syncwarp();  // before the next taps take the place of these
   }
   write_padding<T, TAPS>(p, w, o, image);
@@ -433,7 +425,7 @@ int32_t start(const DotCall& dots, DotKernel<T> kernel, int64_t cell, int64_t wa
   const BackwardCall& call = dots.backward;
   const dcnv4_problem& p = call.p;
   WindowBytes bytes{cell, RUNS ? kRunBytes<T, TAPS> : 0, warp, window_fixed<RUNS>(cell), 1, kWarp * 16 / cell};
-  if (MATRICES) bytes.pixel += cell, bytes.fixed += kBulkAlignment + int64_t(sizeof(Kept<T>));
+  if (MATRICES) bytes.pixel += cell, bytes.fixed += kBulkAlignment;
   bytes.most_threads = most_threads;
   bytes.blocks = 2;
   bytes.whole = sizeof(T) == 4 && !RUNS ? INT32_MAX : 0;  // as forward does

@@ -26,8 +26,8 @@ struct NearTap {
   uint32_t cell;  // where its upper left corner lies
 };
 
-// Taps in shared memory, `length` of them: put by the thread that has worked one out, visited by those of its pixel, which add
-// the corners' weights times the cells at so many bytes.
+// Taps in shared memory, `length` of them: put by the thread that has worked one out, visited by those of its pixel:
+// add(weight, at, below), the cell at so many bytes, or that below it.
 template <int UNITS>
 struct StagedTaps;
 
@@ -51,10 +51,10 @@ struct StagedTaps<2> {
     first[place + length] = {weights.w01, weights.w11, tap.cell, tap.cell + pitch_bytes};
   }
   template <class Add>
-  DCNV4_DEVICE void visit(int place, int side, uint32_t, Add add) const {
+  DCNV4_DEVICE void visit(int place, int side, Add add) const {
     const Side tap = first[side * length + place];
-    add(tap.top, tap.at_top);
-    add(tap.bottom, tap.at_bottom);
+    add(tap.top, tap.at_top, false);
+    add(tap.bottom, tap.at_bottom, false);
   }
 };
 
@@ -78,13 +78,13 @@ struct StagedTaps<4> {
     places[place] = make_uint2(tap.cell + right, tap.cell + cell_bytes - right);
   }
   template <class Add>
-  DCNV4_DEVICE void visit(int place, int, uint32_t pitch_bytes, Add add) const {
+  DCNV4_DEVICE void visit(int place, int, Add add) const {
     const Four<float> weight = weights[place];
     const uint2 at = places[place];
-    add(weight.v[0], at.x);
-    add(weight.v[1], at.y);
-    add(weight.v[2], at.x + pitch_bytes);
-    add(weight.v[3], at.y + pitch_bytes);
+    add(weight.v[0], at.x, false);
+    add(weight.v[1], at.y, false);
+    add(weight.v[2], at.x, true);
+    add(weight.v[3], at.y, true);
   }
 };
 
@@ -106,12 +106,12 @@ struct StagedTaps<8> {
     first[place] = {tap.weight * (1 - tap.ly), tap.weight * tap.ly, tap.lx, tap.cell};
   }
   template <class Add>
-  DCNV4_DEVICE void visit(int place, int, uint32_t pitch_bytes, Add add) const {
+  DCNV4_DEVICE void visit(int place, int, Add add) const {
     const Entry tap = first[place];
-    add(tap.top - tap.top * tap.lx, tap.cell);
-    add(tap.top * tap.lx, tap.cell + 128);
-    add(tap.bottom - tap.bottom * tap.lx, tap.cell + pitch_bytes);
-    add(tap.bottom * tap.lx, tap.cell + pitch_bytes + 128);
+    add(tap.top - tap.top * tap.lx, tap.cell, false);
+    add(tap.top * tap.lx, tap.cell + 128, false);
+    add(tap.bottom - tap.bottom * tap.lx, tap.cell, true);
+    add(tap.bottom * tap.lx, tap.cell + 128, true);
   }
 };
 
@@ -140,7 +140,9 @@ __global__ void __launch_bounds__(UNITS == 8 ? kMostWideThreads : kMostWindowThr
 
   // Behind the window two rows whose first two cells are zeros, for taps that add nothing; barriers; each warp's taps; the
   // ninth taps.
-  char* window = window_of<T, TAPS, RUNS>(w);
+  char* shared = dynamic_shared();
+  const uint32_t window_at = window_offset<T, TAPS, RUNS>(w);
+  char* window = shared + window_at;
   const uint32_t pitch_bytes = uint32_t(w.pitch) * cell_bytes, nowhere = pitch_bytes * uint32_t(w.height);
   char* barriers = window + nowhere + pitch_bytes + 2 * cell_bytes;
   using Taps = StagedTaps<UNITS>;
@@ -182,6 +184,10 @@ __global__ void __launch_bounds__(UNITS == 8 ? kMostWideThreads : kMostWindowThr
   int own[pieces];  // of a cell
 #pragma unroll
   for (int i = 0; i < pieces; ++i) own[i] = pieces == 2 ? q + (odd == (i == 0) ? kQuad : 0) : q % UNITS;
+  uint32_t own_at[pieces];
+#pragma unroll
+  for (int i = 0; i < pieces; ++i) own_at[i] = window_at + uint32_t(side * cell_bytes + own[i] * 16);
+  const char* lower = shared + pitch_bytes;
   T* result = image_of(output, o, w.output_image) + channel;
 #pragma unroll 1
   for (int batch = warp; batch * kBatch < w.pixels; batch += warps) {
@@ -199,19 +205,19 @@ __global__ void __launch_bounds__(UNITS == 8 ? kMostWideThreads : kMostWindowThr
     if (batch == warp) wait_for_cells<RUNS>(barriers);
 
     float sums[pieces][N] = {};
-    const auto add = [&](float weight, uint32_t at) {
+    const auto add = [&](float weight, uint32_t at, bool below) {
 #pragma unroll
       for (int i = 0; i < pieces; ++i) {
         float corner[N];
-        load_shared<T, N>(window + side * cell_bytes + own[i] * 16 + at, corner);
+        load_shared<T, N>((below ? lower : shared) + (own_at[i] + at), corner);
 #pragma unroll
         for (int n = 0; n < N; ++n) sums[i][n] += weight * corner[n];
       }
     };
 #pragma unroll(unrolled)
-    for (int k = 0; k < 2 * kQuad; ++k) rows.visit(of * kRow + k, side, pitch_bytes, add);
+    for (int k = 0; k < 2 * kQuad; ++k) rows.visit(of * kRow + k, side, add);
     char* ninth = ninths + batch * Room::ninths_bytes;
-    if (TAPS == 9) Taps(ninth, Room::ninths).visit(of, side, pitch_bytes, add);
+    if (TAPS == 9) Taps(ninth, Room::ninths).visit(of, side, add);
 
     const uint32_t far_here = TAPS == 9 ? *reinterpret_cast<const uint32_t*>(ninth + Room::far_at) : 0;
     if ((far[0] | far[1] | far_here) != 0) {

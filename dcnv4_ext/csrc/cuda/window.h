@@ -502,8 +502,15 @@ template <class T, int TAPS, bool RUNS>
 DCNV4_DEVICE char* window_of(const Window& w) {
   return dynamic_shared() + window_offset<T, TAPS, RUNS>(w);
 }
-// Barriers of a window: the runs have come, the cells have come.
-constexpr int kWindowBarriers = 2 * kBarrierBytes;
+// What all of a block's threads need in every round of a loop: out of the block's number the compiler would work it out anew
+// each time.
+struct alignas(16) Kept {
+  void* rows;  // where to write
+  int x, y;    // the window's first cell
+};
+// Barriers of a window (the runs have come, the cells have come), and what is kept.
+constexpr int kWindowBarriers = 2 * kBarrierBytes + int(sizeof(Kept));
+DCNV4_DEVICE Kept* kept_of(char* barriers) { return reinterpret_cast<Kept*>(barriers + 2 * kBarrierBytes); }
 // Of what a kernel keeps once, in bytes: cells of zeros, the barriers, a gap before the window.
 template <bool RUNS>
 constexpr int64_t window_fixed(int64_t cell) {
