@@ -365,7 +365,7 @@ template <class V>
 int64_t rows_of_block(const dcnv4_problem& p) {
   constexpr int64_t kPixels = SortedTaps<V, kLookupTaps>::kPixels;
   const int64_t columns = columns_of_block<V>(p);
-  if (columns > 4 * kPixels) return 0;
+  if (columns > SortedTaps<V, kLookupTaps>::kMostPixels) return 0;
   const int64_t most = std::max<int64_t>(1, kPixels / columns), blocks = (p.Ho + most - 1) / most;
   return (p.Ho + blocks - 1) / blocks;
 }
@@ -395,7 +395,7 @@ enum class Sorting { done, does_not_pay, leaves };
 
 // A block whose taps are sorted by cells. Where that does not pay, or taps leave the columns of `grid`, nothing has been done
 // but that the maps may be covered.
-template <class C, class T, int kTaps, class V = typename C::Vector>
+template <class C, class T, int kVectors, int kTaps, class V = typename C::Vector>
 Sorting backward_block_sorted(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* offset_mask, const T* grad_output,
                               T* grad_offset_mask, const typename C::Cell* map, ScalarOf<V>* grad_map, Window window,
                               int32_t blank, const Block& block, const CellGrid& grid, char* scratch, Front<C, T>& front,
@@ -407,7 +407,7 @@ Sorting backward_block_sorted(const dcnv4_problem& p, const Plan<ScalarOf<V>>& p
   SortedTaps<V, kTaps> taps;
   taps.cells = taps.columns = Reach<V>(ScalarOf<V>(blank));
   constexpr int64_t kMost = 2 / C::registers;  // vectors of channels a visit: values and sums of four cells in registers
-  Cell* const gradients = reinterpret_cast<Cell*>(scratch + taps.lay_out(scratch, pixels, blank, width <= kMost * C::width));
+  taps.lay_out(scratch, pixels, blank, width <= kMost * C::width);
   int64_t done = 0;
   for_batches_of<V>(p, block, [&](int64_t row, int64_t column, int count, int64_t below) DCNV4_LAMBDA_INLINE {
     const int64_t pixel = row * p.Wo + column;
@@ -423,10 +423,11 @@ Sorting backward_block_sorted(const dcnv4_problem& p, const Plan<ScalarOf<V>>& p
   // Many more cells than pixels: looking for those with taps would take longer than visiting them.
   if (last_cell - first_cell > 256 + 4 * pixels) return Sorting::does_not_pay;
   sort_taps(taps, pixels, first_cell, last_cell, blank);
+  Cell* const gradients = reinterpret_cast<Cell*>(taps.counter);
   const int64_t runs = block.columns() == p.Wo ? 1 : block.bottom - block.top, run = pixels / runs;
   for (int64_t i = 0; i < runs; ++i)
-    pack_pixels<C>(plan, grad_output + ((block.top + i) * p.Wo + block.left) * p.output_stride, p.output_stride, run,
-                   gradients + i * run * width);
+    pack_pixels<C, T, kVectors>(plan, grad_output + ((block.top + i) * p.Wo + block.left) * p.output_stride, p.output_stride,
+                                run, gradients + i * run * width);
   for (int64_t c = 0; c < width;) {
     const bool most = width - c >= kMost * C::width;
     const bool single = width == kMost * C::width;
@@ -546,9 +547,9 @@ void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
         const Operands<T> own = {front.image(), offset_mask, grad_output, first_row, last_row};
         BlocksAhead<V> ahead = ahead_of<C, T>(p, kTaps, block, own, next, grad_offset_mask, front);
         const auto sorted = [&]() {
-          return backward_block_sorted<C, T, kTaps>(p, plan, offset_mask, grad_output, grad_offset_mask, map, grad_map, window,
-                                                    blank, block, grid_of<V>(p, plan.pitch, block, narrow),
-                                                    reinterpret_cast<char*>(scratch), front, padding, ahead);
+          return backward_block_sorted<C, T, kVectors, kTaps>(
+              p, plan, offset_mask, grad_output, grad_offset_mask, map, grad_map, window, blank, block,
+              grid_of<V>(p, plan.pitch, block, narrow), reinterpret_cast<char*>(scratch), front, padding, ahead);
         };
         Sorting found = sorted();
         if (found == Sorting::leaves) {

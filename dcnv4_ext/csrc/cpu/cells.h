@@ -4,9 +4,14 @@
 
 namespace {
 
-// Where a tap's four numbers begin among those of a block, and of which pixel it is.
+// A tap of a block in one number: its pixel, and below that half of the place where its four numbers begin. What is read for
+// every tap should be little and soon taken apart.
 struct SortedTap {
-  uint32_t corners, pixel;
+  static constexpr int kPlaceBits = 18;
+  static constexpr uint32_t kNext = 2, kNextPixel = 1u << kPlaceBits;
+  uint32_t bits;
+  DCNV4_INLINE int64_t pixel() const { return bits >> kPlaceBits; }
+  DCNV4_INLINE int64_t place() const { return 2 * int64_t(bits & (kNextPixel - 1)); }
 };
 
 // The taps of a block of pixels, tap by tap and pixel by pixel.
@@ -14,13 +19,18 @@ template <class V, int kTaps>
 struct SortedTaps {
   using S = ScalarOf<V>;
   static constexpr int64_t kPixels = 2048;  // of a block: a megabyte belongs to them, and fewer make cells with fewer taps
+  static constexpr int64_t kMostPixels = 4 * kPixels;  // where a row has so many
+  static_assert(SortedTap::kNext * kTaps * kMostPixels <= SortedTap::kNextPixel &&
+                    kMostPixels <= (int64_t(1) << (32 - SortedTap::kPlaceBits)),
+                "an entry holds them");
 
   S* corners;  // four a tap: weights of the corners
   S* sums;     // four a tap: dot products with the values of the corners; in place of the weights where one visit makes them
   S *lx, *ly, *weight;
   typename V::Mask* used;  // a vector of taps each
   // Twice the cell, one more for every second tap. A counter that is counted up again at once has to be waited for: two a cell
-  // are so half as often. Taps that do not count have V::width counters together, behind all others.
+  // are so half as often. Taps that do not count have V::width counters together, behind all others. Once taps are sorted, the
+  // block's gradients take their place: what a block needs should stay in the L2 cache.
   uint32_t* counter;
   SortedTap* order;  // in the order of the counters, and of the taps of a counter
   uint32_t* end;     // where in `order` the taps of a counter end
@@ -43,9 +53,9 @@ struct SortedTaps {
     take(ly, taps);
     take(weight, taps + V::width);
     take(used, taps / V::width);
-    take(counter, taps);
     take(order, taps);
     take(end, 2 * cells + V::width);
+    take(counter, taps);
     return at - memory;
   }
 };
@@ -85,7 +95,10 @@ DCNV4_NOINLINE void sort_taps(const SortedTaps<V, kTaps>& taps, int64_t pixels, 
   uint32_t* const end = taps.end;
   if (first <= last) memset(end + 2 * first, 0, 2 * (last - first + 1) * sizeof *end);
   memset(end + 2 * blank, 0, V::width * sizeof *end);
-  for (int64_t t = 0; t < pixels * kTaps; ++t) ++end[counter[t]];
+  for (int64_t i = 0; i < pixels; ++i) {
+    DCNV4_UNROLL
+    for (int k = 0; k < kTaps; ++k) ++end[counter[i * kTaps + k]];
+  }
   uint32_t before = 0;
   const auto begin_of = [&](int64_t from, int64_t to) {  // two by two: of a cell
     for (int64_t c = from; c < to; c += 2) {
@@ -98,10 +111,10 @@ DCNV4_NOINLINE void sort_taps(const SortedTaps<V, kTaps>& taps, int64_t pixels, 
   begin_of(2 * first, 2 * last + 2);
   begin_of(2 * blank, 2 * blank + V::width);
   SortedTap* const order = taps.order;
-  SortedTap tap{0, 0};
-  for (int64_t i = 0; i < pixels; ++i, counter += kTaps, ++tap.pixel) {
+  SortedTap tap{0};
+  for (int64_t i = 0; i < pixels; ++i, counter += kTaps, tap.bits += SortedTap::kNextPixel) {
     DCNV4_UNROLL
-    for (int k = 0; k < kTaps; ++k, tap.corners += 4) order[end[counter[k]]++] = tap;
+    for (int k = 0; k < kTaps; ++k, tap.bits += SortedTap::kNext) order[end[counter[k]]++] = tap;
   }
 }
 
@@ -142,76 +155,76 @@ DCNV4_NOINLINE void visit_cells(const typename C::Cell* map, ScalarOf<V>* grad_m
     const Cell* source = map + place;
     S* target = grad_map + place;
     for (; c < end_of_row; ++c, source += width, target += width) {
-    const SortedTap* const end = taps.order + taps.end[2 * c + 1];
-    if (tap == end) {
-      if (pending) {
-        add_to(target, right);
-        add_to(target + row_size, lower_right);
-        clear();
-        pending = false;
-      }
-      continue;
-    }
-    typename C::Operand value[4][kVectors];
-    if (kDots) {
-      for (int v = 0; v < kVectors; ++v) {
-        value[0][v] = C::operand(source + v * C::width);
-        value[1][v] = C::operand(source + width + v * C::width);
-        value[2][v] = C::operand(source + row_size + v * C::width);
-        value[3][v] = C::operand(source + row_size + width + v * C::width);
-        if constexpr (C::turns) C::turn(value[0][v], value[1][v], value[2][v], value[3][v]);
-      }
-    }
-    V sum[4][kParts];
-    for (int v = 0; v < kParts; ++v) {
-      sum[0][v] = right[v];
-      sum[2][v] = lower_right[v];
-      sum[1][v] = sum[3][v] = V::zero();
-    }
-    const auto take = [&](const SortedTap* tap) DCNV4_LAMBDA_INLINE {
-      const Cell* const gradient = gradients + tap->pixel * width;
-      const S* const weights = corners + tap->corners;
-      for (int v = 0; v < kVectors; ++v) {
-        const C g = C::load(gradient + v * C::width);
-        for (int q = 0; q < 4; ++q)
-          for (int r = 0; r < C::registers; ++r) {
-            V& total = sum[q][v * C::registers + r];
-            total = V::fma(V::set1(weights[q]), g.part(r), total);
-          }
-      }
-      if constexpr (kDots && C::turns) {
-        V dots;
-        for (int v = 0; v < kVectors; ++v)
-          for (int i = 0; i < 4; ++i) {
-            const typename C::Operand g = C::spread_block(gradient + v * C::width + i * C::width / 4);
-            dots = v + i == 0 ? C::dot(g, value[i][v]) : C::dot(g, value[i][v], dots);
-          }
-        V::sum_blocks(dots, sums + tap->corners, !kSingle && add);
-      } else if constexpr (kDots) {
-        V dot[4];
-        for (int v = 0; v < kVectors; ++v) {
-          const typename C::Operand g = C::operand(gradient + v * C::width);
-          for (int q = 0; q < 4; ++q) dot[q] = v == 0 ? C::dot(g, value[q][v]) : C::dot(g, value[q][v], dot[q]);
+      const SortedTap* const end = taps.order + taps.end[2 * c + 1];
+      if (tap == end) {
+        if (pending) {
+          add_to(target, right);
+          add_to(target + row_size, lower_right);
+          clear();
+          pending = false;
         }
-        V::sum4(dot[0], dot[1], dot[2], dot[3], sums + tap->corners, !kSingle && add);
+        continue;
       }
-    };
-    // Where a cell's taps end is foreseen wrongly: what has to be computed comes first when the next cell is begun.
-    take(tap);
-    if (kSingle || !add) ahead.fetch();
-    while (++tap < end) take(tap);
-    add_to(target, sum[0]);
-    add_to(target + row_size, sum[2]);
-    for (int v = 0; v < kParts; ++v) {
-      right[v] = sum[1][v];
-      lower_right[v] = sum[3][v];
+      typename C::Operand value[4][kVectors];
+      if (kDots) {
+        for (int v = 0; v < kVectors; ++v) {
+          value[0][v] = C::operand(source + v * C::width);
+          value[1][v] = C::operand(source + width + v * C::width);
+          value[2][v] = C::operand(source + row_size + v * C::width);
+          value[3][v] = C::operand(source + row_size + width + v * C::width);
+          if constexpr (C::turns) C::turn(value[0][v], value[1][v], value[2][v], value[3][v]);
+        }
+      }
+      V sum[4][kParts];
+      for (int v = 0; v < kParts; ++v) {
+        sum[0][v] = right[v];
+        sum[2][v] = lower_right[v];
+        sum[1][v] = sum[3][v] = V::zero();
+      }
+      const auto take = [&](const SortedTap* tap) DCNV4_LAMBDA_INLINE {
+        const Cell* const gradient = gradients + tap->pixel() * width;
+        const S* const weights = corners + tap->place();
+        for (int v = 0; v < kVectors; ++v) {
+          const C g = C::load(gradient + v * C::width);
+          for (int q = 0; q < 4; ++q)
+            for (int r = 0; r < C::registers; ++r) {
+              V& total = sum[q][v * C::registers + r];
+              total = V::fma(V::set1(weights[q]), g.part(r), total);
+            }
+        }
+        if constexpr (kDots && C::turns) {
+          V dots;
+          for (int v = 0; v < kVectors; ++v)
+            for (int i = 0; i < 4; ++i) {
+              const typename C::Operand g = C::spread_block(gradient + v * C::width + i * C::width / 4);
+              dots = v + i == 0 ? C::dot(g, value[i][v]) : C::dot(g, value[i][v], dots);
+            }
+          V::sum_blocks(dots, sums + tap->place(), !kSingle && add);
+        } else if constexpr (kDots) {
+          V dot[4];
+          for (int v = 0; v < kVectors; ++v) {
+            const typename C::Operand g = C::operand(gradient + v * C::width);
+            for (int q = 0; q < 4; ++q) dot[q] = v == 0 ? C::dot(g, value[q][v]) : C::dot(g, value[q][v], dot[q]);
+          }
+          V::sum4(dot[0], dot[1], dot[2], dot[3], sums + tap->place(), !kSingle && add);
+        }
+      };
+      // Where a cell's taps end is foreseen wrongly: what has to be computed comes first when the next cell is begun.
+      take(tap);
+      if (kSingle || !add) ahead.fetch();
+      while (++tap < end) take(tap);
+      add_to(target, sum[0]);
+      add_to(target + row_size, sum[2]);
+      for (int v = 0; v < kParts; ++v) {
+        right[v] = sum[1][v];
+        lower_right[v] = sum[3][v];
+      }
+      pending = true;
     }
-    pending = true;
-  }
-  if (pending && c > last) {
-    add_to(target, right);
-    add_to(target + row_size, lower_right);
-  }
+    if (pending && c > last) {
+      add_to(target, right);
+      add_to(target + row_size, lower_right);
+    }
   }
 }
 

@@ -12,13 +12,37 @@ DCNV4_INLINE void clear_cell(typename C::Cell* cell, int64_t width) {
   }
 }
 
+// The group's channels of `pixels` pixels, `step` apart, cell by cell.
+template <class C, class T, int kVectors>
+DCNV4_INLINE void pack_pixels(const Plan<ScalarOf<typename C::Vector>>& plan, const T* first, int64_t step, int64_t pixels,
+                              typename C::Cell* to) {
+  using Cell = typename C::Cell;
+  const int64_t width = plan.packed_width;
+  constexpr int64_t kChunk = kVectors * C::width;
+  for (int64_t c = 0; c < width; c += kChunk) {
+    const T* source = first + c;
+    Cell* cell = to + c;
+    if (c + kChunk <= plan.D) {
+      for (int64_t i = 0; i < pixels; ++i, source += step, cell += width) {
+        for (int64_t line = 0; line < kChunk; line += 64 / int64_t(sizeof(T))) C::Vector::prefetch(source + 16 * step + line);
+        for (int v = 0; v < kVectors; ++v) C::pack(source + v * C::width, cell + v * C::width);
+      }
+      continue;
+    }
+    for (int64_t i = 0; i < pixels; ++i, source += step, cell += width)
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t left = std::max<int64_t>(0, std::min<int64_t>(C::width, plan.D - c - v * C::width));
+        C::pack_some(source + (left ? v * C::width : 0), int(left), cell + v * C::width);
+      }
+  }
+}
+
 // Pack rows of one group: row r of the map holds value row window.first + r. `value` points at pixel (0, 0) of the group.
 template <class C, class T, int kVectors>
 void pack_rows(const dcnv4_problem& p, const Plan<ScalarOf<typename C::Vector>>& plan, const T* value, Window window,
                typename C::Cell* map) {
   using Cell = typename C::Cell;
   const int64_t width = plan.packed_width, row_size = plan.pitch * width, step = p.value_stride;
-  constexpr int64_t kChunk = kVectors * C::width;
   for (int64_t h = window.first; h < window.last; ++h, map += row_size) {
     if (h < 0 || h >= p.H) {
       memset(map, 0, row_size * sizeof(Cell));
@@ -26,22 +50,7 @@ void pack_rows(const dcnv4_problem& p, const Plan<ScalarOf<typename C::Vector>>&
     }
     clear_cell<C, kVectors>(map, width);
     clear_cell<C, kVectors>(map + row_size - width, width);
-    for (int64_t c = 0; c < width; c += kChunk) {
-      const T* source = value + h * p.W * step + c;
-      Cell* cell = map + width + c;
-      if (c + kChunk <= p.D) {
-        for (int64_t w = 0; w < p.W; ++w, source += step, cell += width) {
-          for (int64_t line = 0; line < kChunk; line += 64 / int64_t(sizeof(T))) C::Vector::prefetch(source + 16 * step + line);
-          for (int v = 0; v < kVectors; ++v) C::pack(source + v * C::width, cell + v * C::width);
-        }
-        continue;
-      }
-      for (int64_t w = 0; w < p.W; ++w, source += step, cell += width)
-        for (int v = 0; v < kVectors; ++v) {
-          const int64_t left = std::max<int64_t>(0, std::min<int64_t>(C::width, p.D - c - v * C::width));
-          C::pack_some(source + (left ? v * C::width : 0), int(left), cell + v * C::width);
-        }
-    }
+    pack_pixels<C, T, kVectors>(plan, value + h * p.W * step, step, p.W, map + width);
   }
 }
 
@@ -54,23 +63,6 @@ void pack(const dcnv4_problem& p, const Plan<ScalarOf<typename C::Vector>>& plan
                     : plan.at_once == 3 ? pack_rows<C, T, 3>
                                         : pack_rows<C, T, 4>;
   rows(p, plan, value, window, map);
-}
-
-// The group's channels of `pixels` pixels, `step` apart, cell by cell.
-template <class C, class T>
-void pack_pixels(const Plan<ScalarOf<typename C::Vector>>& plan, const T* source, int64_t step, int64_t pixels,
-                 typename C::Cell* to) {
-  for (int64_t i = 0; i < pixels; ++i, source += step, to += plan.packed_width) {
-    for (int64_t line = 0; line < plan.D; line += 64 / int64_t(sizeof(T))) C::Vector::prefetch(source + 16 * step + line);
-    for (int64_t c = 0; c < plan.packed_width; c += C::width) {
-      const int64_t left = plan.D - c;
-      if (DCNV4_LIKELY(left >= C::width)) {
-        C::pack(source + c, to + c);
-      } else {
-        C::pack_some(source + (left > 0 ? c : 0), int(std::max<int64_t>(0, left)), to + c);
-      }
-    }
-  }
 }
 
 template <class S, class Cell>

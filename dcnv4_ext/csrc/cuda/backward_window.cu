@@ -16,8 +16,8 @@
 namespace dcnv4 {
 namespace {
 
-// Two blocks of so many threads have the registers they need.
-constexpr int kMostDotThreads = 384, kMostWideDotThreads = 256;
+// Two blocks of so many threads have the registers they need; of fewer where dot_matrix needs more.
+constexpr int kMostDotThreads = 384, kFewerDotThreads = 320, kMostWideDotThreads = 256;
 
 // Where the dot products of a pixel of a batch lie, in floats: a row of four a tap, in odd number.
 template <int TAPS>
@@ -44,7 +44,7 @@ DCNV4_DEVICE void work_out_dots(const dcnv4_problem& p, const Window& w, const W
     place(r, slots[r], tap);
   });
 #pragma unroll
-  for (int r = 0; r < kSlotRounds; ++r) taps[r].pixel = keep_own(taps[r].pixel);
+  for (int r = 0; r < kSlotRounds; ++r) taps[r].pixel = keep(taps[r].pixel);
 }
 
 // The gradients of a batch's taps from the dot products at `dots`, by the threads that worked the taps out.
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
   if (errand.vectors != 0) run_errand<T>(errand);
   TapSlot slots[kSlotRounds];
-  find_slots<TAPS>(w, slots);
+  find_slots<TAPS, false>(w, slots);
   wait_for_runs<RUNS>(barriers);
 
   const int item = lane / UNITS, unit = lane % UNITS;
@@ -256,7 +256,10 @@ constexpr DCNV4_HD int64_t matrix_bytes() {
 
 // HALVES of 64 bytes a cell.
 template <class T, int HALVES, int TAPS, bool RUNS>
-__global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotThreads, 2)
+__global__ void __launch_bounds__(HALVES == 2            ? kMostWideDotThreads
+                                  : DCNV4_MORE_REGISTERS ? kFewerDotThreads
+                                                         : kMostDotThreads,
+                                  2)
     dot_matrix(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w, const __grid_constant__ Errand errand,
                uint32_t first_block, const __grid_constant__ BulkMap value_map, const __grid_constant__ BulkMap mask_map,
                const __grid_constant__ BulkMap gradient_map, const T* __restrict__ value, const T* __restrict__ offset_mask,
@@ -299,10 +302,10 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
                int(o.n));
   }
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
-  if (threadIdx.x == 0) *kept = {image + o.g * 3 * TAPS, o.x, o.y};
+  if (threadIdx.x == 0) *kept = {o.x, o.y, image + o.g * 3 * TAPS, map, gradients};
   if (errand.vectors != 0) run_errand<T>(errand);
   TapSlot slots[kSlotRounds];
-  find_slots<TAPS>(w, slots);
+  find_slots<TAPS, RUNS>(w, slots);  // fetched by threads, there are not the registers
   wait_for_runs<RUNS>(barriers);
 
   o.x = kept->x;
@@ -387,7 +390,8 @@ __global__ void __launch_bounds__(HALVES == 1 ? kMostDotThreads : kMostWideDotTh
     }
     __syncwarp();
     if ((far[0] | far[1]) != 0) {
-      dot_far<pieces>(p, w, o, tile, batch, map, gradients, far, dots);
+      dot_far<pieces>(p, w, o, tile, batch, static_cast<const T*>(kept->value), static_cast<const T*>(kept->gradients), far,
+                      dots);
       __syncwarp();
     }
     write_gradients(p, w, o, tile, batch, slots, taps, dots, static_cast<T*>(kept->rows));
@@ -458,7 +462,8 @@ int32_t run_cells(const DotCall& dots) {
     if (bytes == 128)
       return start<T, TAPS, RUNS, true>(dots, dot_matrix<T, 2, TAPS, RUNS>, 128, matrix_bytes<2, TAPS>(), kMostWideDotThreads);
     if (bytes == 64)
-      return start<T, TAPS, RUNS, true>(dots, dot_matrix<T, 1, TAPS, RUNS>, 64, matrix_bytes<1, TAPS>(), kMostDotThreads);
+      return start<T, TAPS, RUNS, true>(dots, dot_matrix<T, 1, TAPS, RUNS>, 64, matrix_bytes<1, TAPS>(),
+                                        architecture(p.device) < kMoreRegisters ? kMostDotThreads : kFewerDotThreads);
   } else {
     if (bytes == 128)
       return start<T, TAPS, RUNS, false>(dots, dot_window<T, 8, TAPS, RUNS>, 128, thread_bytes<TAPS>(), kMostDotThreads);

@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
                   const T* __restrict__ offset_mask, const T* __restrict__ grad_output, T* __restrict__ grad_value,
                   float* __restrict__ sums, int64_t sums_stride) {
   constexpr int N = 8, cell_bytes = UNITS * 16, pixels = kSlots / TAPS;
-  constexpr int tiles = UNITS == 8 ? 4 : UNITS, passes = UNITS / tiles;  // of eight columns of B; as many as registers allow
+  constexpr int most_tiles = kFiner<T> != 1.0f && DCNV4_MORE_REGISTERS ? 2 : 4;  // of eight columns of B; as registers allow
+  constexpr int tiles = UNITS < most_tiles ? UNITS : most_tiles, passes = UNITS / tiles;
   const WindowOrigin o = window_origin(p, w);
   const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp), warps = int(blockDim.x / kWarp);
   const int channel = o.g * int(p.D) + o.slice * UNITS * N;
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
     *reinterpret_cast<uint2*>(row + (place ^ 16)) = make_uint2(words.y, words.w);
   }
   TapSlot slots[kSlotRounds];
-  find_slots<TAPS>(w, slots);
+  find_slots<TAPS, false>(w, slots);
   __syncthreads();
   if (RUNS) wait_for_bulk(barrier);
   if (is_marked(marks)) *hostile = 1;

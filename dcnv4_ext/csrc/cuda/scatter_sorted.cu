@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
   for (int i = int(threadIdx.x); i <= cells; i += int(blockDim.x)) starts[i] = 0;
   for (int i = int(threadIdx.x); i <= kLengths; i += int(blockDim.x)) lengths[i] = 0;
   TapSlot slots[kSlotRounds];
-  find_slots<TAPS>(w, slots);
+  find_slots<TAPS, false>(w, slots);
   __syncthreads();
 
   // Taps, their cells, and the number of each corner among those of its cell, from 1 on, two in a word; 0 for none.

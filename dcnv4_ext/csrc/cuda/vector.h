@@ -9,7 +9,16 @@
 
 #define DCNV4_DEVICE __device__ __forceinline__
 
+// From sm_120 on ptxas needs more registers than before for the same.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#define DCNV4_MORE_REGISTERS 1
+#else
+#define DCNV4_MORE_REGISTERS 0
+#endif
+
 namespace dcnv4 {
+
+constexpr int kMoreRegisters = 120;
 
 // Four numbers that travel together: the four corners of a tap.
 template <class Real>

@@ -216,7 +216,7 @@ DCNV4_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, int(threadIdx.x 
 
 // A thread's number, to be held in a register: what a shuffle gave the compiler keeps, what it can work out it works out anew.
 template <class Number>
-DCNV4_DEVICE Number keep_own(Number number) {
+DCNV4_DEVICE Number keep(Number number) {
   return __shfl_sync(0xffffffffu, number, int(threadIdx.x % kWarp));
 }
 
@@ -377,17 +377,15 @@ struct TapSlot {
   int of, k;
   float grid_x, grid_y;
 };
-// This thread's slots.
-template <int TAPS>
+// This thread's slots. With HELD they have registers of their own.
+template <int TAPS, bool HELD>
 DCNV4_DEVICE void find_slots(const Window& w, TapSlot (&slots)[kSlotRounds]) {
   const int lane = int(threadIdx.x % kWarp);
 #pragma unroll
   for (int r = 0; r < kSlotRounds; ++r) {
     const int of = (r * kWarp + lane) / TAPS, k = r * kWarp + lane - of * TAPS;
-    // The threads of a warp read nine constants, one after the other. What a shuffle gave the compiler keeps; those it would
-    // read anew for every batch.
-    slots[r] = {keep_own(of), keep_own(k), __shfl_sync(0xffffffffu, w.grid_x[k], lane),
-                __shfl_sync(0xffffffffu, w.grid_y[k], lane)};
+    // The threads of a warp read nine constants, one after the other.
+    slots[r] = {HELD ? keep(of) : of, HELD ? keep(k) : k, keep(w.grid_x[k]), keep(w.grid_y[k])};
   }
 }
 
@@ -505,8 +503,9 @@ DCNV4_DEVICE char* window_of(const Window& w) {
 // What all of a block's threads need in every round of a loop: out of the block's number the compiler would work it out anew
 // each time.
 struct alignas(16) Kept {
-  void* rows;  // where to write
-  int x, y;    // the window's first cell
+  int x, y;                       // the window's first cell
+  void* rows;                     // where to write
+  const void *value, *gradients;  // the image and group of each
 };
 // Barriers of a window (the runs have come, the cells have come), and what is kept.
 constexpr int kWindowBarriers = 2 * kBarrierBytes + int(sizeof(Kept));
