@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
     *reinterpret_cast<uint2*>(row + (place ^ 16)) = make_uint2(words.y, words.w);
   }
   TapSlot slots[kSlotRounds];
-  find_slots<TAPS, false>(w, slots);
+  find_slots<TAPS, true>(w, slots);
   __syncthreads();
   if (RUNS) wait_for_bulk(barrier);
   if (is_marked(marks)) *hostile = 1;
