@@ -58,6 +58,7 @@ DCNV4_DEVICE void write_gradients(const dcnv4_problem& p, const Window& w, const
   for (int r = 0; r < kSlotRounds; ++r) {
     const TapSlot& slot = slots[r];
     if (taps[r].pixel == kNoPixel) continue;
+    // The same number either way: in odd number taps have no gaps between pixels.
     const int at = TAPS == odd(TAPS) ? r * kWarp + lane : slot.of * odd(TAPS) + slot.k;
     const Four<float> of = *reinterpret_cast<const Four<float>*>(dots + at * kCorners);
     Corners<float> corners{of.v[0], of.v[1], of.v[2], of.v[3]};
@@ -319,7 +320,8 @@ __global__ void __launch_bounds__(HALVES == 2            ? kMostWideDotThreads
   const uint32_t ninth_corner = corner + uint32_t((matrix % 2 * 2 + matrix / 2) ^ turn) * 16;
   const uint32_t* own_places = places + (matrix % 2 * 2 + row / kCorners) * 2;
   const uint32_t* ninth_places = places + (together == 2 ? row / kCorners * kPlaceWords : 0) + (kMostTaps - 1);
-  // As a column of B: grad_output at the same turn, of the first of two pixels or of the second.
+  // As a column of B: grad_output at the same turn, of the first of two pixels or of the second; at piece i it is own_words ^
+  // 16 i.
   const int q = lane % 4, column = lane / 4;
   const uint32_t own_words = rows_at + uint32_t(column / pieces * cell_bytes + column % pieces * 16 + q * 4);
   // As a row of C: which column it wants of the first pixel, and in which number the lane holds that, of one of the pixels.
