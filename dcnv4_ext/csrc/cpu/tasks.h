@@ -121,9 +121,11 @@ class BlocksAhead {
 template <class V>
 using AheadOfVisits = std::conditional_t<V::sorts, BlocksAhead<V>, Ahead<V>>;
 
-// What tasks threads take: in turn at first, so that threads work side by side and share what memory has ready, then whoever is
-// free the next one. Not all so: to take one waits until memory has what was stored past the caches. A thread knows its next
-// task while it does this one where there are many, and can ask for that one's data meanwhile.
+// What tasks threads take: each at first a share of its own, tasks that follow one another, then whoever is free one that is
+// left. Threads keep away from each other: neighbouring groups share cache lines, and a line that one thread writes while
+// another one works at it goes back and forth between their caches, for as long as that takes on this machine. Not all are for
+// whoever is free: to take one waits until memory has what was stored past the caches. A thread knows its next task while it
+// does this one where there are many, and can ask for that one's data meanwhile.
 class Tasks {
  public:
   explicit Tasks(int64_t count) : count_(count) {}
@@ -132,20 +134,26 @@ class Tasks {
   // asked for: what OpenMP gives is what counts.
   template <class Work>
   void run(Thread thread, Work work) {
-    const int64_t in_turn = count_ * 3 / 4 / thread.team * thread.team;
-    const bool early = count_ >= 4 * int64_t(thread.team);
-    int64_t task = thread.number < in_turn ? thread.number : in_turn + taken_++;
+    const int64_t team = thread.team, share = count_ / team, own = share * 3 / 4, left = share - own;
+    const bool early = count_ >= 4 * team;
+    int64_t begun = 0;  // of its own
+    const auto another = [&]() {
+      if (begun < own) return thread.number * share + begun++;
+      const int64_t i = taken_++;  // of every share one, and again
+      return i < team * left ? i % team * share + own + i / team : team * own + i;
+    };
+    int64_t task = another();
     while (task < count_) {
-      const bool turns = task + thread.team < in_turn;
-      const int64_t next = turns ? task + thread.team : early ? in_turn + taken_++ : -1;
+      const bool known = begun < own || early;
+      const int64_t next = known ? another() : -1;
       work(task, next < count_ ? next : -1);
-      task = turns || early ? next : in_turn + taken_++;
+      task = known ? next : another();
     }
   }
 
  private:
   const int64_t count_;
-  std::atomic<int64_t> taken_{0};  // of those that are not taken in turn
+  std::atomic<int64_t> taken_{0};  // of what shares leave
 };
 
 // Nobody has asked for the data of a thread's first task: at least for the beginning of its rows.
