@@ -128,11 +128,12 @@ FAST = {
         for runs in (0, 1)
     ],
     "scatter_sorted": [
-        ("gather_sorted", t, units, k, whole)
+        ("gather_sorted", t, units, k, whole, runs)
         for t in WIDTHS
         for units in (2, 4, 8)
         for k in (8, 9)
         for whole in (0, 1)
+        for runs in ((0, 1) if t == "float" else (0,))
     ],
     "scatter_matrix": [
         ("gather_matrix", t, units, k, whole, runs)
@@ -166,7 +167,10 @@ def test_fast_kernels_keep_everything_in_registers(kernels, source, architecture
 
 def _stores_for_boxes(kernel: tuple, architecture: int) -> bool:
     """For sm_120 ptxas writes zeros to local memory, which nothing reads, before each box that it has fetched: once a block."""
-    boxes = kernel[0] in ("sample_window", "dot_window", "dot_matrix", "gather_matrix") and kernel[-1] == 1
+    boxes = (
+        kernel[0] in ("sample_window", "dot_window", "dot_matrix", "gather_sorted", "gather_matrix")
+        and kernel[-1] == 1
+    )
     return architecture == 120 and boxes
 
 

@@ -14,11 +14,13 @@ struct alignas(8) Entry {
   uint32_t row;
 };
 
-// Shared memory: rows of grad_output (pixels, UNITS pieces), entries by cell, where each cell's start, one number a warp, cells
-// of each length, which taps of a batch are far, and the cells in order. This much of it is not counted by cell or pixel.
+// Shared memory: entries by cell, rows of grad_output (pixels, UNITS pieces), barriers, where each cell's entries start, one
+// number a warp, cells of each length, which taps of a batch are far, and the cells in order. This much of it is not counted by
+// cell or pixel.
 constexpr int64_t kCellBytes = sizeof(int) + sizeof(uint16_t);
 constexpr int64_t kFixedBytes = (kMostSortThreads / kWarp + kLengths + 3) * int64_t(sizeof(int)) +
-                                kMostSortThreads / kWarp * kMostBatches * int64_t(sizeof(uint2));
+                                kMostSortThreads / kWarp * kMostBatches * int64_t(sizeof(uint2)) + 2 * kBarrierBytes +
+                                kBulkAlignment;
 
 // Which cells a block has to write: all of the map's where it has the whole of it, else those that anything falls on.
 template <bool WHOLE>
@@ -28,9 +30,11 @@ DCNV4_DEVICE bool has_to_write(const dcnv4_problem& p, const Window& w, const Wi
   return uint32_t(x) < uint32_t(p.W) && uint32_t(y) < uint32_t(p.H);
 }
 
-template <class T, int UNITS, int TAPS, bool WHOLE>
+// RUNS: the numbers of offset_mask and the rows of grad_output come as boxes.
+template <class T, int UNITS, int TAPS, bool WHOLE, bool RUNS>
 __global__ void __launch_bounds__(kMostSortThreads, 2)
     gather_sorted(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w, int run_length,
+                  const __grid_constant__ BulkMap mask_map, const __grid_constant__ BulkMap gradient_map,
                   const T* __restrict__ offset_mask, const T* __restrict__ grad_output, T* __restrict__ grad_value,
                   float* __restrict__ sums, int64_t sums_stride) {
   constexpr int N = 16 / int(sizeof(T)), cell_bytes = UNITS * 16, pixels = kSlots / TAPS;
@@ -42,25 +46,37 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
   float* sums_map = sums + first_cell * sums_stride + channel;
 
   const int cells = w.width * w.height;
-  char* rows = dynamic_shared();
-  Entry* entries = reinterpret_cast<Entry*>(rows + w.pixels * cell_bytes);     // (pixels * TAPS * corners)
-  int* starts = reinterpret_cast<int*>(entries + w.pixels * TAPS * kCorners);  // (cells + 1)
-  int* counts = starts + cells + 1;                                            // (warps)
-  int* lengths = counts + warps;                                               // (kLengths + 1): cells of each, then where
+  // Where entries come to lie when the taps are known, the runs lie until then.
+  Entry* entries = reinterpret_cast<Entry*>(dynamic_shared());  // (pixels * TAPS * corners)
+  static_assert(kRunBytes<T, TAPS> <= TAPS * kCorners * int(sizeof(Entry)), "room for the runs");
+  char* rows = dynamic_shared() + round_up_to(uint32_t(w.pixels) * uint32_t(TAPS * kCorners * sizeof(Entry)), kBulkAlignment);
+  char* barriers = rows + w.pixels * cell_bytes;                       // the runs have come, the rows have come
+  int* starts = reinterpret_cast<int*>(barriers + 2 * kBarrierBytes);  // (cells + 1)
+  int* counts = starts + cells + 1;                                    // (warps)
+  int* lengths = counts + warps;                                       // (kLengths + 1): cells of each, then where
   uint2* far_of =
       reinterpret_cast<uint2*>(lengths + kLengths + 1 + (cells + warps) % 2);    // (batches): a bit a tap beyond the window
   uint16_t* order = reinterpret_cast<uint16_t*>(far_of + kMostBatches * warps);  // (cells)
 
   wait_for_earlier();
-  const char* from = gradients + threadIdx.x % UNITS * 16;
-  for (uint32_t i = threadIdx.x; i < uint32_t(w.pixels) * UNITS; i += blockDim.x)  // read by live taps alone
-    copy_async(rows + i * 16, from + tile_pixel(p, w, o, int(i / UNITS)).number * w.output_bytes);
+  const TileTaps<T, TAPS, RUNS> tile(w, o, offset_mask);
+  if (!RUNS) {
+    const char* from = gradients + threadIdx.x % UNITS * 16;
+    for (uint32_t i = threadIdx.x; i < uint32_t(w.pixels) * UNITS; i += blockDim.x)  // read by live taps alone
+      copy_async(rows + i * 16, from + tile_pixel(p, w, o, int(i / UNITS)).number * w.output_bytes);
+  } else if (threadIdx.x == 0) {
+    expect_bulk(barriers, uint32_t(w.pixels) * kRunBytes<T, TAPS>);
+    start_bulk(mask_map, dynamic_shared(), barriers, tile.first_word(), o.tile_x, o.tile_y, int(o.n));
+    expect_bulk(barriers + kBarrierBytes, uint32_t(w.pixels) * cell_bytes);
+    start_bulk(gradient_map, rows, barriers + kBarrierBytes, channel * int(sizeof(T)) / 4, o.tile_x, o.tile_y, int(o.n));
+  }
 #pragma unroll 1
   for (int i = int(threadIdx.x); i <= cells; i += int(blockDim.x)) starts[i] = 0;
   for (int i = int(threadIdx.x); i <= kLengths; i += int(blockDim.x)) lengths[i] = 0;
   TapSlot slots[kSlotRounds];
   find_slots<TAPS, false>(w, slots);
   __syncthreads();
+  if (RUNS) wait_for_bulk(barriers);
 
   // Taps, their cells, and the number of each corner among those of its cell, from 1 on, two in a word; 0 for none.
   float lx[kMostBatches][kSlotRounds], ly[kMostBatches][kSlotRounds], weight[kMostBatches][kSlotRounds];
@@ -73,21 +89,19 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
 #pragma unroll
     for (int r = 0; r < kSlotRounds; ++r) upper[b][r] = lower[b][r] = 0;
     if (batch * pixels >= w.pixels) continue;
-    work_out_slots<true>(
-        p, w, o, batch, TileTaps<T, TAPS, false>(w, o, offset_mask), slots, far,
-        [&](int r, const TilePixel&, const WindowTap& tap) {
-          lx[b][r] = tap.lx;
-          ly[b][r] = tap.ly;
-          weight[b][r] = tap.weight;
-          if (!tap.near) return;
-          cell_of[b][r] = tap.y * w.width + tap.x;
-          int* count = starts + cell_of[b][r];
-          const Inside inside(p, o, tap);
-          const auto number = [](bool live, int* of) { return live ? uint32_t(atomicAdd(of, 1) + 1) : 0u; };
-          upper[b][r] = number(inside.top && inside.left, count) | number(inside.top && inside.right, count + 1) << 16;
-          count += w.width;
-          lower[b][r] = number(inside.bottom && inside.left, count) | number(inside.bottom && inside.right, count + 1) << 16;
-        });
+    work_out_slots<true>(p, w, o, batch, tile, slots, far, [&](int r, const TilePixel&, const WindowTap& tap) {
+      lx[b][r] = tap.lx;
+      ly[b][r] = tap.ly;
+      weight[b][r] = tap.weight;
+      if (!tap.near) return;
+      cell_of[b][r] = tap.y * w.width + tap.x;
+      int* count = starts + cell_of[b][r];
+      const Inside inside(p, o, tap);
+      const auto number = [](bool live, int* of) { return live ? uint32_t(atomicAdd(of, 1) + 1) : 0u; };
+      upper[b][r] = number(inside.top && inside.left, count) | number(inside.top && inside.right, count + 1) << 16;
+      count += w.width;
+      lower[b][r] = number(inside.bottom && inside.left, count) | number(inside.bottom && inside.right, count + 1) << 16;
+    });
     if (!WHOLE && lane == 0) far_of[batch] = make_uint2(far[0], far[1]);
   }
   __syncthreads();
@@ -135,8 +149,9 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
     const int count = starts[i + 1] - starts[i];
     if (has_to_write<WHOLE>(p, w, o, i, count)) order[atomicAdd(lengths + length_of(count), 1)] = uint16_t(i);
   }
-  copy_async_wait();
+  if (!RUNS) copy_async_wait();
   __syncthreads();
+  if (RUNS) wait_for_bulk(barriers + kBarrierBytes);
 
   const int unit = lane % UNITS, used = lengths[kLengths];
   const char* own_rows = rows + unit * 16;
@@ -177,12 +192,19 @@ Window plan_threads(const dcnv4_problem& p) {
 template <class T, int UNITS, int TAPS>
 int32_t run(const BackwardCall& call, const Window& w, float* sums, int64_t sums_stride) {
   const dcnv4_problem& p = call.p;
+  const T* offset_mask = static_cast<const T*>(call.offset_mask);
+  BulkMap mask_map{}, gradient_map{};
   const auto start = [&](auto kernel) {
     return launch(earliest_start(p), kernel, w.blocks, w.threads, w.shared, call.stream, p, w,
-                  int(divide_up(int64_t(w.width) * w.height + 1, w.threads)), static_cast<const T*>(call.offset_mask),
+                  int(divide_up(int64_t(w.width) * w.height + 1, w.threads)), mask_map, gradient_map, offset_mask,
                   static_cast<const T*>(call.grad_output), static_cast<T*>(call.grad_value), sums, sums_stride);
   };
-  return sums ? start(gather_sorted<T, UNITS, TAPS, false>) : start(gather_sorted<T, UNITS, TAPS, true>);
+  if constexpr (sizeof(T) == 4) {  // where there are boxes, 16-bit types are gathered by matrices
+    if (can_have_runs(p, offset_mask) && runs_map<T, TAPS>(p, w, offset_mask, mask_map) &&
+        output_map(p, w, call.grad_output, UNITS * 16, gradient_map))
+      return sums ? start(gather_sorted<T, UNITS, TAPS, false, true>) : start(gather_sorted<T, UNITS, TAPS, true, true>);
+  }
+  return sums ? start(gather_sorted<T, UNITS, TAPS, false, false>) : start(gather_sorted<T, UNITS, TAPS, true, false>);
 }
 
 template <class T, int TAPS>
