@@ -9,13 +9,13 @@ from torch.compiler import is_dynamo_compiling
 from . import ops as _ops
 from .geometry import MOST, Pair, flag, number, pair
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} is {tensor.dtype}; use float32, float64, bfloat16 or float16")
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
@@ -45,7 +45,8 @@ def dcnv4(
         output[n, ho, wo, g, :] = sum_k weight_k * bilinear(value[n, :, :, g, :], y, x)
 
     A corner outside the map counts as zero, and a tap counts where -1 < x < W and -1 < y < H: NaN and infinite offsets
-    contribute nothing.
+    contribute nothing. What infinite or NaN values and weights reach is not finite; whether it is infinite or NaN depends on the
+    order of sums, which differs between kernels and from `dcnv4_reference`.
 
     Args:
         value: features, channels last, C = groups * D for any D >= 1. fp32, fp64, bf16 or fp16.

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .functional import dcnv4
+from .functional import DTYPES, dcnv4
 from .geometry import Geometry, Pair, flag, number, pair
 from .projections import can_join, join
 
@@ -82,6 +82,8 @@ class DCNv4(nn.Module):
             ("without_pointwise", without_pointwise), ("softmax", softmax),
         ):  # fmt: skip
             flag(name, choice)
+        if dtype is not None and dtype not in DTYPES:
+            raise TypeError(f"dtype is {dtype}; use float32, float64, bfloat16 or float16")
         offset_scale = number("offset_scale", offset_scale)
         if not math.isfinite(offset_scale):
             raise ValueError(f"offset_scale must be finite, got {offset_scale}")
@@ -312,6 +314,7 @@ class DCNv4Conv(nn.Module):
         padding: int or (h, w); "same" and "valid" as of `nn.Conv2d`, "same" for odd kernels alone; None takes half of what the
             kernel spans, rounded up, as the `autopad` of YOLO code bases does: an odd kernel keeps the size at stride 1.
         groups: channels that share offsets, see `DCNv4`; not the groups of a grouped convolution.
+        padding_mode: "zeros" alone, as of `nn.Conv2d`.
         mask_init, options: see `DCNv4`.
     """
 
@@ -327,9 +330,14 @@ class DCNv4Conv(nn.Module):
         bias: bool = True,
         *,
         mask_init: MaskInit = "uniform",
+        padding_mode: Literal["zeros"] = "zeros",
         **options,
     ) -> None:
         super().__init__()
+        if padding_mode != "zeros":
+            raise ValueError(
+                f'padding_mode must be "zeros", got {padding_mode!r}: what lies outside the map is zero'
+            )
         if not isinstance(in_channels, int) or isinstance(in_channels, bool) or in_channels < 1:
             raise ValueError(f"in_channels must be a positive int, got {in_channels!r}")
         if isinstance(groups, int) and groups > 0 and in_channels % groups != 0:

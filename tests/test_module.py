@@ -136,6 +136,7 @@ def test_groups_of_32_where_they_divide() -> None:
         (dict(channels=32, output_bias=None), "output_bias must be True or False"),
         (dict(channels=32, without_pointwise="False"), "without_pointwise must be True or False"),
         (dict(channels=32, center_feature_scale=0), "center_feature_scale must be True or False"),
+        (dict(channels=32, dtype=torch.int32), "dtype is torch.int32; use float32"),
     ],
 )
 def test_bad_arguments(arguments: dict, text: str) -> None:
@@ -164,6 +165,7 @@ def test_bad_arguments(arguments: dict, text: str) -> None:
         (lambda: DCNv4Conv(30, 64, 3, groups=4), "in_channels=30 is not divisible by groups=4"),
         (lambda: DCNv4Conv(16, 16, bias="x"), "bias must be"),
         (lambda: DCNv4Conv(16, 16, padding="full"), "padding must be"),
+        (lambda: DCNv4Conv(16, 16, padding_mode="reflect"), 'padding_mode must be "zeros"'),
         (lambda: DCNv4Conv(16, 16, 2, padding="same"), "spans an odd number"),
         (lambda: DCNv4Conv(16, 16, stride=2, padding="same"), "needs stride 1"),
         (lambda: DCNv4(16)(torch.zeros(1, 8, 8, 16), (4, 4)), "shape=.4, 4. is not"),
