@@ -8,15 +8,13 @@ from torch.compiler import is_dynamo_compiling
 
 from . import ops as _ops
 from .geometry import MOST, Pair, flag, number, pair
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from .native import check_dtype
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name} is {tensor.dtype}; use float32, float64, bfloat16 or float16")
+    check_dtype(name, tensor.dtype)
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
         raise TypeError(f"{name} is {kind}; use a dense one")

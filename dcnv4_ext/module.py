@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .functional import DTYPES, dcnv4
+from .functional import dcnv4
 from .geometry import Geometry, Pair, flag, number, pair
+from .native import check_dtype
 from .projections import can_join, join
 
 MaskInit = Literal["zero", "uniform", "center"]
@@ -82,8 +83,8 @@ class DCNv4(nn.Module):
             ("without_pointwise", without_pointwise), ("softmax", softmax),
         ):  # fmt: skip
             flag(name, choice)
-        if dtype is not None and dtype not in DTYPES:
-            raise TypeError(f"dtype is {dtype}; use float32, float64, bfloat16 or float16")
+        if dtype is not None:
+            check_dtype("dtype", dtype)
         offset_scale = number("offset_scale", offset_scale)
         if not math.isfinite(offset_scale):
             raise ValueError(f"offset_scale must be finite, got {offset_scale}")

@@ -377,17 +377,31 @@ def test_taps_that_are_not_worth_sorting(
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_infinite_values_stay_where_they_are_seen(isa: str) -> None:
+def test_infinite_values_and_weights_stay_where_they_are_seen(isa: str) -> None:
     """A network that overflows says so, and only where it does: however the kernel splits a bf16 number."""
     for dtype in (torch.float32, torch.bfloat16):
         problem = _problem((12, 12), 32, dtype, 2, 6)
         problem.value[0, 4, 7, 3] = float("inf")
         problem.value[0, 9, 2, 30] = float("nan")
-        with native.forced_isa(isa):
-            output = dcnv4(problem.value, problem.offset_mask, **problem.settings)
-        want = dcnv4_reference(problem.value.double(), problem.offset_mask.double(), **problem.settings)
-        assert not output.isfinite().all()
-        assert torch.equal(output.isfinite(), want.isfinite())
+        weights = problem.offset_mask.clone()
+        weights[0, 4, 7, 20] = float("inf")
+        weights[0, 9, 2, 25] = float("nan")
+        for value, offset_mask in (
+            (problem.value, problem.offset_mask),
+            (torch.randn_like(problem.value), weights),
+        ):
+            with native.forced_isa(isa):
+                found = _differentiated(dcnv4, value, offset_mask, problem)
+            want = _differentiated(dcnv4_reference, value.double(), offset_mask.double(), problem)
+            assert not found[0].isfinite().all()
+            for result, right in zip(found, want, strict=True):
+                assert torch.equal(result.isfinite(), right.isfinite())
+
+
+def _differentiated(function, value: torch.Tensor, offset_mask: torch.Tensor, problem: Problem) -> tuple:
+    value, offset_mask = value.clone().requires_grad_(), offset_mask.clone().requires_grad_()
+    output = function(value, offset_mask, **problem.settings)
+    return output.detach(), *torch.autograd.grad(output.sum(), (value, offset_mask))
 
 
 @pytest.mark.parametrize("isa", ISAS)

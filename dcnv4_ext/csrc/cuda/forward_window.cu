@@ -36,7 +36,7 @@ template <>
 struct StagedTaps<2> {
   struct alignas(16) Side {
     float top, bottom;
-    uint32_t at_top, at_bottom;
+    uint32_t cell;
   };
   static constexpr int bytes = 2 * sizeof(Side);
   static constexpr int spare = 2;  // entries between the planes, so that they lie in different banks
@@ -45,16 +45,16 @@ struct StagedTaps<2> {
   int length;
   DCNV4_DEVICE StagedTaps(char* at, int length) : first(reinterpret_cast<Side*>(at)), length(length) {}
 
-  DCNV4_DEVICE void put(int place, bool, const NearTap& tap, uint32_t pitch_bytes) const {
+  DCNV4_DEVICE void put(int place, bool, const NearTap& tap) const {
     const Corners<float> weights = corner_weights(tap.lx, tap.ly, tap.weight, 1.0f);
-    first[place] = {weights.w00, weights.w10, tap.cell, tap.cell + pitch_bytes};
-    first[place + length] = {weights.w01, weights.w11, tap.cell, tap.cell + pitch_bytes};
+    first[place] = {weights.w00, weights.w10, tap.cell};
+    first[place + length] = {weights.w01, weights.w11, tap.cell};
   }
   template <class Add>
   DCNV4_DEVICE void visit(int place, int side, Add add) const {
     const Side tap = first[side * length + place];
-    add(tap.top, tap.at_top, false);
-    add(tap.bottom, tap.at_bottom, false);
+    add(tap.top, tap.cell, false);
+    add(tap.bottom, tap.cell, true);
   }
 };
 
@@ -69,7 +69,7 @@ struct StagedTaps<4> {
   DCNV4_DEVICE StagedTaps(char* at, int length)
       : weights(reinterpret_cast<Four<float>*>(at)), places(reinterpret_cast<uint2*>(weights + length)) {}
 
-  DCNV4_DEVICE void put(int place, bool odd, const NearTap& tap, uint32_t) const {
+  DCNV4_DEVICE void put(int place, bool odd, const NearTap& tap) const {
     constexpr uint32_t cell_bytes = 64;
     const uint32_t right = (tap.cell ^ (odd ? cell_bytes : 0)) & cell_bytes;  // of the corners that are read first
     const float from_right = 1 - tap.lx, top = tap.weight * (1 - tap.ly), bottom = tap.weight * tap.ly;
@@ -102,7 +102,7 @@ struct StagedTaps<8> {
   Entry* first;
   DCNV4_DEVICE StagedTaps(char* at, int) : first(reinterpret_cast<Entry*>(at)) {}
 
-  DCNV4_DEVICE void put(int place, bool, const NearTap& tap, uint32_t) const {
+  DCNV4_DEVICE void put(int place, bool, const NearTap& tap) const {
     first[place] = {tap.weight * (1 - tap.ly), tap.weight * tap.ly, tap.lx, tap.cell};
   }
   template <class Add>
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(UNITS == 8 ? kMostWideThreads : kMostWindowThr
       const int batch = index / kBatch, of = index % kBatch;
       if (batch * kBatch >= w.pixels) continue;
       char* at = ninths + batch * Room::ninths_bytes;
-      Taps(at, Room::ninths).put(of, is_odd(of), near_tap(tap), pitch_bytes);
+      Taps(at, Room::ninths).put(of, is_odd(of), near_tap(tap));
       if (of == 0) *reinterpret_cast<uint32_t*>(at + Room::far_at) = far >> lane & 0xffu;
     }
     __syncthreads();
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(UNITS == 8 ? kMostWideThreads : kMostWindowThr
       const int k = q + r * kQuad;
       const WindowTap tap = taps.template tap<true, true>(p, w, o, min(index, w.pixels - 1), pixel, k, grid_x[r], grid_y[r]);
       far[r] = __ballot_sync(0xffffffffu, tap.far);
-      rows.put(of * kRow + k, odd, near_tap(tap), pitch_bytes);
+      rows.put(of * kRow + k, odd, near_tap(tap));
     }
     __syncwarp();
     if (batch == warp) wait_for_cells<RUNS>(barriers);

@@ -77,18 +77,17 @@ DCNV4_DEVICE int take_next(int* number) {
 }
 
 // Adds to `marks` zero times a pair of numbers: from then on it is_marked, if one of them is infinite or NaN.
-DCNV4_DEVICE void mark_not_finite(bf16, uint32_t pair, uint32_t& marks) {
+template <class T>
+DCNV4_DEVICE void mark_not_finite(uint32_t pair, uint32_t& marks) {
+  constexpr bool is_bf16 = std::is_same<T, bf16>::value;
 #if DCNV4_MATRIX_UNITS
-  asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(marks) : "r"(pair), "r"(0u));
+  if constexpr (is_bf16)
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(marks) : "r"(pair), "r"(0u));
+  else
+    asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(marks) : "r"(pair), "r"(0u));
 #else
-  if ((((pair & 0x7f807f80u) + 0x00800080u) & 0x80008000u) != 0) marks = 0x7fff7fffu;
-#endif
-}
-DCNV4_DEVICE void mark_not_finite(f16, uint32_t pair, uint32_t& marks) {
-#if DCNV4_MATRIX_UNITS
-  asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(marks) : "r"(pair), "r"(0u));
-#else
-  if ((((pair & 0x7c007c00u) + 0x04000400u) & 0x80008000u) != 0) marks = 0x7fff7fffu;
+  constexpr uint32_t exponents = is_bf16 ? 0x7f807f80u : 0x7c007c00u, lowest = is_bf16 ? 0x00800080u : 0x04000400u;
+  if ((((pair & exponents) + lowest) & 0x80008000u) != 0) marks = 0x7fff7fffu;
 #endif
 }
 DCNV4_DEVICE bool is_marked(uint32_t marks) { return (marks & 0x7fff7fffu) != 0; }
@@ -145,10 +144,10 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
 #pragma unroll 2
   for (uint32_t index = threadIdx.x / UNITS; index < uint32_t(w.pixels); index += blockDim.x / UNITS) {
     const uint4 words = __ldg(reinterpret_cast<const uint4*>(from + tile_pixel(p, w, o, int(index)).number * w.output_bytes));
-    mark_not_finite(T{}, words.x, marks);
-    mark_not_finite(T{}, words.y, marks);
-    mark_not_finite(T{}, words.z, marks);
-    mark_not_finite(T{}, words.w, marks);
+    mark_not_finite<T>(words.x, marks);
+    mark_not_finite<T>(words.y, marks);
+    mark_not_finite<T>(words.z, marks);
+    mark_not_finite<T>(words.w, marks);
     const uint32_t place = ((unit & ~1u) ^ row_turn<UNITS>(index)) * 16 + unit % 2 * 8;
     char* row = rows + index * cell_bytes;
     *reinterpret_cast<uint2*>(row + place) = make_uint2(words.x, words.z);

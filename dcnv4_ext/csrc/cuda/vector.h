@@ -83,23 +83,26 @@ DCNV4_DEVICE void unpack(f16, uint32_t pair, float& low, float& high) {
   high = to_compute(f16{uint16_t(pair >> 16)});
 }
 
+// The word that a pair of CUDA's own types is.
+template <class Pair>
+DCNV4_DEVICE uint32_t bits_of(const Pair& pair) {
+  uint32_t bits;
+  static_assert(sizeof pair == sizeof bits, "two 16-bit numbers");
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+
 // Round to nearest even. sm_80 and above have one instruction for two.
 DCNV4_DEVICE uint32_t pack(bf16, float low, float high) {
 #if defined(__CUDA_ARCH__)
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof bits);
-  return bits;
+  return bits_of(__floats2bfloat162_rn(low, high));
 #else
   return from_compute<bf16>(low).bits | uint32_t(from_compute<bf16>(high).bits) << 16;
 #endif
 }
 DCNV4_DEVICE uint32_t pack(f16, float low, float high) {
 #if defined(__CUDA_ARCH__)
-  const __half2 pair = __floats2half2_rn(low, high);
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof bits);
-  return bits;
+  return bits_of(__floats2half2_rn(low, high));
 #else
   return from_compute<f16>(low).bits | uint32_t(from_compute<f16>(high).bits) << 16;
 #endif
