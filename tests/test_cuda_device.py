@@ -334,6 +334,42 @@ def test_calls_that_read_each_other(
     assert torch.equal(early, chain())
 
 
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("size", [(9, 9), (16, 16), (61, 67)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gradients_of_calls_that_read_each_other(
+    graph: bool, size: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backward's kernels start before those of the same call ahead of them have ended, and these before what they read is written
+    by another call. Sums come in another order each time, so results are alike, not equal."""
+    problem = on_gpu(problem_of(40, *size, 256, 8, dtype))
+    value, offset_mask = problem.value.requires_grad_(), problem.offset_mask.requires_grad_()
+    room = [torch.empty_like(value) for _ in range(2)]
+
+    def chain() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            room[0].copy_(problem.grad_output)
+        for i in range(12):
+            output = dcnv4(value, offset_mask, groups=8)
+            of_value, of_mask = torch.autograd.grad(output, (value, offset_mask), room[i % 2])
+            with torch.no_grad():
+                room[(i + 1) % 2].copy_(of_value)
+        return room[0], of_mask
+
+    early = chain()
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            early = chain()
+        captured.replay()
+    early = [tensor.float() for tensor in early]
+    torch.cuda.synchronize()
+    force(monkeypatch, FORCE["in_turn"])
+    for got, want in zip(early, chain(), strict=True):
+        difference = (got - want.float()).norm() / want.float().norm()
+        assert difference < (1e-5 if dtype == torch.float32 else 1e-2), float(difference)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype: torch.dtype) -> None:
     problem = on_gpu(problem_of(2, 9, 7, 64, 2, torch.float32))

@@ -636,6 +636,16 @@ def test_the_emulation_shows_a_missing_barrier(emulation):
     assert any(-1 in result for result in seen)  # shared memory that nothing wrote
 
 
+def test_the_emulation_notices_arrivals_that_never_come(emulation):
+    out = (ctypes.c_int32 * 32)()
+    for seed in range(3):
+        with emulation.order(seed):
+            assert emulation.library.emulation_try(4, out) == 0
+            assert list(out) == [16 + t % 16 for t in range(32)]
+            assert emulation.library.emulation_try(5, out) == 719
+        assert b"for arrivals" in emulation.library.dcnv4_cuda_error_string(1719)
+
+
 def test_the_emulation_notices_a_thread_that_does_not_wait_for_earlier_kernels(emulation):
     assert emulation.library.emulation_try(3, (ctypes.c_int32 * 32)()) == 719
     assert b"do not wait" in emulation.library.dcnv4_cuda_error_string(1719)

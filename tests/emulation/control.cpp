@@ -19,7 +19,7 @@ __attribute__((visibility("default"))) int32_t emulation_kernels(void** addresse
 }
 }
 
-// ---- Kernels that are wrong on purpose: the emulation must notice.
+// ---- Kernels, most of them wrong on purpose: the emulation must notice.
 namespace {
 
 // Half of the threads never reach the barrier.
@@ -45,6 +45,21 @@ void meeting(int* out) {
   out[threadIdx.x] = shared[(threadIdx.x + 1) % blockDim.x] + (votes == 0x55555555u ? 1000 : 0) + 10000 * neighbour;
 }
 
+// Half of the threads wait for what the others have written, who do not wait for them; so many of those do not arrive.
+template <unsigned LOST>
+void waiting(int* out) {
+  int* shared = static_cast<int*>(host_cuda::dynamic_shared());
+  if (threadIdx.x == 0) host_cuda::expect_arrivals(shared + 32, 16);
+  __syncthreads();
+  if (threadIdx.x < 16) {
+    host_cuda::wait_for_arrivals(shared + 32, __LINE__);
+    out[threadIdx.x] = shared[threadIdx.x + 16];
+  } else {
+    out[threadIdx.x] = shared[threadIdx.x] = int(threadIdx.x);
+    if (threadIdx.x >= 16 + LOST) host_cuda::arrive(shared + 32);
+  }
+}
+
 // Starts early, and one thread does not wait for what is before it.
 void hasty(int* out) {
   if (threadIdx.x != 5) host_cuda::wait_for_earlier();
@@ -57,8 +72,8 @@ extern "C" __attribute__((visibility("default"))) int32_t emulation_try(int32_t 
   cudaLaunchConfig_t config;
   cudaLaunchAttribute early{};
   config.blockDim = dim3(32);
-  config.dynamicSmemBytes = 32 * sizeof(int);
-  void (*const kernels[])(int*) = {divergent, racing, meeting, hasty};
+  config.dynamicSmemBytes = 32 * sizeof(int) + sizeof(host_cuda::Arrivals);
+  void (*const kernels[])(int*) = {divergent, racing, meeting, hasty, waiting<0>, waiting<1>};
   config.attrs = &early;
   config.numAttrs = kernels[kernel] == hasty ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernels[kernel], out);

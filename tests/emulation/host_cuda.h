@@ -3,9 +3,9 @@
 //
 // What is real: indices, barriers, votes and shuffles, the limits on grids, blocks and shared memory, the current device. What
 // is stricter than on a GPU: shared memory is filled with NaN before each block, and all threads of a block must meet at the
-// same barrier, by source line; a warp runs as far ahead of the others as barriers let it. What is missing: time, memory
-// ordering between barriers, inline PTX (it stands behind functions with a C++ twin, see csrc/cuda/vector.h). Blocks and the
-// threads of a block run in an order drawn from a seed, so that a result that depends on the order changes with the seed.
+// same barrier, by source line; a warp runs as far ahead of the others as barriers and arrivals let it. What is missing: time,
+// memory ordering between barriers, inline PTX (it stands behind functions with a C++ twin, see csrc/cuda/vector.h). Blocks and
+// the threads of a block run in an order drawn from a seed, so that a result that depends on the order changes with the seed.
 #pragma once
 #include <ucontext.h>
 
@@ -106,7 +106,7 @@ struct Settings {
 };
 inline Settings settings;
 
-enum class Wait { none, warp, block };
+enum class Wait { none, warp, block, arrivals };
 
 struct Fiber {
   static constexpr size_t stack_bytes = 256 * 1024;
@@ -121,7 +121,8 @@ struct Fiber {
   uint3 index{};
   bool done = false, started = false;
   Wait wait = Wait::none;
-  int line = 0;  // of the barrier it waits at
+  int line = 0;                    // of the barrier it waits at
+  const void* arrivals = nullptr;  // the barrier, if those
 };
 
 struct Block {
@@ -232,6 +233,52 @@ inline bool open_barrier(Wait wait, unsigned begin, unsigned end) {
   return true;
 }
 
+// A barrier in shared memory at which some threads arrive, and go on, and others wait until its first phase has ended, as an
+// mbarrier: so many arrivals end a phase.
+struct Arrivals {
+  static constexpr uint16_t unset = 0xffff;  // as shared memory is filled
+  uint16_t expected, missing;
+  uint32_t phase;
+};
+static_assert(sizeof(Arrivals) == 8, "an mbarrier's size");
+inline Arrivals arrivals_at(const void* barrier) {
+  Arrivals state;
+  std::memcpy(&state, barrier, sizeof state);
+  return state;
+}
+inline void expect_arrivals(void* barrier, int count) {
+  const Arrivals state{uint16_t(count), uint16_t(count), 0};
+  std::memcpy(barrier, &state, sizeof state);
+}
+// Before it is set up it is lost: those who wait are stuck.
+inline void arrive(void* barrier) {
+  Arrivals state = arrivals_at(barrier);
+  if (state.expected == Arrivals::unset) return;
+  if (--state.missing == 0) state = {state.expected, state.expected, state.phase + 1};
+  std::memcpy(barrier, &state, sizeof state);
+}
+// With the parity of the phase that a GPU looks at: after a second phase the first seems not to have ended.
+inline bool have_arrived(const void* barrier) {
+  const Arrivals state = arrivals_at(barrier);
+  return state.expected != Arrivals::unset && state.phase % 2 == 1;
+}
+inline void wait_for_arrivals(const void* barrier, int line) {
+  block.fibers[block.current]->arrivals = barrier;
+  if (!have_arrived(barrier)) wait_at(Wait::arrivals, line);
+}
+
+// Lets those of threads [begin, end) go on for whom all have arrived; whether there are any.
+inline bool open_arrivals(unsigned begin, unsigned end) {
+  bool any = false;
+  for (unsigned t = begin; t < end; ++t) {
+    Fiber& fiber = *block.fibers[t];
+    if (fiber.done || fiber.wait != Wait::arrivals || !have_arrived(fiber.arrivals)) continue;
+    fiber.wait = Wait::none;
+    any = true;
+  }
+  return any;
+}
+
 inline std::string describe_stuck() {
   std::string text = "threads of a block do not meet:";
   const char* separator = " ";
@@ -241,8 +288,11 @@ inline std::string describe_stuck() {
     if (before && before->done == fiber.done && before->wait == fiber.wait && before->line == fiber.line) continue;
     text += separator + ("from thread " + std::to_string(t)) +
             (fiber.done ? " ended"
-                        : std::string(" wait at a ") + (fiber.wait == Wait::warp ? "warp" : "block") + " barrier in line " +
-                              std::to_string(fiber.line));
+                        : " wait " +
+                              std::string(fiber.wait == Wait::arrivals ? "for arrivals"
+                                          : fiber.wait == Wait::warp   ? "at a warp barrier"
+                                                                       : "at a block barrier") +
+                              " in line " + std::to_string(fiber.line));
     separator = ", ";
   }
   return text;
@@ -272,7 +322,7 @@ inline bool run_block(uint64_t salt) {
       for (unsigned t = begin; t < end; ++t) alive |= !block.fibers[t]->done;
     }
     if (!alive) return true;
-    if (!open_barrier(Wait::block, 0, block.threads)) {
+    if (!open_arrivals(0, block.threads) && !open_barrier(Wait::block, 0, block.threads)) {
       settings.message = describe_stuck();
       // What is left of these fibers must not run on.
       for (auto& fiber : block.fibers) fiber->started = false;

@@ -330,17 +330,17 @@ int32_t run_vectors(const BackwardCall& call, void* sums, int64_t sums_stride) {
   }
 }
 
-int32_t try_window(const BackwardCall& call, Part part, const Errand& errand) {
+int32_t try_window(const BackwardCall& call, Part part, const Errand& errand, Ahead ahead) {
   for (const Force other : {kForceNoWindow, kForceScalar, kForceGeneral})
     if (forced(call.p, other)) return DCNV4_NO_KERNEL;
-  return differentiate_window(call, part, errand);
+  return differentiate_window(call, part, errand, ahead);
 }
 
 // The gradient of offset_mask, and with `sums` that of value, corner by corner.
 template <class T>
-int32_t differentiate_type(const BackwardCall& call, void* sums, int64_t sums_stride) {
+int32_t differentiate_type(const BackwardCall& call, void* sums, int64_t sums_stride, Ahead ahead = Ahead::anything) {
   if (!sums) {
-    const int32_t found = try_window(call, Part::all, Errand{});
+    const int32_t found = try_window(call, Part::all, Errand{}, ahead);
     if (found != DCNV4_NO_KERNEL) return found;
   }
   return sums ? run_vectors<T, true>(call, sums, sums_stride) : run_vectors<T, false>(call, nullptr, 0);
@@ -378,20 +378,22 @@ int32_t merge(const BackwardCall& call, const SumsInMemory& memory, bool sorted)
   const bool beside = call.grad_offset_mask && clearing.vectors != 0 && (!rounds || rounding.vectors != 0) && worth_it &&
                       !forced(p, kForceApart);
   const bool before_it = beside && (!rounds || halves);
-  const int32_t before = before_it ? try_window(call, rounds ? Part::first : Part::all, clearing) : DCNV4_NO_KERNEL;
+  const int32_t before =
+      before_it ? try_window(call, rounds ? Part::first : Part::all, clearing, Ahead::anything) : DCNV4_NO_KERNEL;
   int32_t status = before == DCNV4_NO_KERNEL ? clear(memory, call.stream) : before;
   if (status == DCNV4_OK)
-    status = sorted ? scatter_sorted(call, sums, memory.stride) : scatter_tiled(call, sums, memory.stride);
+    status = sorted ? scatter_sorted(call, sums, memory.stride, before == DCNV4_OK ? Ahead::ours : Ahead::anything)
+                    : scatter_tiled(call, sums, memory.stride);
   if (status != DCNV4_OK) return status;
   if constexpr (rounds) {
     if (beside) {
-      status = try_window(call, before == DCNV4_OK ? Part::second : Part::all, rounding);
+      status = try_window(call, before == DCNV4_OK ? Part::second : Part::all, rounding, Ahead::ours);
       if (status != DCNV4_NO_KERNEL) return status;
     }
   } else if (before == DCNV4_OK) {
     return status;
   }
-  if (call.grad_offset_mask) status = differentiate_type<T>(call, nullptr, 0);
+  if (call.grad_offset_mask) status = differentiate_type<T>(call, nullptr, 0, Ahead::ours);
   if constexpr (rounds)
     if (status == DCNV4_OK) status = round_type<T>(call, sums, memory.stride);
   return status;
@@ -416,8 +418,8 @@ int32_t run_type(const BackwardCall& call) {
                         aligned(call.grad_value, p.grad_value_stride, sizeof(T), 16);
   const Sorted sorted = may_sort ? can_scatter_sorted(p) : Sorted::no;
   if (sorted == Sorted::whole) {
-    const int32_t status = scatter_sorted(call, nullptr, 0);
-    return status != DCNV4_OK || !call.grad_offset_mask ? status : differentiate_type<T>(call, nullptr, 0);
+    const int32_t status = scatter_sorted(call, nullptr, 0, Ahead::anything);
+    return status != DCNV4_OK || !call.grad_offset_mask ? status : differentiate_type<T>(call, nullptr, 0, Ahead::ours);
   }
   bool tiled = sizeof(T) <= 4 && can_scatter_tiled(p) && !forced(p, kForceDirect) && !forced(p, kForceScalar);
   tiled = tiled && aligned(sums, stride, size, 16) && aligned(call.grad_output, p.output_stride, sizeof(T), 4 * sizeof(T));

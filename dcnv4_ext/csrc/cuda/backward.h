@@ -19,7 +19,7 @@ struct BackwardCall {
 // where it cannot be or is not worth while. In halves that other work may lie between: not where there are too few blocks for
 // two launches.
 enum class Part { all, first, second };
-int32_t differentiate_window(const BackwardCall& call, Part part, const Errand& errand);
+int32_t differentiate_window(const BackwardCall& call, Part part, const Errand& errand, Ahead ahead);
 
 // Tile-merged (scatter_tiled.cu): adds into `sums` (fp32, rows of `sums_stride` elements), which the caller has zeroed. D must
 // be a multiple of 4, rows of grad_output and sums aligned for 4 elements.
@@ -30,7 +30,7 @@ int32_t scatter_tiled(const BackwardCall& call, float* sums, int64_t sums_stride
 // `sums` like tiles do. Rows aligned for 16 bytes.
 enum class Sorted { no, tiles, whole };
 Sorted can_scatter_sorted(const dcnv4_problem& p);
-int32_t scatter_sorted(const BackwardCall& call, float* sums, int64_t sums_stride);
+int32_t scatter_sorted(const BackwardCall& call, float* sums, int64_t sums_stride, Ahead ahead);
 
 // Ordered (scatter_ordered.cu): writes grad_value itself, the same bits at every run.
 int64_t ordered_workspace(const dcnv4_problem& p);

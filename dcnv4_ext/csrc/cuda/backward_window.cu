@@ -180,11 +180,12 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
   char* barriers = window + nowhere + pitch_bytes + 2 * cell_bytes;
   float* dots = reinterpret_cast<float*>(barriers + kWindowBarriers + warp * thread_bytes<TAPS>());
   uint32_t* places = reinterpret_cast<uint32_t*>(dots + pixels * dots_length<TAPS>());
-  wait_for_earlier();
+  const LateWait earlier{blockIdx.x < errand.late_blocks};
+  earlier.wait(false);
   const TileTaps<T, TAPS, RUNS> tile(w, o, offset_mask);
   start_window<UNITS>(p, w, o, tile, value_map, mask_map, map, channel * int(sizeof(T)), window, barriers);
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
-  if (errand.vectors != 0) run_errand<T>(errand);
+  if (errand.vectors != 0 && !earlier.late) run_errand<T>(errand);
   TapSlot slots[kSlotRounds];
   find_slots<TAPS, false>(w, slots);
   wait_for_runs<RUNS>(barriers);
@@ -239,6 +240,7 @@ __global__ void __launch_bounds__(kMostDotThreads, 2)
     __syncwarp();  // before the next taps take the place of these
   }
   write_padding<T, TAPS>(p, w, o, image);
+  earlier.wait(true);
 }
 
 // ---- By matrices.
@@ -269,7 +271,7 @@ __global__ void __launch_bounds__(HALVES == 2            ? kMostWideDotThreads
   constexpr int pixels = kSlots / TAPS;
   constexpr int together = pixels_together(HALVES), rows = int(round_up_to(pixels, together));
   // More would not fit the registers; where threads stand in for matrix units it would be long.
-  constexpr int unrolled = HALVES == 1 && DCNV4_MATRIX_UNITS ? 2 : 1;
+  constexpr int unrolled = HALVES == 1 && DCNV4_MATRIX_UNITS && RUNS ? 2 : 1;
   WindowOrigin o = window_origin(p, w, blockIdx.x + first_block);
   const int lane = int(threadIdx.x % kWarp), warp = warp_index(), warps = int(blockDim.x / kWarp);
   const int64_t first_output = int64_t(o.n) * p.Ho * p.Wo;
@@ -290,7 +292,8 @@ __global__ void __launch_bounds__(HALVES == 2            ? kMostWideDotThreads
   char* gradient_rows = shared + rows_at;  // (pixels)
   float* dots = reinterpret_cast<float*>(gradient_rows + w.pixels * cell_bytes + warp * matrix_bytes<HALVES, TAPS>());
   uint32_t* places = reinterpret_cast<uint32_t*>(dots + rows * dots_length<TAPS>());
-  wait_for_earlier();
+  const LateWait earlier{blockIdx.x < errand.late_blocks};
+  earlier.wait(false);
   const TileTaps<T, TAPS, RUNS> tile(w, o, offset_mask);
   start_window<pieces>(p, w, o, tile, value_map, mask_map, map, channel * int(sizeof(T)), window, barriers,
                        w.pixels * cell_bytes);
@@ -304,7 +307,7 @@ __global__ void __launch_bounds__(HALVES == 2            ? kMostWideDotThreads
   }
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
   if (threadIdx.x == 0) *kept = {o.x, o.y, image + o.g * 3 * TAPS, map, gradients};
-  if (errand.vectors != 0) run_errand<T>(errand);
+  if (errand.vectors != 0 && !earlier.late) run_errand<T>(errand);
   TapSlot slots[kSlotRounds];
   find_slots<TAPS, RUNS>(w, slots);  // fetched by threads, there are not the registers
   wait_for_runs<RUNS>(barriers);
@@ -348,6 +351,12 @@ __global__ void __launch_bounds__(HALVES == 2            ? kMostWideDotThreads
     const uint32_t batch_words = own_words + uint32_t(batch * pixels * cell_bytes);
 #pragma unroll(unrolled)
     for (int of = 0; of < pixels; of += together) {
+      // All that says where to read comes before the dot products are stored: behind a store the compiler would let it wait.
+      uint2 own_at[together];
+#pragma unroll
+      for (int pixel = 0; pixel < together; ++pixel)
+        own_at[pixel] = *reinterpret_cast<const uint2*>(own_places + (of + pixel) * kPlaceWords);
+      const uint32_t ninth_at = TAPS == 9 ? ninth_places[of * kPlaceWords] + ninth_corner : 0;
       uint32_t b[pieces];
 #pragma unroll
       for (int i = 0; i < pieces; ++i)
@@ -356,8 +365,7 @@ __global__ void __launch_bounds__(HALVES == 2            ? kMostWideDotThreads
 #pragma unroll
       for (int pixel = 0; pixel < together; ++pixel) {
         if (of + pixel >= pixels) continue;
-        const uint2 at = *reinterpret_cast<const uint2*>(own_places + (of + pixel) * kPlaceWords);
-        const uint32_t first_at = at.x + own_corner, second_at = at.y + own_corner;
+        const uint32_t first_at = own_at[pixel].x + own_corner, second_at = own_at[pixel].y + own_corner;
         float first[4] = {}, second[4] = {};
 #pragma unroll
         for (int i = 0; i < pieces; i += 2) {
@@ -372,23 +380,22 @@ __global__ void __launch_bounds__(HALVES == 2            ? kMostWideDotThreads
 #pragma unroll
         for (int i = 0; i < 4; ++i) own[i] = pixel == 0 || own_pixel == pixel ? numbers[i] : own[i];
       }
-      if (holds) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) own_dots[of * dots_length<TAPS>() + (i / 2 * 4 + i % 2) * kCorners] = own[i];
-      }
+      float upper[4] = {}, lower[4] = {};  // of ninth taps
       if (TAPS == 9) {
-        const uint32_t at = ninth_places[of * kPlaceWords] + ninth_corner;
-        float upper[4] = {}, lower[4] = {};
 #pragma unroll
         for (int i = 0; i < pieces; i += 4) {
           // Of the first product the upper eight rows are wanted, of the second the lower ones.
           uint32_t a[4];
-          load_matrices<4, false>(shared + (at ^ uint32_t(i * 16)), a);
+          load_matrices<4, false>(shared + (ninth_at ^ uint32_t(i * 16)), a);
           multiply_matrices<T, 2>(upper, a, b[i], b[i + 1]);
           multiply_matrices<T, 2>(lower, a, b[i + 2], b[i + 3]);
         }
-        if (holds_ninth) ninth_dots[of * dots_length<TAPS>()] = high ? upper[1] + lower[3] : upper[0] + lower[2];
       }
+      if (holds) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) own_dots[of * dots_length<TAPS>() + (i / 2 * 4 + i % 2) * kCorners] = own[i];
+      }
+      if (TAPS == 9 && holds_ninth) ninth_dots[of * dots_length<TAPS>()] = high ? upper[1] + lower[3] : upper[0] + lower[2];
     }
     __syncwarp();
     if ((far[0] | far[1]) != 0) {
@@ -400,6 +407,7 @@ __global__ void __launch_bounds__(HALVES == 2            ? kMostWideDotThreads
     __syncwarp();  // before the next taps take the place of these
   }
   write_padding<T, TAPS>(p, w, o, image);
+  earlier.wait(true);
 }
 
 template <class T>
@@ -411,6 +419,7 @@ struct DotCall {
   const BackwardCall& backward;
   Part part;
   const Errand& errand;
+  Ahead ahead;
 };
 
 // Cuts a window's blocks to those of a part, from `first` on; false where two launches would cost more than they hide: that the
@@ -437,9 +446,9 @@ int32_t start(const DotCall& dots, DotKernel<T> kernel, int64_t cell, int64_t wa
   bytes.whole = sizeof(T) == 4 && !RUNS ? INT32_MAX : 0;  // as forward does
   bytes.batch = kSlots / TAPS;
   if (RUNS)
-    bytes.cost = sizeof(T) == 2 ? WindowCost{5.8, 0.052, 0.0039, 0.5} : WindowCost{45, 0.047, 0.034, 0};
+    bytes.cost = sizeof(T) == 2 ? WindowCost{3.8, 0.095, 0.0018, 0.1, 1} : WindowCost{8.2, 0.03, 0.0035, 0.2, 0.4};
   else
-    bytes.cost = sizeof(T) == 2 ? WindowCost{10, 0.03, 0.008, 0} : WindowCost{6, 0.02, 0.008, 0};
+    bytes.cost = sizeof(T) == 2 ? WindowCost{10, 0.03, 0.008, 0, 0} : WindowCost{6, 0.02, 0.008, 0, 0};
   Window w = plan_window(p, 1, bytes);
   // Whole maps with cells of 128 bytes by threads: fewer than three blocks a multiprocessor are slower than none.
   if (w.blocks == 0 || (bytes.whole && 3 * (w.shared + 1024) > shared_total(p.device))) return DCNV4_NO_KERNEL;
@@ -448,9 +457,10 @@ int32_t start(const DotCall& dots, DotKernel<T> kernel, int64_t cell, int64_t wa
   if (RUNS && MATRICES && !output_map(p, w, call.grad_output, cell, gradient_map)) return DCNV4_NO_KERNEL;
   uint32_t first_block = 0;
   if (!take_part(p, dots.part, w, first_block)) return DCNV4_NO_KERNEL;
-  return launch(earliest_start(p), kernel, w.blocks, w.threads, w.shared, call.stream, p, w,
-                divide_errand(dots.errand, w.blocks), first_block, value_map, mask_map, gradient_map,
-                static_cast<const T*>(call.value), static_cast<const T*>(call.offset_mask),
+  // Blocks of the first wave fill what the kernel ahead leaves idle at its end; those after them find it done.
+  const Errand errand = divide_errand(dots.errand, w.blocks, w.resident, dots.ahead == Ahead::ours);
+  return launch(earliest_start(p), kernel, w.blocks, w.threads, w.shared, call.stream, p, w, errand, first_block, value_map,
+                mask_map, gradient_map, static_cast<const T*>(call.value), static_cast<const T*>(call.offset_mask),
                 static_cast<const T*>(call.grad_output), static_cast<T*>(call.grad_offset_mask));
 }
 
@@ -492,14 +502,14 @@ int32_t run_type(const DotCall& dots) {
 
 }  // namespace
 
-int32_t differentiate_window(const BackwardCall& call, Part part, const Errand& errand) {
+int32_t differentiate_window(const BackwardCall& call, Part part, const Errand& errand, Ahead ahead) {
   const dcnv4_problem& p = call.p;
   const int64_t element = element_bytes(p.dtype);
   // Behind softmax every tap's gradient needs those of the others.
   if (p.softmax || !aligned(call.value, p.value_stride, element, 16) ||
       !aligned(call.grad_output, p.output_stride, element, 16))
     return DCNV4_NO_KERNEL;
-  const DotCall dots{call, part, errand};
+  const DotCall dots{call, part, errand, ahead};
   switch (p.dtype) {
     case DCNV4_FLOAT32:
       return run_type<float>(dots);

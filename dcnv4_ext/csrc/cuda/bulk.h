@@ -116,4 +116,32 @@ DCNV4_DEVICE void wait_for_bulk(const char* barrier) {
 #endif
 }
 
+// ---- Arrivals: some threads have written something and go on, others wait for it, later. Once a barrier.
+
+// By one thread: that `count` threads will arrive. All need another barrier before they arrive or wait.
+DCNV4_DEVICE void expect_arrivals(char* barrier, int count) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && DCNV4_BULK
+  const uint32_t at = uint32_t(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
+#elif !defined(__CUDACC__)
+  host_cuda::expect_arrivals(barrier, count);
+#endif
+}
+// What this thread has written, or its warp before a __syncwarp(), is there for those who have waited.
+DCNV4_DEVICE void arrive(char* barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && DCNV4_BULK
+  const uint32_t at = uint32_t(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+#elif !defined(__CUDACC__)
+  host_cuda::arrive(barrier);
+#endif
+}
+DCNV4_DEVICE void wait_for_arrivals(const char* barrier) {
+#if defined(__CUDACC__)
+  wait_for_bulk(barrier);
+#else
+  host_cuda::wait_for_arrivals(barrier, __LINE__);
+#endif
+}
+
 }  // namespace dcnv4

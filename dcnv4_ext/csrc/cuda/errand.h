@@ -12,6 +12,7 @@ struct Errand {
   void* rounded;  // null: the sums are cleared
   int64_t sums_stride, rounded_stride;
   uint32_t vectors, share;  // runs of kErrandStep sums, 0 for no errand; of a block, set by divide_errand
+  uint32_t late_blocks;     // so many blocks start before the kernel ahead has ended; the others share the errand
   Divisor by_row;
 };
 
@@ -33,15 +34,17 @@ inline Errand make_errand(int64_t rows, int64_t channels, float* sums, int64_t s
   return errand;
 }
 
-inline Errand divide_errand(Errand errand, int64_t blocks) {
-  errand.share = uint32_t(divide_up(errand.vectors, blocks));
+// With `late` the first wave of blocks starts early, unless too few would be left for the errand.
+inline Errand divide_errand(Errand errand, int64_t blocks, int64_t resident, bool late) {
+  if (late && (errand.vectors == 0 || blocks >= 3 * resident)) errand.late_blocks = uint32_t(std::min(blocks, resident));
+  errand.share = errand.vectors == 0 ? 0 : uint32_t(divide_up(errand.vectors, blocks - errand.late_blocks));
   return errand;
 }
 
 // A block's share.
 template <class T>
 DCNV4_DEVICE void run_errand(const Errand& errand) {
-  const uint32_t first = blockIdx.x * errand.share, end = min(first + errand.share, errand.vectors);
+  const uint32_t first = (blockIdx.x - errand.late_blocks) * errand.share, end = min(first + errand.share, errand.vectors);
   const auto in_rows = [&](uint32_t i, int64_t stride) {
     const uint32_t row = errand.by_row.quotient(i);
     return int64_t(row) * stride + (i - row * errand.by_row.divisor) * kErrandStep;

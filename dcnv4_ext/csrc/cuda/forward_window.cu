@@ -124,6 +124,10 @@ struct Room {
   static constexpr int batch_bytes = rows * Taps::bytes, ninths_bytes = far_at + 16;
 };
 
+// What tells warps that the ninth taps are there. With RUNS none waits for the others to work them out before it needs them.
+template <int TAPS, bool RUNS>
+constexpr int kNinthsBarrier = TAPS == 9 && RUNS ? round_up_to(kBarrierBytes, 16) : 0;
+
 // RUNS: what comes from offset_mask lies in shared memory too, and all of it was fetched as boxes.
 template <class T, int UNITS, int TAPS, bool RUNS>
 __global__ void __launch_bounds__(UNITS == 8 ? kMostWideThreads : kMostWindowThreads, kWindowBlocks)
@@ -138,8 +142,8 @@ __global__ void __launch_bounds__(UNITS == 8 ? kMostWideThreads : kMostWindowThr
   const int channel = o.g * int(p.D) + o.slice * UNITS * N;
   const T* map = image_of(value, o, w.value_image) + channel;
 
-  // Behind the window two rows whose first two cells are zeros, for taps that add nothing; barriers; each warp's taps; the
-  // ninth taps.
+  // Behind the window two rows whose first two cells are zeros, for taps that add nothing; barriers, that of the ninth taps the
+  // last; each warp's taps; the ninth taps.
   char* shared = dynamic_shared();
   const uint32_t window_at = window_offset<T, TAPS, RUNS>(w);
   char* window = shared + window_at;
@@ -147,13 +151,15 @@ __global__ void __launch_bounds__(UNITS == 8 ? kMostWideThreads : kMostWindowThr
   char* barriers = window + nowhere + pitch_bytes + 2 * cell_bytes;
   using Taps = StagedTaps<UNITS>;
   using Room = dcnv4::Room<UNITS>;
-  char* staged = barriers + kWindowBarriers;
+  char *ninths_come = barriers + kWindowBarriers, *staged = ninths_come + kNinthsBarrier<TAPS, RUNS>;
   const Taps rows(staged + warp * Room::batch_bytes, Room::rows);
   char* ninths = staged + warps * Room::batch_bytes;
 
   wait_for_earlier();
   const TileTaps<T, TAPS, RUNS> taps(w, o, offset_mask);
   start_window<UNITS>(p, w, o, taps, value_map, mask_map, map, channel * int(sizeof(T)), window, barriers);
+  // Behind the boxes, which are what all wait for. Each warp arrives, also one that has no ninth taps to work out.
+  if (kNinthsBarrier<TAPS, RUNS> != 0 && threadIdx.x == 0) expect_arrivals(ninths_come, warps);
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
   wait_for_runs<RUNS>(barriers);
 
@@ -175,7 +181,12 @@ __global__ void __launch_bounds__(UNITS == 8 ? kMostWideThreads : kMostWindowThr
       Taps(at, Room::ninths).put(of, is_odd(of), near_tap(tap));
       if (of == 0) *reinterpret_cast<uint32_t*>(at + Room::far_at) = far >> lane & 0xffu;
     }
-    __syncthreads();
+    if (RUNS) {
+      __syncwarp();
+      if (lane == 0) arrive(ninths_come);
+    } else {
+      __syncthreads();
+    }
   }
 
   const int quad = lane / kQuad, q = lane % kQuad, of = pixel_of(quad), side = sides == 2 ? q / UNITS : 0;
@@ -216,6 +227,7 @@ __global__ void __launch_bounds__(UNITS == 8 ? kMostWideThreads : kMostWindowThr
     };
 #pragma unroll(unrolled)
     for (int k = 0; k < 2 * kQuad; ++k) rows.visit(of * kRow + k, side, add);
+    if (kNinthsBarrier<TAPS, RUNS> != 0 && batch == warp) wait_for_arrivals(ninths_come);
     char* ninth = ninths + batch * Room::ninths_bytes;
     if (TAPS == 9) Taps(ninth, Room::ninths).visit(of, side, add);
 
@@ -278,21 +290,21 @@ template <class T, int UNITS, int TAPS, bool RUNS>
 int32_t run(const ForwardCall& call, int64_t slices) {
   const dcnv4_problem& p = call.p;
   constexpr int64_t cell = UNITS * 16;
-  WindowBytes bytes{
-      cell, RUNS ? kRunBytes<T, TAPS> : 0, Room<UNITS>::batch_bytes, window_fixed<RUNS>(cell), 1, kWarp * 16 / cell};
+  constexpr int64_t fixed = window_fixed<RUNS>(cell) + kNinthsBarrier<TAPS, RUNS>;
+  WindowBytes bytes{cell, RUNS ? kRunBytes<T, TAPS> : 0, Room<UNITS>::batch_bytes, fixed, 1, kWarp * 16 / cell};
   if (TAPS == 9) {
     // Of whole batches.
     bytes.pixel += Room<UNITS>::ninths_bytes / kBatch;
     bytes.fixed += Room<UNITS>::ninths_bytes / kBatch * (kBatch - 1);
   }
   // Where threads fetch, cells cost more, and tiles are better larger.
-  if (RUNS) bytes.cost = sizeof(T) == 2 ? WindowCost{1.85, 0.2, 0.002, 1} : WindowCost{11.3, 0.32, 0.0042, 2};
+  if (RUNS) bytes.cost = {1.9, 0.18, 0.0005, 1.5, 1};
   if (UNITS == 8) {
     // Cells of 128 bytes leave little room beside the halo of a tile: worth while for whole maps, and with runs, where tiles
     // cost less, in fp32. In halves of 64 bytes every tap is worked out twice.
     bytes.whole = !RUNS ? INT32_MAX : sizeof(T) == 4 || forced(p, kForceWindow) ? 0 : 256;
     bytes.most_threads = kMostWideThreads;
-    if (sizeof(T) == 4) bytes.cost = {5, 0.05, 0.004, 1};
+    bytes.cost = {3, 0.048, 0.0021, 0.05, 0.5};
   }
   Window w = plan_window(p, slices, bytes);
   if (TAPS == 9) w.shared -= (w.pixels + kBatch - 1) % kBatch * (Room<UNITS>::ninths_bytes / kBatch);

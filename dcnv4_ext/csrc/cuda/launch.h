@@ -99,6 +99,10 @@ inline bool forced(const dcnv4_problem& p, Force bit) { return (p.reserved & bit
 // more. Of an early one all threads must call wait_for_earlier() before they read or write global memory.
 enum class Start { in_turn, early };
 
+// What is ahead of a kernel in its stream: ours, the call's own, whose blocks waited before they let this one start. So what
+// was there before the call is there, and only what the call itself writes must be waited for.
+enum class Ahead { anything, ours };
+
 // Early where device and driver can, in graphs too.
 inline Start earliest_start(const dcnv4_problem& p) {
   static const bool driver = [] {

@@ -102,8 +102,9 @@ template <class T, int UNITS, int TAPS, bool WHOLE, bool RUNS>
 __global__ void __launch_bounds__(kMostSortThreads, 2)
     gather_matrix(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w,
                   const __grid_constant__ Groups groups, const __grid_constant__ BulkMap mask_map,
-                  const T* __restrict__ offset_mask, const T* __restrict__ grad_output, T* __restrict__ grad_value,
-                  float* __restrict__ sums, int64_t sums_stride) {
+                  const __grid_constant__ BulkMap gradient_map, const T* __restrict__ offset_mask,
+                  const T* __restrict__ grad_output, T* __restrict__ grad_value, float* __restrict__ sums, int64_t sums_stride,
+                  LateWait earlier) {
   constexpr int N = 8, cell_bytes = UNITS * 16, pixels = kSlots / TAPS;
   constexpr int most_tiles = kFiner<T> != 1.0f && DCNV4_MORE_REGISTERS ? 2 : 4;  // of eight columns of B; as registers allow
   constexpr int tiles = UNITS < most_tiles ? UNITS : most_tiles, passes = UNITS / tiles;
@@ -117,47 +118,37 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
 
   const int keys = groups.pairs * groups.pitch, most = w.pixels * TAPS * 2 + kStep;
   // Where entries come to lie when the taps are known, the runs lie until then.
-  PairColumn* columns = reinterpret_cast<PairColumn*>(dynamic_shared());   // (most, 2)
-  char* rows = reinterpret_cast<char*>(columns + kEntryColumns * most);    // (pixels, UNITS pieces)
-  uint2* far_of = reinterpret_cast<uint2*>(rows + w.pixels * cell_bytes);  // (batches): a bit a tap beyond the window
-  char* barrier = reinterpret_cast<char*>(far_of + kMostBatches * warps);
-  int* starts = reinterpret_cast<int*>(barrier + kBarrierBytes) + 1;  // (keys + 1), and a zero before
-  int* counts = starts + keys + 1;                                    // (warps)
-  int* next_group = counts + warps;                                   // the next to be taken
-  int* hostile = next_group + 1;                                      // whether grad_output has inf or NaN here
-  uint16_t* entry_rows = reinterpret_cast<uint16_t*>(hostile + 1);    // (most)
+  PairColumn* columns = reinterpret_cast<PairColumn*>(dynamic_shared());  // (most, 2)
+  char* rows = dynamic_shared() + round_up_to(uint32_t(kEntryColumns * most) * uint32_t(sizeof(PairColumn)),
+                                              uint32_t(kBulkAlignment));    // (pixels, UNITS pieces)
+  uint2* far_of = reinterpret_cast<uint2*>(rows + w.pixels * cell_bytes);   // (batches): a bit a tap beyond the window
+  char* barriers = reinterpret_cast<char*>(far_of + kMostBatches * warps);  // the runs have come, the rows have come
+  int* starts = reinterpret_cast<int*>(barriers + 2 * kBarrierBytes) + 1;   // (keys + 1), and a zero before
+  int* counts = starts + keys + 1;                                          // (warps)
+  int* next_group = counts + warps;                                         // the next to be taken
+  int* hostile = next_group + 1;                                            // whether grad_output has inf or NaN here
+  uint16_t* entry_rows = reinterpret_cast<uint16_t*>(hostile + 1);          // (most)
 
-  wait_for_earlier();
+  earlier.wait(false);
   const TileTaps<T, TAPS, RUNS> tile(w, o, offset_mask);
-  if (RUNS && threadIdx.x == 0) {
-    expect_bulk(barrier, uint32_t(w.pixels) * kRunBytes<T, TAPS>);
-    start_bulk(mask_map, dynamic_shared(), barrier, tile.first_word(), o.tile_x, o.tile_y, int(o.n));
+  // Rows of grad_output, of which a thread has a piece of 16 bytes: UNITS threads a row.
+  constexpr int rows_a_warp = kWarp / UNITS;
+  const int unit = lane % UNITS, first_row = warp * rows_a_warp + lane / UNITS, rows_at_once = warps * rows_a_warp;
+  if (!RUNS) {
+    for (int i = first_row; i < w.pixels; i += rows_at_once)  // where there is no pixel, another's
+      copy_async(rows + i * cell_bytes + unit * 16, gradients + unit * 16 + tile_pixel(p, w, o, i).number * w.output_bytes);
+  } else if (threadIdx.x == 0) {
+    expect_bulk(barriers, uint32_t(w.pixels) * kRunBytes<T, TAPS>);
+    start_bulk(mask_map, dynamic_shared(), barriers, tile.first_word(), o.tile_x, o.tile_y, int(o.n));
+    expect_bulk(barriers + kBarrierBytes, uint32_t(w.pixels) * cell_bytes);
+    start_bulk(gradient_map, rows, barriers + kBarrierBytes, channel * int(sizeof(T)) / 4, o.tile_x, o.tile_y, int(o.n));
   }
 #pragma unroll 1
   for (int i = int(threadIdx.x); i < 1 + keys + 1 + warps + 2; i += int(blockDim.x)) starts[i - 1] = 0;
-
-  // Rows of grad_output. Of each 32 bytes the even words go to one piece of 16 bytes and the odd ones to the next, so that the
-  // columns a lane gets of two products are neighbours. Pieces change places from row to row, to be read eight rows at a time.
-  uint32_t marks = 0;
-  const uint32_t unit = threadIdx.x % UNITS;
-  const char* from = gradients + unit * 16;
-#pragma unroll 2
-  for (uint32_t index = threadIdx.x / UNITS; index < uint32_t(w.pixels); index += blockDim.x / UNITS) {
-    const uint4 words = __ldg(reinterpret_cast<const uint4*>(from + tile_pixel(p, w, o, int(index)).number * w.output_bytes));
-    mark_not_finite<T>(words.x, marks);
-    mark_not_finite<T>(words.y, marks);
-    mark_not_finite<T>(words.z, marks);
-    mark_not_finite<T>(words.w, marks);
-    const uint32_t place = ((unit & ~1u) ^ row_turn<UNITS>(index)) * 16 + unit % 2 * 8;
-    char* row = rows + index * cell_bytes;
-    *reinterpret_cast<uint2*>(row + place) = make_uint2(words.x, words.z);
-    *reinterpret_cast<uint2*>(row + (place ^ 16)) = make_uint2(words.y, words.w);
-  }
   TapSlot slots[kSlotRounds];
   find_slots<TAPS, true>(w, slots);
   __syncthreads();
-  if (RUNS) wait_for_bulk(barrier);
-  if (is_marked(marks)) *hostile = 1;
+  if (RUNS) wait_for_bulk(barriers);
 
   // Taps, their cells, and their number among those of a key, from 1 on; of one in an odd row also among those of the pair
   // below, in the upper half of a word. 0 for none.
@@ -183,6 +174,33 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
     });
     if (!WHOLE && lane == 0) far_of[batch] = make_uint2(far[0], far[1]);
   }
+
+  // Of each 32 bytes of a row the even words go to one piece of 16 bytes and the odd ones to the next, so that the columns a
+  // lane gets of two products are neighbours. Pieces change places from row to row, to be read eight rows at a time.
+  if (RUNS)
+    wait_for_bulk(barriers + kBarrierBytes);
+  else
+    copy_async_wait();  // for those that this thread has copied
+  uint32_t marks = 0;
+#pragma unroll 2
+  for (int first = warp * rows_a_warp; first < w.pixels; first += rows_at_once) {
+    const uint32_t index = uint32_t(first + lane / UNITS);
+    const bool live = index < uint32_t(w.pixels);
+    char* row = rows + index * cell_bytes;
+    uint4 words{};
+    if (live) words = *reinterpret_cast<const uint4*>(row + unit * 16);
+    mark_not_finite<T>(words.x, marks);
+    mark_not_finite<T>(words.y, marks);
+    mark_not_finite<T>(words.z, marks);
+    mark_not_finite<T>(words.w, marks);
+    __syncwarp();
+    const uint32_t place = ((uint32_t(unit) & ~1u) ^ row_turn<UNITS>(index)) * 16 + uint32_t(unit) % 2 * 8;
+    if (live) {
+      *reinterpret_cast<uint2*>(row + place) = make_uint2(words.x, words.z);
+      *reinterpret_cast<uint2*>(row + (place ^ 16)) = make_uint2(words.y, words.w);
+    }
+  }
+  if (is_marked(marks)) *hostile = 1;
   __syncthreads();
 
   find_starts(starts, keys, groups.run_length, counts, [](int, int) {});
@@ -214,6 +232,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
     }
   }
   if (threadIdx.x < kStep) entry_rows[starts[keys] + int(threadIdx.x)] = 0;  // read behind the last entry, to no effect
+  earlier.wait(true);                                                        // for the sums to be cleared
   __syncthreads();
 
   // Four sums of a cell of the map, of the group's channels from `first` on, and then `further`.
@@ -334,9 +353,9 @@ MatrixPlan plan_of(const dcnv4_problem& p) {
   if ((taps != 8 && taps != 9) || slicing.bytes == 0 || element_bytes(p.dtype) != 2) return plan;
   if (architecture(p.device) < 80 || forced(p, kForceThreads)) return plan;
   const int64_t fixed = kStep * kPairEntryBytes + kMostSortThreads / kWarp * kMostBatches * int64_t(sizeof(uint2)) +
-                        kBarrierBytes + (2 + kMostSortThreads / kWarp + 2) * int64_t(sizeof(int));
+                        2 * kBarrierBytes + kBulkAlignment + (2 + kMostSortThreads / kWarp + 2) * int64_t(sizeof(int));
   WindowBytes bytes{int64_t(sizeof(int)), slicing.bytes + taps * 2 * kPairEntryBytes, 0, fixed, 0};
-  bytes.cost = WindowCost{5, 0.07, 0.025, 1};
+  bytes.cost = WindowCost{3.6, 0.014, 0.0037, 2, 0.4};
   plan.w = plan_blocks(p, taps, slicing, bytes);
   if (plan.w.blocks == 0) return plan;
   const int64_t columns = divide_up(plan.w.width, kGroupColumns);
@@ -352,40 +371,44 @@ MatrixPlan plan_of(const dcnv4_problem& p) {
 }
 
 template <class T, int UNITS, int TAPS>
-int32_t run(const BackwardCall& call, const MatrixPlan& plan, float* sums, int64_t sums_stride) {
+int32_t run(const BackwardCall& call, const MatrixPlan& plan, float* sums, int64_t sums_stride, Ahead ahead) {
   const dcnv4_problem& p = call.p;
   const T* offset_mask = static_cast<const T*>(call.offset_mask);
   const Window& w = plan.w;
-  BulkMap mask_map{};
-  const bool runs = can_have_runs(p, offset_mask) && runs_map<T, TAPS>(p, w, offset_mask, mask_map);
+  BulkMap mask_map{}, gradient_map{};
+  const bool runs = can_have_runs(p, offset_mask) && runs_map<T, TAPS>(p, w, offset_mask, mask_map) &&
+                    output_map(p, w, call.grad_output, UNITS * 16, gradient_map);
   const auto start = [&](auto kernel) {
     return launch(earliest_start(p), kernel, w.blocks, w.threads, w.shared, call.stream, p, w, plan.groups, mask_map,
-                  offset_mask, static_cast<const T*>(call.grad_output), static_cast<T*>(call.grad_value), sums, sums_stride);
+                  gradient_map, offset_mask, static_cast<const T*>(call.grad_output), static_cast<T*>(call.grad_value), sums,
+                  sums_stride, LateWait{ahead == Ahead::ours});
   };
   if (runs) return sums ? start(gather_matrix<T, UNITS, TAPS, false, true>) : start(gather_matrix<T, UNITS, TAPS, true, true>);
   return sums ? start(gather_matrix<T, UNITS, TAPS, false, false>) : start(gather_matrix<T, UNITS, TAPS, true, false>);
 }
 
 template <class T, int TAPS>
-int32_t run_units(const BackwardCall& call, float* sums, int64_t sums_stride) {
+int32_t run_units(const BackwardCall& call, float* sums, int64_t sums_stride, Ahead ahead) {
   const MatrixPlan plan = plan_of(call.p);
   const int64_t bytes = slicing_of(call.p).bytes;
-  if (bytes == 128) return run<T, 8, TAPS>(call, plan, sums, sums_stride);
-  if (bytes == 64) return run<T, 4, TAPS>(call, plan, sums, sums_stride);
-  return run<T, 2, TAPS>(call, plan, sums, sums_stride);
+  if (bytes == 128) return run<T, 8, TAPS>(call, plan, sums, sums_stride, ahead);
+  if (bytes == 64) return run<T, 4, TAPS>(call, plan, sums, sums_stride, ahead);
+  return run<T, 2, TAPS>(call, plan, sums, sums_stride, ahead);
 }
 
 template <class T>
-int32_t run_type(const BackwardCall& call, float* sums, int64_t sums_stride) {
-  return taps_of(call.p) == 9 ? run_units<T, 9>(call, sums, sums_stride) : run_units<T, 8>(call, sums, sums_stride);
+int32_t run_type(const BackwardCall& call, float* sums, int64_t sums_stride, Ahead ahead) {
+  return taps_of(call.p) == 9 ? run_units<T, 9>(call, sums, sums_stride, ahead)
+                              : run_units<T, 8>(call, sums, sums_stride, ahead);
 }
 
 }  // namespace
 
 Window plan_matrices(const dcnv4_problem& p) { return plan_of(p).w; }
 
-int32_t gather_by_matrices(const BackwardCall& call, float* sums, int64_t sums_stride) {
-  return call.p.dtype == DCNV4_BFLOAT16 ? run_type<bf16>(call, sums, sums_stride) : run_type<f16>(call, sums, sums_stride);
+int32_t gather_by_matrices(const BackwardCall& call, float* sums, int64_t sums_stride, Ahead ahead) {
+  return call.p.dtype == DCNV4_BFLOAT16 ? run_type<bf16>(call, sums, sums_stride, ahead)
+                                        : run_type<f16>(call, sums, sums_stride, ahead);
 }
 
 }  // namespace dcnv4

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
     gather_sorted(const __grid_constant__ dcnv4_problem p, const __grid_constant__ Window w, int run_length,
                   const __grid_constant__ BulkMap mask_map, const __grid_constant__ BulkMap gradient_map,
                   const T* __restrict__ offset_mask, const T* __restrict__ grad_output, T* __restrict__ grad_value,
-                  float* __restrict__ sums, int64_t sums_stride) {
+                  float* __restrict__ sums, int64_t sums_stride, LateWait earlier) {
   constexpr int N = 16 / int(sizeof(T)), cell_bytes = UNITS * 16, pixels = kSlots / TAPS;
   const WindowOrigin o = window_origin(p, w);
   const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp), warps = int(blockDim.x / kWarp);
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
       reinterpret_cast<uint2*>(lengths + kLengths + 1 + (cells + warps) % 2);    // (batches): a bit a tap beyond the window
   uint16_t* order = reinterpret_cast<uint16_t*>(far_of + kMostBatches * warps);  // (cells)
 
-  wait_for_earlier();
+  earlier.wait(false);
   const TileTaps<T, TAPS, RUNS> tile(w, o, offset_mask);
   if (!RUNS) {
     const char* from = gradients + threadIdx.x % UNITS * 16;
@@ -150,6 +150,7 @@ __global__ void __launch_bounds__(kMostSortThreads, 2)
     if (has_to_write<WHOLE>(p, w, o, i, count)) order[atomicAdd(lengths + length_of(count), 1)] = uint16_t(i);
   }
   if (!RUNS) copy_async_wait();
+  earlier.wait(true);  // for the sums to be cleared
   __syncthreads();
   if (RUNS) wait_for_bulk(barriers + kBarrierBytes);
 
@@ -185,19 +186,20 @@ Window plan_threads(const dcnv4_problem& p) {
   const Slicing slicing = slicing_of(p);
   if ((taps != 8 && taps != 9) || slicing.bytes == 0 || p.dtype == DCNV4_FLOAT64) return {};
   WindowBytes bytes{kCellBytes, slicing.bytes + taps * kCorners * int64_t(sizeof(Entry)), 0, kFixedBytes, 0};
-  bytes.cost = p.dtype == DCNV4_FLOAT32 ? WindowCost{5, 0.01, 0.0015, 1} : WindowCost{5, 0.07, 0.010, 1};
+  bytes.cost = p.dtype == DCNV4_FLOAT32 ? WindowCost{2.4, 0.08, 0.0037, 1.2, 0} : WindowCost{5, 0.07, 0.010, 1, 0};
   return plan_blocks(p, taps, slicing, bytes);
 }
 
 template <class T, int UNITS, int TAPS>
-int32_t run(const BackwardCall& call, const Window& w, float* sums, int64_t sums_stride) {
+int32_t run(const BackwardCall& call, const Window& w, float* sums, int64_t sums_stride, Ahead ahead) {
   const dcnv4_problem& p = call.p;
   const T* offset_mask = static_cast<const T*>(call.offset_mask);
   BulkMap mask_map{}, gradient_map{};
   const auto start = [&](auto kernel) {
     return launch(earliest_start(p), kernel, w.blocks, w.threads, w.shared, call.stream, p, w,
                   int(divide_up(int64_t(w.width) * w.height + 1, w.threads)), mask_map, gradient_map, offset_mask,
-                  static_cast<const T*>(call.grad_output), static_cast<T*>(call.grad_value), sums, sums_stride);
+                  static_cast<const T*>(call.grad_output), static_cast<T*>(call.grad_value), sums, sums_stride,
+                  LateWait{ahead == Ahead::ours});
   };
   if constexpr (sizeof(T) == 4) {  // where there are boxes, 16-bit types are gathered by matrices
     if (can_have_runs(p, offset_mask) && runs_map<T, TAPS>(p, w, offset_mask, mask_map) &&
@@ -208,17 +210,18 @@ int32_t run(const BackwardCall& call, const Window& w, float* sums, int64_t sums
 }
 
 template <class T, int TAPS>
-int32_t run_units(const BackwardCall& call, float* sums, int64_t sums_stride) {
+int32_t run_units(const BackwardCall& call, float* sums, int64_t sums_stride, Ahead ahead) {
   const Window w = plan_threads(call.p);
   const int64_t bytes = slicing_of(call.p).bytes;
-  if (bytes == 128) return run<T, 8, TAPS>(call, w, sums, sums_stride);
-  if (bytes == 64) return run<T, 4, TAPS>(call, w, sums, sums_stride);
-  return run<T, 2, TAPS>(call, w, sums, sums_stride);
+  if (bytes == 128) return run<T, 8, TAPS>(call, w, sums, sums_stride, ahead);
+  if (bytes == 64) return run<T, 4, TAPS>(call, w, sums, sums_stride, ahead);
+  return run<T, 2, TAPS>(call, w, sums, sums_stride, ahead);
 }
 
 template <class T>
-int32_t run_type(const BackwardCall& call, float* sums, int64_t sums_stride) {
-  return taps_of(call.p) == 9 ? run_units<T, 9>(call, sums, sums_stride) : run_units<T, 8>(call, sums, sums_stride);
+int32_t run_type(const BackwardCall& call, float* sums, int64_t sums_stride, Ahead ahead) {
+  return taps_of(call.p) == 9 ? run_units<T, 9>(call, sums, sums_stride, ahead)
+                              : run_units<T, 8>(call, sums, sums_stride, ahead);
 }
 
 }  // namespace
@@ -231,15 +234,15 @@ Sorted can_scatter_sorted(const dcnv4_problem& p) {
   return whole ? Sorted::whole : Sorted::tiles;
 }
 
-int32_t scatter_sorted(const BackwardCall& call, float* sums, int64_t sums_stride) {
-  if (plan_matrices(call.p).blocks != 0) return gather_by_matrices(call, sums, sums_stride);
+int32_t scatter_sorted(const BackwardCall& call, float* sums, int64_t sums_stride, Ahead ahead) {
+  if (plan_matrices(call.p).blocks != 0) return gather_by_matrices(call, sums, sums_stride, ahead);
   switch (call.p.dtype) {
     case DCNV4_FLOAT32:
-      return run_type<float>(call, sums, sums_stride);
+      return run_type<float>(call, sums, sums_stride, ahead);
     case DCNV4_BFLOAT16:
-      return run_type<bf16>(call, sums, sums_stride);
+      return run_type<bf16>(call, sums, sums_stride, ahead);
     case DCNV4_FLOAT16:
-      return run_type<f16>(call, sums, sums_stride);
+      return run_type<f16>(call, sums, sums_stride, ahead);
     default:
       return DCNV4_NO_KERNEL;
   }

@@ -93,6 +93,6 @@ inline Window plan_blocks(const dcnv4_problem& p, int taps, const Slicing& slici
 
 // By matrices (scatter_matrix.cu): blocks = 0 where type or device have none.
 Window plan_matrices(const dcnv4_problem& p);
-int32_t gather_by_matrices(const BackwardCall& call, float* sums, int64_t sums_stride);
+int32_t gather_by_matrices(const BackwardCall& call, float* sums, int64_t sums_stride, Ahead ahead);
 
 }  // namespace dcnv4

@@ -257,15 +257,34 @@ DCNV4_DEVICE void copy_async_wait() {
 
 // ---- Kernels of a stream, one after the other.
 
-// Lets the next kernel start where this one leaves room, and waits until all before this one have ended and can be seen. The
-// next one waits so too before it reads what this one writes.
+// Lets the next kernel start where this one leaves room.
+DCNV4_DEVICE void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until all kernels before this one have ended and can be seen, then lets the next one start: where that is of the same
+// call, it knows from its own start that what was there before the call can be read (Ahead).
 DCNV4_DEVICE void wait_for_earlier() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.wait;\n griddepcontrol.launch_dependents;" ::: "memory");
 #elif !defined(__CUDACC__)
   host_cuda::wait_for_earlier();
 #endif
 }
+
+// For blocks that have something to do before they need what kernels ahead of theirs write: wait(false) at the start,
+// wait(true) before that is touched, and every thread before it ends, so that the kernel does not end before those.
+struct LateWait {
+  bool late;
+  DCNV4_DEVICE void wait(bool second) const {
+    if (second == late)
+      wait_for_earlier();
+    else if (late)
+      let_next_start();
+  }
+};
 
 // ---- Arithmetic.
 

@@ -60,6 +60,7 @@ struct WindowCost {
   double warp;    // how much longer for each warp that the others of its block wait for
   double cell;    // work on a cell of the window: fetching it, or sorting into it and adding its sum
   double rounds;  // phases without batches, each as long as a round
+  double dead;    // work on the pixels that a batch lacks, as a share of what they would cost
 };
 
 // What a kernel keeps in shared memory: bytes a cell, a pixel, a warp, and once; rows of cells behind the window.
@@ -71,7 +72,7 @@ struct WindowBytes {
   int64_t most_of_few = 256;  // pixels of such a tile where there are fewer blocks than multiprocessors
   int64_t most_threads = kMostWindowThreads, blocks = kWindowBlocks;  // of a block; blocks of so many that have the registers
   int64_t batch = kBatch;                                             // pixels of a batch
-  WindowCost cost{8, 0, 0.008, 0};
+  WindowCost cost{8, 0, 0.008, 0, 0};
 };
 
 // What plans depend on of a device.
@@ -130,12 +131,15 @@ inline Window find_window(const dcnv4_problem& p, int64_t slices, const WindowBy
       const int64_t fit = std::min<int64_t>(device.all / (shared + 1024), bytes.blocks * bytes.most_threads / (warps * kWarp)),
                     load = divide_up(blocks, device.processors);
       if (fit < 1) continue;
-      // In units of a batch's work. What a multiprocessor has to do: its blocks' pixels, without those beyond the map, and
-      // cells. And what it waits for, once a wave of blocks that fit together: rounds of batches, one after the other.
-      const double busy = double(load) * (alive + bytes.cost.cell * fetched),
-                   rounds = double(divide_up(batches, warps)) * (1 + bytes.cost.warp * double(warps)),
-                   waiting = double(divide_up(load, fit)) * bytes.cost.round * (rounds + bytes.cost.rounds);
-      const double cost = busy + waiting;
+      // In units of a batch's work. What a multiprocessor has to do: its blocks' pixels and cells. And what it waits for, once
+      // a wave of blocks that fit together: rounds of batches, one after the other. Blocks end at different times, so both lie
+      // between an even share and whole numbers of blocks and waves: in the middle. A block's warps count in fours, one for
+      // each scheduler.
+      const double share = double(blocks) / double(device.processors),
+                   waves = (std::max(1.0, share / double(fit)) + double(divide_up(load, fit))) / 2,
+                   work = alive + bytes.cost.dead * (double(batches) - alive) + bytes.cost.cell * fetched,
+                   rounds = double(divide_up(batches, warps)) * (1 + bytes.cost.warp * double(round_up(warps, 4)));
+      const double cost = (share + double(load)) / 2 * work + waves * bytes.cost.round * (rounds + bytes.cost.rounds);
       if (best.blocks != 0 && cost >= least) continue;
       least = cost;
       best.tile_w = int32_t(tile_w);
@@ -428,16 +432,17 @@ bool runs_map(const dcnv4_problem& p, const Window& w, const void* offset_mask, 
 template <class T, int TAPS>
 class Runs {
  public:
-  DCNV4_DEVICE Runs(const WindowOrigin& o, const char* at) : at_(at), first_byte_(o.g * 3 * TAPS * int(sizeof(T))) {}
+  DCNV4_DEVICE Runs(const WindowOrigin& o, const char* at)
+      : at_(at), first_byte_(o.g * 3 * TAPS * int(sizeof(T))), begin_(keep(first_byte_ % 16)) {}
   DCNV4_DEVICE int first_word() const { return first_byte_ / 16 * 4; }
   DCNV4_DEVICE float read(int pixel, int index) const {
-    const uint32_t byte = uint32_t(pixel * kRunBytes<T, TAPS> + first_byte_ % 16 + index * int(sizeof(T)));
+    const uint32_t byte = uint32_t(pixel * kRunBytes<T, TAPS> + begin_ + index * int(sizeof(T)));
     return load_one_shared(reinterpret_cast<const T*>(at_ + (kRunBytes<T, TAPS> == 128 ? swizzle(byte) : byte)));
   }
 
  private:
   const char* at_;
-  int first_byte_;
+  int first_byte_, begin_;  // where the run begins in its 16 bytes is held: each number that is read needs it
 };
 
 // Works out the taps of a tile's pixels and a group, with RUNS out of those at the start of the block's shared memory.
