@@ -289,8 +289,9 @@ __global__ void __launch_bounds__(HALVES == 2            ? kMostWideDotThreads
   Kept* kept = kept_of(barriers);
   const uint32_t rows_at =
       window_at + round_up_to(nowhere + pitch_bytes + 2 * cell_bytes + kWindowBarriers, uint32_t(kBulkAlignment));
-  char* gradient_rows = shared + rows_at;  // (pixels)
-  float* dots = reinterpret_cast<float*>(gradient_rows + w.pixels * cell_bytes + warp * matrix_bytes<HALVES, TAPS>());
+  char* gradient_rows = shared + rows_at;  // (pixels), and a batch more, which the last batch may read to no effect
+  float* dots =
+      reinterpret_cast<float*>(gradient_rows + (w.pixels + pixels) * cell_bytes + warp * matrix_bytes<HALVES, TAPS>());
   uint32_t* places = reinterpret_cast<uint32_t*>(dots + rows * dots_length<TAPS>());
   const LateWait earlier{blockIdx.x < errand.late_blocks};
   earlier.wait(false);
@@ -440,7 +441,7 @@ int32_t start(const DotCall& dots, DotKernel<T> kernel, int64_t cell, int64_t wa
   const BackwardCall& call = dots.backward;
   const dcnv4_problem& p = call.p;
   WindowBytes bytes{cell, RUNS ? kRunBytes<T, TAPS> : 0, warp, window_fixed<RUNS>(cell), 1, kWarp * 16 / cell};
-  if (MATRICES) bytes.pixel += cell, bytes.fixed += kBulkAlignment;
+  if (MATRICES) bytes.pixel += cell, bytes.fixed += kSlots / TAPS * cell + kBulkAlignment;
   bytes.most_threads = most_threads;
   bytes.blocks = 2;
   bytes.whole = sizeof(T) == 4 && !RUNS ? INT32_MAX : 0;  // as forward does

@@ -127,7 +127,7 @@ DCNV4_DEVICE void expect_arrivals(char* barrier, int count) {
   host_cuda::expect_arrivals(barrier, count);
 #endif
 }
-// What this thread has written, or its warp before a __syncwarp(), is there for those who have waited.
+// What this thread has written is there for those who have waited.
 DCNV4_DEVICE void arrive(char* barrier) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && DCNV4_BULK
   const uint32_t at = uint32_t(__cvta_generic_to_shared(barrier));

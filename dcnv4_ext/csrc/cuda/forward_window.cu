@@ -158,8 +158,8 @@ __global__ void __launch_bounds__(UNITS == 8 ? kMostWideThreads : kMostWindowThr
   wait_for_earlier();
   const TileTaps<T, TAPS, RUNS> taps(w, o, offset_mask);
   start_window<UNITS>(p, w, o, taps, value_map, mask_map, map, channel * int(sizeof(T)), window, barriers);
-  // Behind the boxes, which are what all wait for. Each warp arrives, also one that has no ninth taps to work out.
-  if (kNinthsBarrier<TAPS, RUNS> != 0 && threadIdx.x == 0) expect_arrivals(ninths_come, warps);
+  // Behind the boxes, which are what all wait for. All threads arrive, also those that have no ninth taps to work out.
+  if (kNinthsBarrier<TAPS, RUNS> != 0 && threadIdx.x == 0) expect_arrivals(ninths_come, int(blockDim.x));
   clear_nowhere<cell_bytes>(window + nowhere, pitch_bytes);
   wait_for_runs<RUNS>(barriers);
 
@@ -181,12 +181,10 @@ __global__ void __launch_bounds__(UNITS == 8 ? kMostWideThreads : kMostWindowThr
       Taps(at, Room::ninths).put(of, is_odd(of), near_tap(tap));
       if (of == 0) *reinterpret_cast<uint32_t*>(at + Room::far_at) = far >> lane & 0xffu;
     }
-    if (RUNS) {
-      __syncwarp();
-      if (lane == 0) arrive(ninths_come);
-    } else {
+    if (RUNS)
+      arrive(ninths_come);
+    else
       __syncthreads();
-    }
   }
 
   const int quad = lane / kQuad, q = lane % kQuad, of = pixel_of(quad), side = sides == 2 ? q / UNITS : 0;
