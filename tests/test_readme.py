@@ -66,6 +66,7 @@ def test_the_report_is_of_all_results(readme: ModuleType) -> None:
         "full_size_cpu.json",
         "gpu.json",
         "networks_nvidia_h200.json",  # several of eval.throughput in one file
+        "networks_nvidia_h200_last.json",
         "times.json",
     ]
 
@@ -136,16 +137,29 @@ def test_what_is_said_of_the_operator_on_a_gpu_is_in_the_json(readme: ModuleType
     """Ahead of which peers in how many rows, where the official operator fails, how far from the floor."""
     content = json.loads((readme.RESULTS / "operators_nvidia_h200.json").read_text(encoding="utf-8"))
     assert content["identity"]["device"] == "NVIDIA H200"
+    earlier, last = (
+        json.loads((readme.RESULTS / f"operators_nvidia_h200_{name}.json").read_text(encoding="utf-8"))
+        for name in ("earlier", "last")
+    )
     text = " ".join(EVIDENCE.split())
 
-    def rows(dtype: str, direction: str, sigma: float = 2, level: str = "op") -> list[dict]:
+    def rows(
+        dtype: str, direction: str, sigma: float = 2, level: str = "op", of: dict = content
+    ) -> list[dict]:
         kind = (dtype, direction, sigma, level)
-        return [
-            r for r in content["measurements"] if (r["dtype"], r["direction"], r["sigma"], r["level"]) == kind
-        ]
+        return [r for r in of["measurements"] if (r["dtype"], r["direction"], r["sigma"], r["level"]) == kind]
 
-    def ahead(dtype: str, direction: str, peer: str, *kind: object) -> tuple[int, int, str]:
-        ratios = [readme.times_as_long(r, peer) for r in rows(dtype, direction, *kind) if peer in r["times"]]
+    def against_table(other: dict, dtype: str, direction: str) -> float:
+        """What the kernels of another file take, as a share of this one's."""
+        here = {r["shape"]: r["times"]["dcnv4"]["median"] for r in rows(dtype, direction)}
+        there = [r for r in rows(dtype, direction, of=other) if r["shape"] in here]
+        return statistics.geometric_mean(r["times"]["dcnv4"]["median"] / here[r["shape"]] for r in there)
+
+    def ahead(
+        dtype: str, direction: str, peer: str, *kind: object, of: dict = content
+    ) -> tuple[int, int, str]:
+        found = rows(dtype, direction, *kind, of=of)
+        ratios = [readme.times_as_long(r, peer) for r in found if peer in r["times"]]
         return sum(q >= 1 for q in ratios), len(ratios), f"{statistics.geometric_mean(ratios):.2f}"
 
     def said(dtype: str, direction: str, peer: str) -> str:
@@ -187,12 +201,20 @@ def test_what_is_said_of_the_operator_on_a_gpu_is_in_the_json(readme: ModuleType
     assert different == {"64x14x14x512", "64x7x7x1024"}
     assert all("BFloat16" in r["skipped"]["official"] for r in rows("bfloat16", "backward"))
     failing = {r["shape"] for r in rows("float32", "backward") if "official" in r["skipped"]}
-    assert failing == {"64x8x8x1280", "64x4x4x1280"}
-    _, count, mean = ahead("bfloat16", "forward", "official", 2, "module")
+    assert failing == {"64x8x8x1280"}
+    for other, sentence in (
+        (last, "take {:.2f} of the table's time forward and {:.2f} backward in bf16, {:.2f} and {:.2f} in fp32"),
+        (earlier, "took {:.2f} times as long forward and {:.2f} times backward in bf16, {:.2f} and {:.2f} times in fp32"),
+    ):  # fmt: skip
+        figures = [against_table(other, t, d) for t in ("bfloat16", "float32") for d in ("forward", "backward")]  # fmt: skip
+        assert sentence.format(*figures) in text, figures
+    assert last["identity"]["kernels"] == kernels_hash("cuda")
+    assert f"operators_nvidia_h200_last.json`, {len(last['measurements'])} of the rows" in text
+    _, count, mean = ahead("bfloat16", "forward", "official", 2, "module", of=earlier)
     assert count == 14 and f"1/{mean}, in geometric mean" in text
-    wide = (ahead(dtype, "forward", "official", 8)[2] for dtype in ("bfloat16", "float32"))
+    wide = (ahead(dtype, "forward", "official", 8, of=earlier)[2] for dtype in ("bfloat16", "float32"))
     assert "takes {} times as long forward in bf16 and {} times in fp32".format(*wide) in text
-    half = [ahead("float16", direction, "official")[2] for direction in ("forward", "backward")]
+    half = [ahead("float16", direction, "official", of=earlier)[2] for direction in ("forward", "backward")]
     assert (
         "In fp16 the official operator takes {} times as long forward and {} times backward".format(*half)
         in text
@@ -232,6 +254,15 @@ def test_what_is_said_of_whole_networks_on_a_gpu_is_in_the_json(readme: ModuleTy
     training, sampling = ((min(r), max(r)) for r in ratios.values())
     assert "train at {:.2f} to {:.2f} of the U-Net's".format(*training) in text
     assert "sample at {:.2f} to {:.2f}.".format(*sampling) in text
+    last = json.loads((readme.RESULTS / "networks_nvidia_h200_last.json").read_text(encoding="utf-8"))
+    (one,) = last["measurements"].values()
+    *swapped, unet = (
+        {key: statistics.median(timing["seconds"]) for key, timing in figure["timings"].items()}
+        for figure in one["figures"]
+    )
+    figures = [figure[key] / unet[key] for key in ("training", "sampling") for figure in swapped]
+    said = "a training step at {:.2f} and {:.2f} of the U-Net's time, sampling at {:.2f} and {:.2f} "
+    assert said.format(*figures) in text, figures
 
 
 def test_times_of_the_commands_are_those_of_the_json(readme: ModuleType) -> None:
