@@ -393,9 +393,8 @@ STAGES = (
     Stage("correctness", 150, correctness),
     Stage("memcheck", 90, memcheck),
     Stage("racecheck", 100, racecheck),
-    Stage(
-        "official", 240, official, repeats=True
-    ),  # a benchmark without it says less than one that is not done
+    # Waited for: a benchmark without it says less than one that is not done.
+    Stage("official", 240, official, repeats=True),
     Stage("benchmark", 520, benchmark, repeats=True),
     Stage("networks", 520, networks, repeats=True),
 )
