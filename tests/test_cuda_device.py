@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from test_operator import OFFICIAL_FAILURES
 PROBLEMS = int(os.environ.get("DCNV4_PROBLEMS", "500"))
 GIBIBYTE = 2**30
 FORCED = {"chosen": 0, **FORCE}
+Result = TypeVar("Result")
 
 
 def _missing() -> str | None:
@@ -302,6 +305,18 @@ def test_windows_come_as_boxes_where_the_code_can() -> None:
     assert names and all(re.search(r"true>", name) for name in names), names
 
 
+def replayed(chain: Callable[[], Result], graph: bool) -> Result:
+    """What a chain of calls gives, with `graph` out of a replay of it."""
+    result = chain()
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            result = chain()
+        captured.replay()
+    torch.cuda.synchronize()
+    return result
+
+
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("size", [(3, 5), (61, 67)], ids=str)
 def test_calls_that_read_each_other(
@@ -323,13 +338,7 @@ def test_calls_that_read_each_other(
             y = dcnv4(y, problem.offset_mask, groups=8)
         return y
 
-    early = chain()
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            early = chain()
-        captured.replay()
-    torch.cuda.synchronize()
+    early = replayed(chain, graph)
     force(monkeypatch, FORCE["in_turn"])
     assert torch.equal(early, chain())
 
@@ -356,14 +365,8 @@ def test_gradients_of_calls_that_read_each_other(
                 room[(i + 1) % 2].copy_(of_value)
         return room[0], of_mask
 
-    early = chain()
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            early = chain()
-        captured.replay()
-    early = [tensor.float() for tensor in early]
-    torch.cuda.synchronize()
+    # Copies: the next chain writes to the same room.
+    early = [tensor.float().clone() for tensor in replayed(chain, graph)]
     force(monkeypatch, FORCE["in_turn"])
     for got, want in zip(early, chain(), strict=True):
         difference = (got - want.float()).norm() / want.float().norm()
