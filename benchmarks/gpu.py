@@ -209,9 +209,22 @@ def racecheck(session: Session, limit: float) -> Outcome:
     return sanitizer(session, limit, "racecheck", r"RACECHECK SUMMARY: 0 hazards")
 
 
+def official_sources() -> Path | None:
+    return next((f for f in (OFFICIAL, OFFICIAL / "DCNv4_op") if (f / "setup.py").exists()), None)
+
+
+def official_mark(source: Path) -> str:
+    """What the official operator's build depends on: its sources, what builds it, this PyTorch and this GPU."""
+    digest = hashlib.sha256((ROOT / "benchmarks" / "build_official.sh").read_bytes())
+    for file in sorted(file for file in source.rglob("*") if file.is_file()):
+        digest.update(file.read_bytes())
+    torch = query([sys.executable, "-c", "import torch; print(torch.__version__)"])
+    return f"{digest.hexdigest()[:12]} {sys.version.split()[0]} {torch} {gpu_facts()[1]}"
+
+
 def start_official(session: Session) -> None:
-    """The official operator's build, beside the other stages."""
-    source = next((f for f in (OFFICIAL, OFFICIAL / "DCNv4_op") if (f / "setup.py").exists()), None)
+    """The official operator's build, beside the other stages. One that was begun on this machine goes on."""
+    source = official_sources()
     if source is None or session.device != "cuda":
         return
     if session.dry:
@@ -219,7 +232,11 @@ def start_official(session: Session) -> None:
             f"  copy {source.relative_to(ROOT)} to {OFFICIAL_BUILD.relative_to(ROOT)}, build it there in the background"
         )
         return
-    shutil.copytree(source, OFFICIAL_BUILD, dirs_exist_ok=True)
+    mark, wanted = OFFICIAL_BUILD / "built_from", official_mark(source)
+    if not (mark.exists() and mark.read_text(encoding="utf-8") == wanted):
+        shutil.rmtree(OFFICIAL_BUILD, ignore_errors=True)
+        shutil.copytree(source, OFFICIAL_BUILD)
+        mark.write_text(wanted, encoding="utf-8")
     own = OFFICIAL_BUILD / "build.sh"
     command = ["bash", str(own if own.exists() else ROOT / "benchmarks" / "build_official.sh")]
     architecture = gpu_facts()[1] or "90"

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from . import ops as _ops
-from .geometry import MOST, Pair, flag, number, pair
+from .geometry import MOST, Pair, flag, number, pair, whole
 from .native import check_dtype
 
 
@@ -84,8 +84,7 @@ def dcnv4(
     _check_tensor("value", value)
     _check_tensor("offset_mask", offset_mask)
     # What torch's dispatcher would refuse with a RuntimeError of its own.
-    if not isinstance(groups, (int, torch.SymInt)) or isinstance(groups, bool):
-        raise TypeError(f"groups must be an int, got {groups!r}")
+    groups = whole("groups", groups)
     if groups > MOST:
         raise ValueError(f"groups must be at most {MOST}, got {groups}")
     return _ops.forward(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 
@@ -12,6 +12,18 @@ Pair = int | tuple[int, int]
 # What the kernels count with: sizes and positions are 32-bit numbers in csrc/dcnv4.h.
 MOST = 2**31 - 1
 MOST_POINTS = 2**20  # of a kernel, as in csrc/check.h
+
+
+def is_whole(value: object) -> bool:
+    """Whether `value` counts as an int: those of numpy do, True and 2.0 do not."""
+    return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
+
+
+def whole(name: str, value: int) -> int:
+    """`value` as an int, or as the torch.SymInt that it is."""
+    if not is_whole(value):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    return value if isinstance(value, torch.SymInt) else int(value)
 
 
 def pair(name: str, value: Pair, least: int) -> tuple[int, int]:
@@ -23,11 +35,10 @@ def pair(name: str, value: Pair, least: int) -> tuple[int, int]:
         h, w = value
         if type(h) is type(w) is int and least <= h <= MOST and least <= w <= MOST:
             return value
-    both = (
-        (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    )
-    if len(both) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in both):
+    both = (value, value) if is_whole(value) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(both) != 2 or not all(map(is_whole, both)):
         raise TypeError(f"{name} must be an int or an (h, w) pair of ints, got {value!r}")
+    both = int(both[0]), int(both[1])
     if min(both) < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
     if max(both) > MOST:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import dcnv4
-from .geometry import Geometry, Pair, flag, number, pair
+from .geometry import Geometry, Pair, flag, is_whole, number, pair, whole
 from .native import check_dtype
 from .projections import can_join, join
 
@@ -69,15 +69,13 @@ class DCNv4(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
+        if not is_whole(channels) or channels < 1:
             raise ValueError(f"channels must be a positive int, got {channels!r}")
-        groups = default_groups(channels) if groups is None else groups
-        out_channels = channels if out_channels is None else out_channels
-        for name, size in (
-            ("groups", groups), ("out_channels", out_channels), ("dw_kernel_size", dw_kernel_size or 1)
-        ):  # fmt: skip
-            if not isinstance(size, int) or isinstance(size, bool):
-                raise TypeError(f"{name} must be an int, got {size!r}")
+        channels = int(channels)
+        groups = default_groups(channels) if groups is None else whole("groups", groups)
+        out_channels = channels if out_channels is None else whole("out_channels", out_channels)
+        if dw_kernel_size is not None:
+            dw_kernel_size = whole("dw_kernel_size", dw_kernel_size)
         for name, choice in (
             ("center_feature_scale", center_feature_scale), ("remove_center", remove_center), ("output_bias", output_bias),
             ("without_pointwise", without_pointwise), ("softmax", softmax),
@@ -181,7 +179,7 @@ class DCNv4(nn.Module):
             if (
                 not isinstance(shape, (tuple, list))
                 or len(shape) != 2
-                or any(isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)) for size in shape)
+                or not all(map(is_whole, shape))
                 or min(shape) < 1
             ):
                 raise ValueError(f"shape must be two positive ints (H, W), got {shape!r}")
@@ -339,20 +337,20 @@ class DCNv4Conv(nn.Module):
             raise ValueError(
                 f'padding_mode must be "zeros", got {padding_mode!r}: what lies outside the map is zero'
             )
-        if not isinstance(in_channels, int) or isinstance(in_channels, bool) or in_channels < 1:
+        if not is_whole(in_channels) or in_channels < 1:
             raise ValueError(f"in_channels must be a positive int, got {in_channels!r}")
-        if isinstance(groups, int) and groups > 0 and in_channels % groups != 0:
+        if is_whole(groups) and groups > 0 and in_channels % groups != 0:
             raise ValueError(
                 f"in_channels={in_channels} is not divisible by groups={groups}; use a divisor of {in_channels}"
             )
         if padding is None or isinstance(padding, str):
             padding = _padding(padding, kernel_size, stride, dilation)
         flag("bias", bias)
-        self.in_channels, self.out_channels = in_channels, out_channels
         self.dcn = DCNv4(
             in_channels, kernel_size, stride, padding, dilation, groups, output_bias=bias, out_channels=out_channels,
             mask_init=mask_init, **options,
         )  # fmt: skip
+        self.in_channels, self.out_channels = self.dcn.channels, self.dcn.out_channels
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
 from c2f import C2f
-from dcnv4_ext import DCNv4, DCNv4Conv, dcnv4_reference
+from dcnv4_ext import DCNv4, DCNv4Conv, dcnv4, dcnv4_reference
 
 
 def test_parameter_names_and_sizes_are_the_official_ones() -> None:
@@ -103,6 +104,22 @@ def test_conv_wrapper_stands_in_for_conv2d() -> None:
         y = ours(x)
         assert y.shape == conv(x).shape
         assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_ints_of_numpy_are_ints() -> None:
+    """Widths come out of arrays, and nn.Conv2d takes them so."""
+    n = np.int64
+    plain = DCNv4Conv(32, 48, 3, 2, groups=2, dw_kernel_size=3)
+    ours = DCNv4Conv(n(32), n(48), n(3), (n(2), n(2)), groups=n(2), dw_kernel_size=n(3))
+    assert repr(ours) == repr(plain) and type(ours.out_channels) is int
+    ours.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 32, 9, 8)
+    assert torch.equal(ours(x), plain(x))
+    flat = torch.randn(2, 12, 32)
+    assert torch.equal(ours.dcn(flat, shape=(n(3), n(4))), ours.dcn(flat, shape=(3, 4)))
+    value, offset_mask = torch.randn(1, 5, 5, 16), torch.randn(1, 5, 5, 56)
+    there = dcnv4(value, offset_mask, groups=n(2), kernel_size=n(3), padding=(n(1), 1))
+    assert torch.equal(there, dcnv4(value, offset_mask, groups=2))
 
 
 def test_groups_of_32_where_they_divide() -> None:

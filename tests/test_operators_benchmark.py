@@ -456,6 +456,26 @@ def test_networks_are_measured_once_each_and_go_on(gpu, monkeypatch, tmp_path, c
     assert "left out needs packages that are not there: ModuleNotFoundError" in capsys.readouterr().out
 
 
+def test_the_official_operators_build_goes_on(gpu, monkeypatch, tmp_path) -> None:
+    """Another call on the same machine keeps what was compiled; with other sources it begins anew."""
+    source, build = tmp_path / "sources" / "DCNv4_op", tmp_path / "build"
+    source.mkdir(parents=True)
+    (source / "setup.py").write_text("")
+    (source / "build.sh").write_text("cat kernel >> compiled")
+    (source / "kernel").write_text("first ")
+    monkeypatch.setattr(gpu, "OFFICIAL", source.parent)
+    monkeypatch.setattr(gpu, "OFFICIAL_BUILD", build)
+    monkeypatch.setattr(gpu.Session, "run", lambda *_, **__: 0)  # importing it
+
+    def compiled() -> str:
+        assert gpu.main(["--stages", "official"]) == 0
+        return (build / "compiled").read_text()
+
+    assert [compiled(), compiled()] == ["first ", "first first "]
+    (source / "kernel").write_text("second ")
+    assert compiled() == "second "
+
+
 def test_a_stage_that_was_taken_over_keeps_what_it_was_made_with(gpu, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(gpu.Session, "run", lambda *_, **__: 0)
     monkeypatch.setattr(gpu, "why_not", lambda *modules: "a package")
