@@ -118,6 +118,82 @@ def wide_problem(seed: int) -> Problem:
     return Problem(seed, value, offset_mask.flatten(3).to(dtype), grad_output, settings)
 
 
+# Where the official operator (OpenGVLab/DCNv4, commit 4b848f7) ends the process, raises an error or is silently wrong:
+# ((N, H, W, C, G), settings). A number is that of an issue there.
+OFFICIAL_FAILURES: dict[str, tuple[tuple[int, int, int, int, int], dict]] = {
+    # Its blocks straddle two images, and their pixels of the second one are computed from the first.
+    "sd_level_1_batch_3": ((3, 32, 32, 320, 10), {}),
+    "sd_level_2_batch_6": ((6, 16, 16, 640, 20), {}),
+    "sd_level_3_batch_3": ((3, 8, 8, 1280, 40), {}),
+    "sd_level_4_batch_3": ((3, 4, 4, 1280, 40), {}),
+    "odd_map_batch_2": ((2, 7, 7, 1024, 32), {}),
+    "odd_map_batch_8": ((8, 7, 7, 512, 32), {}),
+    "groups_of_16_batch_2": ((2, 28, 28, 128, 8), {}),
+    "groups_of_16_batch_4": ((4, 14, 14, 256, 16), {}),
+    "tiny_map_straddles_images": ((2, 5, 5, 64, 4), {}),
+    "stride_2_straddles_images_batch_16": ((16, 20, 20, 256, 4), dict(stride=2)),
+    "stride_2_straddles_images_batch_3": ((3, 32, 32, 320, 10), dict(stride=2)),
+    "stride_2_straddles_images_wide": ((3, 8, 8, 1280, 40), dict(stride=2)),
+    "stride_2_all_of_image_1": ((2, 10, 10, 64, 4), dict(stride=2)),
+    "backward_straddles_images": ((4, 7, 7, 64, 4), {}),
+    "backward_straddles_images_tiny": ((2, 5, 5, 16, 1), {}),
+    "backward_straddles_images_one_group": ((8, 7, 7, 16, 1), {}),
+    "backward_straddles_images_two_groups": ((8, 7, 7, 32, 2), {}),
+    "backward_straddles_images_13x13": ((8, 13, 13, 32, 2), {}),
+    "backward_straddles_images_13x13_batch_6": ((6, 13, 13, 64, 2), {}),
+    # They do not divide the pixels: an assert ends the process.
+    "no_power_of_two_divides": ((1, 14, 14, 256, 4), {}),
+    "stride_2_14x14": ((1, 14, 14, 256, 4), dict(stride=2)),
+    "stride_2_40x40": ((1, 40, 40, 128, 4), dict(stride=2)),
+    "stride_2_56x56": ((1, 56, 56, 64, 4), dict(stride=2)),
+    "stride_2_56x56_batch_2": ((2, 56, 56, 64, 4), dict(stride=2)),
+    "stride_2_7x7": ((1, 7, 7, 512, 16), dict(stride=2)),
+    "issue_25": ((1, 248, 456, 128, 4), dict(stride=2)),
+    "issue_89": ((1, 336, 580, 64, 4), dict(stride=2)),
+    # More outputs than inputs: it reads and writes past the ends of tensors.
+    "padding_2": ((1, 8, 8, 64, 4), dict(padding=2)),
+    # A block for all channels has too many threads, and the launch fails; so do three entries of its table in fp32.
+    "backward_1280_channels": ((1, 8, 8, 1280, 40), {}),
+    "forward_8224_channels": ((1, 3, 3, 8224, 257), {}),
+    "its_table_7x7": ((64, 7, 7, 192, 6), {}),
+    "its_table_50x80": ((1, 50, 80, 192, 6), {}),
+    "its_table_50x80_wide": ((1, 50, 80, 384, 6), {}),
+    # Backward reads weights that another warp has not written yet.
+    "backward_race_width_48": ((1, 9, 9, 192, 4), {}),
+    "backward_race_width_80": ((1, 9, 9, 320, 4), {}),
+    "backward_race_width_128": ((1, 9, 9, 512, 4), {}),
+    # An assert on the channels of a group, ends of batches, other kernels than 3x3.
+    "width_4_groups": ((1, 6, 6, 20, 5), {}),
+    "width_20_groups": ((2, 10, 10, 100, 5), {}),
+    "batch_past_256": ((257, 3, 3, 16, 1), {}),
+    "issue_20_batch_504": ((504, 3, 3, 16, 1), {}),
+    "kernel_1": ((1, 6, 6, 64, 4), dict(kernel_size=1, padding=0)),
+    "kernel_2": ((1, 6, 6, 64, 4), dict(kernel_size=2)),
+    "kernel_5": ((1, 9, 9, 64, 4), dict(kernel_size=5, padding=2)),
+    "kernel_7": ((1, 9, 9, 64, 4), dict(kernel_size=7, padding=3)),
+}
+
+
+def problem_of(
+    n: int, h: int, w: int, c: int, groups: int, dtype: torch.dtype, spread: float = 3, **settings
+) -> Problem:
+    """A problem of a given shape, 3x3 unless `settings` say otherwise; offsets up to `spread` pixels."""
+    generator = torch.Generator().manual_seed(n * h * w + c)
+    keys = dict(kernel_size=3, stride=1, padding=1, dilation=1, remove_center=False)
+    geometry = Geometry.of(*(settings.get(key, default) for key, default in keys.items()))
+    ho, wo = geometry.output_size(h, w)
+    k = geometry.taps
+    offset_mask = torch.randn(n, ho, wo, groups, 3 * k, generator=generator)
+    offset_mask[..., : 2 * k] = between_cells((n, ho, wo, groups, 2 * k), generator, spread)
+    return Problem(
+        0,
+        torch.randn(n, h, w, c, generator=generator).to(dtype),
+        offset_mask.flatten(3).to(dtype),
+        torch.randn(n, ho, wo, c, generator=generator).to(dtype),
+        dict(groups=groups, **settings),
+    )
+
+
 def solve(operator, problem: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(output, gradient of value, gradient of offset_mask) of an operator on a problem, in `dtype` or the problem's own."""
     value = problem.value.to(dtype or problem.value.dtype).detach().requires_grad_()

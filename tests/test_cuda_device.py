@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from dcnv4_ext import DCNv4, dcnv4, module, native
-from dcnv4_ext.geometry import Geometry
 from emulation.library import FORCE
-from problems import DTYPES, Problem, between_cells, mismatches, random_problem, solve
-from test_operator import OFFICIAL_FAILURES
+from problems import DTYPES, OFFICIAL_FAILURES, Problem, mismatches, problem_of, random_problem, solve
 
 PROBLEMS = int(os.environ.get("DCNV4_PROBLEMS", "500"))
 GIBIBYTE = 2**30
@@ -55,26 +53,6 @@ def on_gpu(problem: Problem) -> Problem:
 
 def solve_on_gpu(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(tensor.cpu() for tensor in solve(dcnv4, on_gpu(problem)))
-
-
-def problem_of(
-    n: int, h: int, w: int, c: int, groups: int, dtype: torch.dtype, spread: float = 3, **settings
-) -> Problem:
-    """A problem of a given shape, 3x3 unless `settings` say otherwise; offsets up to `spread` pixels."""
-    generator = torch.Generator().manual_seed(n * h * w + c)
-    keys = dict(kernel_size=3, stride=1, padding=1, dilation=1, remove_center=False)
-    geometry = Geometry.of(*(settings.get(key, default) for key, default in keys.items()))
-    ho, wo = geometry.output_size(h, w)
-    k = geometry.taps
-    offset_mask = torch.randn(n, ho, wo, groups, 3 * k, generator=generator)
-    offset_mask[..., : 2 * k] = between_cells((n, ho, wo, groups, 2 * k), generator, spread)
-    return Problem(
-        0,
-        torch.randn(n, h, w, c, generator=generator).to(dtype),
-        offset_mask.flatten(3).to(dtype),
-        torch.randn(n, ho, wo, c, generator=generator).to(dtype),
-        dict(groups=groups, **settings),
-    )
 
 
 def force(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
@@ -118,8 +96,8 @@ def test_forced_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", OFFICIAL_FAILURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_where_the_official_operator_fails(name: str, dtype: torch.dtype) -> None:
-    n, h, w, c, g = OFFICIAL_FAILURES[name]
-    problem = problem_of(n, h, w, c, g, dtype)
+    shape, settings = OFFICIAL_FAILURES[name]
+    problem = problem_of(*shape, dtype, **settings)
     found = mismatches(problem, solve_on_gpu(problem))
     assert not found, "\n".join(found)
 

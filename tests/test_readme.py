@@ -133,6 +133,39 @@ def test_what_is_said_of_the_operators_speed_is_in_the_json(readme: ModuleType) 
         assert f"{statistics.median(costs):.1f} times its forward in {name}" in text, costs
 
 
+def test_what_is_said_of_avx2_is_in_the_json(readme: ModuleType) -> None:
+    content = json.loads((readme.RESULTS / "operators_cpu_avx2.json").read_text(encoding="utf-8"))
+    assert content["environment"]["cpu"].endswith("(AVX2)") and content["environment"]["threads"] == 2
+    times: dict[tuple[str, str], dict[str, dict]] = {}
+    for r in content["measurements"]:
+        times.setdefault((r["dtype"], r["direction"]), {})[r["shape"]] = r
+    assert all(
+        r["times"]["dcnv4"]["median"] == min(t["median"] for t in r["times"].values())
+        for r in content["measurements"]
+    )
+    means = [
+        statistics.geometric_mean(
+            readme.times_as_long(r, "depthwise_onednn") for r in times["float32", direction].values()
+        )
+        for direction in ("forward", "backward")
+    ]
+    costs = {
+        dtype: [
+            times[dtype, "backward"][shape]["times"]["dcnv4"]["median"] / r["times"]["dcnv4"]["median"]
+            for shape, r in times[dtype, "forward"].items()
+        ]
+        for dtype in ("float32", "bfloat16")
+    }
+    text = " ".join(EVIDENCE.split())
+    assert (
+        "ahead in every row, in fp32 by {:.2f} forward and {:.2f} backward in geometric mean".format(*means)
+        in text
+    )
+    said = "Backward takes {:.1f} times its forward in fp32 and {:.1f} times in bf16 (medians over the rows; from {:.1f} to {:.1f})"
+    both = [cost for of in costs.values() for cost in of]
+    assert said.format(*map(statistics.median, costs.values()), min(both), max(both)) in text
+
+
 def test_what_is_said_of_the_operator_on_a_gpu_is_in_the_json(readme: ModuleType) -> None:
     """Ahead of which peers in how many rows, where the official operator fails, how far from the floor."""
     content = json.loads((readme.RESULTS / "operators_nvidia_h200.json").read_text(encoding="utf-8"))
@@ -314,6 +347,21 @@ def test_the_operators_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(got), names["layer"](x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_code_for_those_who_come_from_the_official_package_runs() -> None:
+    text = (ROOT / "docs" / "official.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", text, re.MULTILINE)
+    names: dict = {}
+    lines = textwrap.dedent(block).splitlines()
+    by_position = next(i for i, line in enumerate(lines) if line.startswith("layer = "))
+    exec(compile("\n".join(lines[: by_position + 1]), "official.md", "exec"), names)
+    first = names["layer"]
+    exec(compile(textwrap.dedent(block), "official.md", "exec"), names)
+    assert repr(names["layer"]) == repr(first) and names["y"].shape == (2, 14, 14, 128)
+    trained = names["DCNv4"](64, groups=4).state_dict()
+    with pytest.raises(RuntimeError, match="size mismatch for offset_mask"):
+        names["DCNv4"](64).load_state_dict(trained)
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
