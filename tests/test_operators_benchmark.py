@@ -420,6 +420,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "LOGS", tmp_path / "logs")
     monkeypatch.setattr(module, "STORED", tmp_path / "stored")
+    monkeypatch.setattr(module, "OFFICIAL", tmp_path / "peers")  # a developer's tree may have sources there
     monkeypatch.setattr(module, "gpu_facts", lambda: ("NVIDIA Imagined 1", "90"))
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     return module
