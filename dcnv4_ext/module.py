@@ -27,7 +27,8 @@ class DCNv4(nn.Module):
 
     value = value_proj(x); offset_mask = offset_mask(offset_mask_dw(x)); output = output_proj(dcnv4(value, offset_mask)).
     Parameter names and layouts are those of the official module, so that its state dicts load. In eager training on a
-    GPU the first two projections are one matrix product (projections.py).
+    GPU the first two projections are one matrix product (projections.py). A tap whose position is not finite counts nothing, as
+    of one outside the map: where all of the input is NaN the output is not.
 
     Args:
         channels: C of the input and of the value map.
@@ -190,7 +191,9 @@ class DCNv4(nn.Module):
             x = x.unflatten(1, (shape[0], shape[1]))
         elif x.dim() != 4:
             raise ValueError(f"expected (N, H, W, C) or (N, L, C), got shape {tuple(x.shape)}")
-        elif shape is not None and tuple(shape) != tuple(x.shape[1:3]):
+        elif shape is not None and not (
+            isinstance(shape, (tuple, list)) and tuple(shape) == tuple(x.shape[1:3])
+        ):
             raise ValueError(f"shape={shape!r} is not the (H, W) of x, which has shape {tuple(x.shape)}")
         if x.shape[-1] != self.channels:
             raise ValueError(
@@ -346,8 +349,11 @@ class DCNv4Conv(nn.Module):
         if padding is None or isinstance(padding, str):
             padding = _padding(padding, kernel_size, stride, dilation)
         flag("bias", bias)
+        if "output_bias" in options:
+            raise TypeError("DCNv4Conv has bias in place of output_bias, as nn.Conv2d")
         self.dcn = DCNv4(
-            in_channels, kernel_size, stride, padding, dilation, groups, output_bias=bias, out_channels=out_channels,
+            in_channels, kernel_size, stride, padding, dilation, groups, output_bias=bias,
+            out_channels=whole("out_channels", out_channels),
             mask_init=mask_init, **options,
         )  # fmt: skip
         self.in_channels, self.out_channels = self.dcn.channels, self.dcn.out_channels

@@ -26,6 +26,7 @@ from ldm_dcn.data import rank_in_class, split_indices
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.export import load_model
 from ldm_dcn.model import Model
+from ldm_dcn.places import check_file_place
 
 from .columns import in_columns
 from .environment import environment
@@ -162,7 +163,7 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
     device = processes.device or device
     if not inputs and save_statistics is None:
         raise UserError("there is nothing to score; give a run, a folder of images or an npz file")
-    for option, value, least in (("--num", num, FEWEST), ("--batch-size", batch_size, 1)):
+    for option, value, least in (("--samples", num, FEWEST), ("--batch-size", batch_size, 1)):
         if value is not None and value < least:
             raise UserError(f"{option} is {value}, too few; give at least {least}")
 
@@ -421,9 +422,17 @@ def _parser() -> Parser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = vars(_parser().parse_args(arguments))
-    json_file = options.pop("json")
+    run = next((path for path in options["inputs"] if is_run(path) and os.path.isdir(path)), None)
+    json_file = options.pop("json") or (Path(run, "fid.json") if run else None)
     with exit_on_user_error(), joined_processes() as processes:
         try:
+            if processes.is_first:  # before hours of drawing
+                for option, place in (
+                    ("--json", json_file),
+                    ("--save-statistics", options["save_statistics"]),
+                ):
+                    if place:
+                        check_file_place(Path(place), f"choose another place with {option}")
             table = evaluate(**options, processes=processes)
         except UserError:
             if processes.is_first:
@@ -438,9 +447,8 @@ def main(arguments: list[str] | None = None) -> None:
         if not table.columns:
             return
         print(table)
-        run = next((path for path in options["inputs"] if is_run(path) and os.path.isdir(path)), None)
-        if json_file or run:
-            write_json(table, json_file or Path(run, "fid.json"))
+        if json_file:
+            write_json(table, json_file)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from .model import Model
 from .places import check_folder_place
 from .sampling import published_scheduler
 from .swap import swap_table, swapped_sites
-from .unet import load_unet
+from .unet import load_verified_unet
 
 FORMAT = 2
 EXPORT = "export"
@@ -215,7 +215,7 @@ def load_model(
     """
     export = read_export(path)
     folder, embedding, run = export.folder, export.embedding, export.run
-    unet = load_unet(folder / "unet")
+    unet = load_verified_unet(folder / "unet")
     check_widths(export, unet)
     denoiser = Denoiser(unet, 0 if embedding is None else len(embedding) - 1, export.empty_tokens)
     if embedding is not None:

@@ -95,10 +95,10 @@ def discard(folder: Path) -> None:
     remove(doomed)
 
 
-def verify(folder: Path, but: str | None = None) -> None:
+def verify(folder: Path, but: str | None = None, below: str = "") -> None:
     """Raise `Damaged`, naming the file and what is wrong, unless `folder` is what its manifest says.
 
-    The file `but` may be another, or not there.
+    The file `but` may be another, or not there; with `below` only files whose names begin so are looked at.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -110,7 +110,7 @@ def verify(folder: Path, but: str | None = None) -> None:
         files = {
             str(name): (int(entry["size"]), str(entry["sha256"]))
             for name, entry in manifest["files"].items()
-            if name != but
+            if name != but and name.startswith(below)
         }
     except FileNotFoundError:
         raise Damaged(f"{folder} is incomplete: it has no {MANIFEST}") from None

@@ -29,6 +29,7 @@ from .latents import Latents, condition_of, open_latents
 from .launch import start_accelerator
 from .metrics import MetricsLog, check_trackers
 from .parallel import check_sharding, shard
+from .places import check_folder_place
 from .pretrained import Pretrained, check_pretrained, check_text, load_pretrained, read_class_embedding
 from .provenance import provenance
 from .run import ARITHMETIC, Run, Score, State
@@ -119,6 +120,7 @@ def _find_checkpoint(config: Config, accelerator: Accelerator) -> Path | None:
     if accelerator.is_main_process:
         run_folder.check_names(config.folder)
         root = config.folder / "checkpoints"
+        check_folder_place(root, "mend its permissions, or choose another run.dir")
         checkpoint.sweep(root)
         recover(config.folder / export.EXPORT)
         found = checkpoint.newest(root, lambda line: tqdm.write(line, file=sys.stderr))

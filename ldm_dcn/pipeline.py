@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from PIL import Image
 
+from dcnv4_ext.geometry import is_whole
+
 from .device import choose_device
 from .errors import UserError
 from .export import load_model
 from .model import Model
 from .pictures import to_pil
-from .sampling import check_labels, generate, is_whole
+from .sampling import check_labels, generate
 from .swap import nearest
 
 MOST = 10**6  # images of one call, which lie in memory together

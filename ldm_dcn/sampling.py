@@ -11,7 +11,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     SchedulerMixin,
 )
+
+from dcnv4_ext.geometry import is_whole
 
 from . import randomness
 from .autoencoder import to_uint8
@@ -199,6 +201,7 @@ def generate(
     check_steps(steps, model.schedule)
     if not is_whole(batch_size) or batch_size < 1:
         raise UserError(f"batch size {batch_size!r}: draw at least one image at once, a whole number")
+    batch_size = int(batch_size)
     if progress is not None and not callable(progress):
         raise UserError(
             f"progress {progress!r} cannot be called; give a function of the number of images made"
@@ -267,19 +270,15 @@ def check_steps(steps: int, schedule: Schedule) -> None:
         )
 
 
-def is_whole(value: object) -> bool:
-    """Whether `value` is a whole number, of Python or numpy; True and False are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def whole_numbers(values: Iterable[int] | torch.Tensor, what: str) -> torch.Tensor:
     """`values` as (N,) int64 on the CPU. Raises `UserError`, naming the first that is no whole number; `what` one of them is."""
-    if isinstance(values, torch.Tensor):
+    if hasattr(values, "tolist"):  # tensors and arrays
         values = values.tolist()
+    values = [values] if is_whole(values) else values
     if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable):
         raise UserError(f"{what}s are {values!r}; give whole numbers in a list, such as [3, 7]")
     values = list(values)

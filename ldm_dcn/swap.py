@@ -31,6 +31,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from numbers import Real
 from types import NoneType
 from typing import Any, TypeAlias
 
@@ -46,6 +47,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from dcnv4_ext import DCNv4Conv
+from dcnv4_ext.geometry import flag, is_whole, number, whole
 from ldm_dcn.errors import UserError
 from ldm_dcn.layers import DCNv4Mixer, announce_shape, drop_shape
 
@@ -61,9 +63,21 @@ DEFAULT_MASK_INIT = {"resnet": "uniform", "resample": "uniform", "self_attention
 Places: TypeAlias = list[tuple[str, nn.Module]]  # (name in the network, module)
 
 
+# By the annotation of a site's field: what makes a value one of that type, or raises.
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "int": whole,
+    "int | None": whole,
+    "float": number,
+    "bool": flag,
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Site:
-    """One module of a U-Net, and the DCNv4 that shall stand there. `to_json` and `from_json` round-trip."""
+    """One module of a U-Net, and the DCNv4 that shall stand there. `to_json` and `from_json` round-trip.
+
+    Numbers of numpy become Python's, which JSON can hold; TypeError or ValueError for what is none, or no kind of site.
+    """
 
     name: str  # of the module replaced, as in `unet.get_submodule(name)`
     kind: str  # "resnet", "self_attention" or "resample"
@@ -82,6 +96,14 @@ class Site:
     parameters_before: int = 0
     parameters_after: int = 0
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in _CHECKS and not (value is None and field.default is None):
+                object.__setattr__(self, field.name, _CHECKS[field.type](field.name, value))
+        if self.kind not in FINDERS:
+            raise ValueError(f"kind must be one of {', '.join(FINDERS)}, got {self.kind!r}")
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object without the fields that have their default."""
         return {
@@ -95,7 +117,7 @@ class Site:
         """Read what `to_json` wrote. Raises `UserError` on a field that is unknown or missing."""
         try:
             return cls(**fields)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise UserError(f"not a swap site: {fields} ({error})") from None
 
     def __str__(self) -> str:
@@ -216,16 +238,16 @@ def plan_swap(
             f"cannot swap in a {type(unet).__name__}; give the UNet2DConditionModel or UNet2DModel itself, "
             "before it is compiled or wrapped"
         )
-    if type(group_channels) is not int or group_channels < 1:
+    if not is_whole(group_channels) or group_channels < 1:
         raise UserError(f"group_channels={group_channels!r}; give the number of channels a group, such as 32")
-    if type(kernel_size) is not int or kernel_size < 1 or kernel_size % 2 == 0:
+    if not is_whole(kernel_size) or kernel_size < 1 or kernel_size % 2 == 0:
         raise UserError(f"kernel_size={kernel_size!r}; give an odd number, so that the map keeps its size")
     for option, value in (("softmax", softmax), ("remove_center", remove_center)):
         if type(value) is not bool:
             raise UserError(f"{option}={value!r}; give true or false")
-    if type(offset_scale) not in (int, float) or not math.isfinite(offset_scale):
+    if not isinstance(offset_scale, Real) or type(offset_scale) is bool or not math.isfinite(offset_scale):
         raise UserError(f"offset_scale={offset_scale!r}; give a finite number, such as 1.0")
-    if dw_kernel_size is not None and type(dw_kernel_size) is not int:
+    if dw_kernel_size is not None and not is_whole(dw_kernel_size):
         raise UserError(f"dw_kernel_size={dw_kernel_size!r}; give an odd number, or null for none")
     starts = _mask_starts(mask_init)
     found = {kind: finder(unet) for kind, finder in FINDERS.items()}
@@ -237,14 +259,14 @@ def plan_swap(
     chosen = _filter({kind: found[kind] for kind in kinds}, include, exclude)
 
     options = {
-        "kernel_size": kernel_size,
+        "kernel_size": int(kernel_size),
         "dw_kernel_size": dw_kernel_size,
         "softmax": softmax,
-        "offset_scale": offset_scale,
+        "offset_scale": float(offset_scale),
         "remove_center": remove_center,
     }
     return [
-        _site(name, kind, module, group_channels, {**options, "mask_init": starts[kind]})
+        _site(name, kind, module, int(group_channels), {**options, "mask_init": starts[kind]})
         for kind in kinds
         for name, module in chosen[kind]
     ]
@@ -371,6 +393,11 @@ def apply_swap(unet: nn.Module, plan: Sequence[Site]) -> nn.Module:
     generator. The plan joins `unet.config`, and `unet` becomes a `DCNUNet2DConditionModel` or
     `DCNUNet2DModel`. A plan that does not fit raises `UserError` before anything is changed.
     """
+    if not isinstance(plan, (list, tuple)) or not all(isinstance(site, Site) for site in plan):
+        raise UserError(f"plan={plan!r:.60}; give the list of sites that plan_swap returns")
+    names = [site.name for site in plan]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"the plan names {twice[0]} twice; leave one of the two out")
     layers = [_fitted_layer(unet, site) for site in plan]
     for site, layer in zip(plan, layers, strict=True):
         old = unet.get_submodule(site.name)
@@ -396,9 +423,10 @@ def _fitted_layer(unet: nn.Module, site: Site) -> nn.Module:
     except AttributeError:
         raise UserError(f"{misfit}: it has no {site.name}; plan the swap on this network") from None
     if isinstance(old, Attention):
-        widths = (old.query_dim, old.out_dim)
+        widths, stride, margin = (old.query_dim, old.out_dim), 1, 0
     elif isinstance(old, nn.Conv2d):
-        widths = (old.in_channels, old.out_channels)
+        widths, stride = (old.in_channels, old.out_channels), old.stride[0]
+        margin = _margin(old.kernel_size[0], old.padding[0], old.dilation[0])
     else:
         what = f"{site.name} is a {type(old).__name__}, neither convolution nor attention"
         raise UserError(f"{misfit}: {what}; it may be swapped already")
@@ -406,10 +434,18 @@ def _fitted_layer(unet: nn.Module, site: Site) -> nn.Module:
         what = f"{site.name} maps {widths[0]} to {widths[1]} channels"
         planned = f"not {site.channels} to {site.out_channels}"
         raise UserError(f"{misfit}: {what}, {planned}; plan the swap on this network")
+    if (site.stride, _margin(site.kernel_size, site.padding, site.dilation)) != (stride, margin):
+        what = f"stride, padding and dilation of {site.name} would change the size of its map"
+        raise UserError(f"{misfit}: {what}; plan the swap on this network")
     like = next(old.parameters())
     with torch.device(like.device):
         layer = _layer(site, old)
     return layer.to(like.dtype).train(old.training)
+
+
+def _margin(kernel_size: int, padding: int, dilation: int) -> int:
+    """Pixels that a map loses with such a kernel, stride aside."""
+    return dilation * (kernel_size - 1) - 2 * padding
 
 
 _OPTIONS = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -17,13 +18,13 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ldm_dcn.errors import UserError
+from ldm_dcn.errors import UserError, explain
 from ldm_dcn.files import only_variant
-from ldm_dcn.hub import HUB_ID, Unavailable, from_hub_or_cache
+from ldm_dcn.folders import MANIFEST, Damaged, verify
+from ldm_dcn.hub import HUB_ID, from_hub_or_cache
 from ldm_dcn.swap import DCNUNet2DConditionModel, DCNUNet2DModel, apply_swap, nearest, plan_swap
 
 # Stable Diffusion 1.x, as its differences from `UNet2DConditionModel`'s defaults.
@@ -158,13 +159,38 @@ def load_unet(
         dtype: of the parameters; None takes torch's default.
 
     Raises:
-        UserError: no such folder or hub id, no weights, a file that is damaged or does not fit the config.
+        UserError: no such folder or hub id, no weights, a file that is damaged or does not fit the config. What lies in an
+            export must be what its manifest says.
     """
+    if not isinstance(folder_or_hub_id, (str, os.PathLike)):
+        raise UserError(f"{folder_or_hub_id!r} is no folder or hub id; give a path, or owner/name")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise UserError(f"dtype={dtype!r}; give a torch.dtype, such as torch.float16")
+    here = Path(folder_or_hub_id, subfolder or "")
+    try:
+        in_export = here.is_dir() and (here.parent / MANIFEST).is_file()
+    except OSError as error:  # not to be read, too long a name
+        raise UserError(f"cannot load a U-Net from {explain(error)}") from None
+    if in_export:
+        try:
+            verify(here.parent, below=f"{here.resolve().name}/")
+        except Damaged as error:
+            raise Damaged(f"{error}; copy or download it again") from None
+    return load_verified_unet(folder_or_hub_id, subfolder, dtype)
+
+
+def load_verified_unet(
+    folder_or_hub_id: str | Path, subfolder: str | None = None, dtype: torch.dtype | None = None
+) -> UNet2DConditionModel | UNet2DModel:
+    """`load_unet` of what has been compared with its manifest, or has none."""
     source, here = str(folder_or_hub_id), Path(folder_or_hub_id, subfolder or "")
-    local = Path(source).exists()
-    if local:
-        _check_folder(here)
-    elif not HUB_ID.fullmatch(source):
+    try:
+        local = Path(source).exists()
+        if local:
+            _check_folder(here)
+    except OSError as error:
+        raise UserError(f"cannot load a U-Net from {explain(error)}") from None
+    if not local and not HUB_ID.fullmatch(source):
         raise UserError(f"no such folder: {source}")
 
     def load(local_only: bool) -> tuple[nn.Module, dict[str, Any]]:
@@ -185,7 +211,11 @@ def load_unet(
 
     try:
         unet, info = load(True) if local else from_hub_or_cache(source, load)
-    except (Unavailable, OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except (
+        Exception
+    ) as error:  # diffusers checks little: a bad value in config.json may surface as any kind of error
         hint = "" if local else " (no such folder here, and not to be had from the hub)"
         raise UserError(f"cannot load a U-Net from {here}{hint}: {_one_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -220,7 +250,7 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{folder} holds no config.json; give a folder that unet.save_pretrained wrote")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged: {_one_line(error)}; save the U-Net again") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} is damaged: it holds no JSON object; save the U-Net again")

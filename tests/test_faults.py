@@ -3,6 +3,7 @@ none."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import multiprocessing
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -35,6 +37,7 @@ from ldm_dcn.run import Run
 from ldm_dcn.run_folder import run_lock
 from ldm_dcn.signals import StopSignals
 from ldm_dcn.trainer import NonFinite, train
+from ldm_dcn.unet import load_unet
 from tiny import ROOT, environment, start, tiny_config, write_config
 
 LONG = ("train.steps=400", "train.save_every=5", "train.keep_checkpoints=3")
@@ -535,6 +538,28 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     assert train(config) == 0
 
 
+def test_checkpoints_that_cannot_be_written_are_seen_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path)
+    folder, real = config.folder / "checkpoints", tempfile.TemporaryFile
+    folder.mkdir(parents=True)
+
+    def denied(dir: Path) -> object:  # permissions do not bind root, as whom tests may run
+        if Path(dir) == folder:
+            raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+        return real(dir=dir)
+
+    monkeypatch.setattr("ldm_dcn.places.tempfile.TemporaryFile", denied)
+    with pytest.raises(
+        UserError, match=r"checkpoints cannot be written: .*Permission denied; mend its permissions"
+    ):
+        train(config)
+    assert not (config.folder / "metrics.jsonl").exists()
+    monkeypatch.undo()
+    assert train(config) == 0
+
+
 # -------------------------------------------------------------------------------------- folders that are none
 
 
@@ -626,6 +651,11 @@ def test_a_damaged_export_is_refused_by_name(
         (copy / file).write_bytes(data)
     with pytest.raises(UserError, match=expected):
         load_model(copy)
+    if file.startswith("unet/"):
+        with pytest.raises(UserError, match=expected + ".*copy or download it again"):
+            load_unet(copy, subfolder="unet")
+    elif "manifest" not in file:
+        load_unet(copy, subfolder="unet")  # of the U-Net nothing was changed
 
 
 def test_without_its_manifest_an_export_is_still_checked(export: Path, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_inputs_that_cannot_be_scored_are_refused(tmp_path, digits):
         with pytest.raises(UserError, match=reason) as caught:
             fid.evaluate([path], progress=False)
         assert Path(path).name in str(caught.value) and "\n" not in str(caught.value)
-    for settings, reason in (({"num": 8}, "--num is 8"), ({"batch_size": 0}, "--batch-size is 0")):
+    for settings, reason in (({"num": 8}, "--samples is 8"), ({"batch_size": 0}, "--batch-size is 0")):
         with pytest.raises(UserError, match=reason):
             fid.evaluate([str(tmp_path / "run")], progress=False, **settings)
     with pytest.raises(UserError, match="nothing to score"):
@@ -574,3 +574,17 @@ def test_written_npz_is_read_as_adm_reads(tmp_path, digits):
     with pytest.raises(RuntimeError), AdmNpzWriter(tmp_path / "broken.npz", 20, 32, 32):
         raise RuntimeError("stopped")
     assert not list(tmp_path.glob("broken*"))
+
+
+@pytest.mark.parametrize("option", ["--json", "--save-statistics"])
+def test_a_place_that_cannot_be_written_is_seen_before_anything_is_drawn(
+    export, tmp_path, capsys, monkeypatch, option
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(fid, "evaluate", lambda *_, **__: pytest.fail("something was drawn"))
+    with pytest.raises(SystemExit) as ended:
+        fid.main([str(export), option, str(tmp_path / "file" / "scores.json")])
+    text = capsys.readouterr().err
+    assert (
+        ended.value.code == 2 and f"choose another place with {option}" in text and "file/scores.json" in text
+    )

@@ -56,9 +56,10 @@ def test_labels_are_whole_numbers_in_any_row(draw: LatentDiffusion, labels: Any)
     assert pixels(draw, labels=labels) == pixels(draw, labels=[3, 7])
 
 
-@pytest.mark.parametrize("label", [3, np.int64(3), torch.tensor(3)])
+@pytest.mark.parametrize("label", [3, np.int64(3), np.array(3), torch.tensor(3)])
 def test_one_label_needs_no_list(draw: LatentDiffusion, label: Any) -> None:
     assert pixels(draw, labels=label) == pixels(draw, labels=[3])
+    assert pixels(draw, labels=label, batch_size=np.int64(4)) == pixels(draw, labels=[3])
 
 
 def test_one_prompt_is_not_a_list_of_letters(draw_text: LatentDiffusion) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
@@ -22,6 +23,7 @@ from ldm_dcn import (
     Site,
     apply_swap,
     build_unet,
+    load_unet,
     plan_swap,
     swap_table,
 )
@@ -260,6 +262,52 @@ def test_a_plan_that_does_not_fit_leaves_the_network_alone():
     with pytest.raises(UserError, match=r"it has no down_blocks\.1"):
         apply_swap(shallow, plan)
     assert set(wider.state_dict()) == keys and type(wider) is UNet2DConditionModel
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
+    """What JSON cannot hold would stop diffusers in the middle of config.json, over a good one."""
+    plan = plan_swap(
+        conditional(),
+        "resnet",
+        np.int64(8),
+        kernel_size=np.int64(3),
+        dw_kernel_size=np.int64(3),
+        offset_scale=np.float32(2),
+    )
+    assert plan == plan_swap(conditional(), "resnet", 8, dw_kernel_size=3, offset_scale=2.0)
+    other = dataclasses.replace(plan[0], groups=np.int64(2), offset_scale=np.float32(0.5))
+    assert type(other.groups) is int and type(other.offset_scale) is float
+    unet = apply_swap(conditional(), [other, *plan[1:]])
+    unet.save_pretrained(tmp_path)
+    assert swapped_sites(load_unet(tmp_path)) == [other, *plan[1:]]
+    for wrong in (dict(groups=2.0), dict(softmax=1), dict(kind="zzz"), dict(parameters_before="many")):
+        with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
+            dataclasses.replace(plan[0], **wrong)
+        with pytest.raises(UserError, match=r"not a swap site.*" + next(iter(wrong))):
+            Site.from_json({**plan[0].to_json(), **wrong})
+
+
+def test_a_plan_is_a_list_of_sites_each_once_that_keep_the_maps():
+    plan = plan_swap(conditional(), ALL)
+    wrong = {
+        "give the list of sites that plan_swap returns": (None, "resnet", [site.to_json() for site in plan]),
+        f"names {plan[0].name} twice": ([*plan, plan[0]],),
+        "would change the size of its map": (
+            [dataclasses.replace(plan[0], stride=2)],
+            [dataclasses.replace(plan[0], padding=0)],
+            [dataclasses.replace(next(site for site in plan if site.kind == "self_attention"), dilation=2)],
+            [dataclasses.replace(next(site for site in plan if "downsamplers" in site.name), stride=1)],
+        ),
+    }
+    unet = conditional()
+    keys = set(unet.state_dict())
+    for text, plans in wrong.items():
+        for given in plans:
+            with pytest.raises(UserError, match=text):
+                apply_swap(unet, given)
+    assert set(unet.state_dict()) == keys and type(unet) is UNet2DConditionModel
+    # A wider reach that keeps the size is a choice.
+    apply_swap(unet, [dataclasses.replace(plan[0], dilation=2, padding=2)])
 
 
 def test_swaps_add_up_and_none_is_done_twice():

@@ -385,3 +385,24 @@ def test_a_single_file_is_told_how_to_become_a_folder(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(UserError, match=r"is a single file; give a folder.*from_single_file\('v1-5-pruned"):
         load_pretrained_unet(file)
+
+
+def test_what_is_no_place_or_type_is_refused(tmp_path):
+    for place, text in (
+        (None, "is no folder or hub id"),
+        (3, "is no folder or hub id"),
+        ("x" * 300, "too long"),
+    ):
+        with pytest.raises(UserError, match=text):
+            load_unet(place)
+    with pytest.raises(UserError, match=r"give a torch\.dtype, such as torch\.float16"):
+        load_unet(tmp_path, dtype="float16")
+    build_unet(TINY).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for damaged, text in (
+        ("[" * 100_000, "config.json is damaged"),
+        (json.dumps({**config, "down_block_types": [1, 2]}), "cannot load a U-Net from"),
+    ):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(UserError, match=text):
+            load_unet(tmp_path)
