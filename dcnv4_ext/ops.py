@@ -456,15 +456,16 @@ def _fold(name: str, tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return tensor.flatten(0, 1)
 
 
+def _images(tensor: Tensor, dim: int | None) -> int:
+    """N of one of the mapped calls, which does not follow from the folded batch where there are none of them."""
+    return tensor.shape[1 if dim == 0 else 0]
+
+
 @torch.library.register_vmap("dcnv4_ext::forward", lib=_library)
 def _forward_vmap(info, dims, value, offset_mask, *settings):
     size = info.batch_size
-    value, offset_mask = (
-        _fold("value", value, dims[0], size),
-        _fold("offset_mask", offset_mask, dims[1], size),
-    )
-    output = forward(value, offset_mask, *settings)
-    return output.unflatten(0, (size, -1)), 0
+    folded = _fold("value", value, dims[0], size), _fold("offset_mask", offset_mask, dims[1], size)
+    return forward(*folded, *settings).unflatten(0, (size, _images(value, dims[0]))), 0
 
 
 @torch.library.register_vmap("dcnv4_ext::backward", lib=_library)
@@ -474,8 +475,8 @@ def _backward_vmap(info, dims, value, offset_mask, grad_output, *settings):
     folded = [_fold(*named, dim, size) for named, dim in zip(tensors.items(), dims, strict=False)]
     gradients = backward(*folded, *settings)
     # A gradient nobody needs is an empty tensor and has no batch to unfold.
-    needed = settings[-1]
-    unfolded = tuple(g.unflatten(0, (size, -1)) if n else g for g, n in zip(gradients, needed, strict=True))
+    needed, batch = settings[-1], (size, _images(value, dims[0]))
+    unfolded = tuple(g.unflatten(0, batch) if n else g for g, n in zip(gradients, needed, strict=True))
     return unfolded, tuple(0 if n else None for n in needed)
 
 

@@ -324,6 +324,10 @@ def _find(path: str | Path) -> Path:
                 return old
             if (folder / EXPORT / INDEX).exists():
                 return folder / EXPORT
+            if (folder / EXPORT).is_dir():
+                raise UserError(
+                    f"{folder / EXPORT} is not a whole export: it has no {INDEX}; export it again"
+                )
             raise UserError(
                 f"the run {folder} has not saved a model yet; it writes {folder / EXPORT} at its first save"
             )

@@ -585,6 +585,8 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     assert "is a file" in refusal(tmp_path / "file")
     (tmp_path / "config.yaml").write_text("")
     assert "has not saved a model yet" in refusal(tmp_path)
+    (tmp_path / "export").mkdir()
+    assert "is not a whole export: it has no model_index.json" in refusal(tmp_path)
 
 
 def test_a_hub_id_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -217,6 +217,18 @@ def test_vmap_folds_into_the_batch(dims: tuple[int | None, int | None]) -> None:
     torch.testing.assert_close(got, torch.stack(expected))
 
 
+def test_vmap_over_nothing_gives_nothing() -> None:
+    value, offset_mask = torch.randn(0, 2, 4, 5, 32), torch.randn(0, 2, 4, 5, 56)
+    got = torch.func.vmap(lambda v, a: dcnv4(v, a, groups=2, stride=2))(value, offset_mask[:, :, :2, :3])
+    assert got.shape == (0, 2, 2, 3, 32)
+
+    def loss(v: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return dcnv4(v, a, groups=2).sum()
+
+    gradients = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)))(value, offset_mask)
+    assert [gradient.shape for gradient in gradients] == [value.shape, offset_mask.shape]
+
+
 def test_per_sample_gradients() -> None:
     """torch.func.grad under vmap: one gradient a sample."""
     value, offset_mask = inputs(n=3)
