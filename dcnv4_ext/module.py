@@ -28,7 +28,7 @@ class DCNv4(nn.Module):
     value = value_proj(x); offset_mask = offset_mask(offset_mask_dw(x)); output = output_proj(dcnv4(value, offset_mask)).
     Parameter names and layouts are those of the official module, so that its state dicts load. In eager training on a
     GPU the first two projections are one matrix product (projections.py). A tap whose position is not finite counts nothing, as
-    of one outside the map: where all of the input is NaN the output is not.
+    one outside the map does: where all of the input is NaN the output is not.
 
     Args:
         channels: C of the input and of the value map.

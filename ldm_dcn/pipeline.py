@@ -77,6 +77,4 @@ class LatentDiffusion:
     def _labels(self, labels: int | Iterable[int] | torch.Tensor) -> torch.Tensor:
         if self.model.text_encoder is not None:
             raise UserError(f"{self.model.name} takes prompts, not labels; give prompts=[...]")
-        if isinstance(labels, torch.Tensor) and labels.ndim == 0:
-            labels = labels.item()
-        return check_labels(self.model, [labels] if is_whole(labels) else labels)
+        return check_labels(self.model, labels)

@@ -275,7 +275,8 @@ def _is_number(value: object) -> bool:
 
 
 def whole_numbers(values: Iterable[int] | torch.Tensor, what: str) -> torch.Tensor:
-    """`values` as (N,) int64 on the CPU. Raises `UserError`, naming the first that is no whole number; `what` one of them is."""
+    """`values`, or the one there is, as (N,) int64 on the CPU. Raises `UserError`, naming the first that is no whole number; `what` one of
+    them is."""
     if hasattr(values, "tolist"):  # tensors and arrays
         values = values.tolist()
     values = [values] if is_whole(values) else values
