@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import pickle
 import re
@@ -25,10 +24,7 @@ from ldm_dcn.cache_layout import is_cache, shard_ranges
 from ldm_dcn.errors import UserError
 from ldm_dcn.folders import Damaged, DiskFull
 from ldm_dcn.latents import Latents
-
-# Forked from a server without threads, as in test_checkpoint.py.
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["torch", "ldm_dcn.cache_writer"])
+from programs import server
 
 
 def make_plan(images: int = 10, **changes: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import pickle
 import resource
@@ -21,11 +20,7 @@ from ldm_dcn.checkpoint import newest, save, sweep
 from ldm_dcn.errors import UserError
 from ldm_dcn.files import replace_file
 from ldm_dcn.folders import Damaged, DiskFull, committed_folder, recover, verify
-
-# Children that start at once and can be killed. They are forked from a server without threads: a fork of this process
-# would inherit an OpenMP pool whose threads are gone, and wait for them for ever.
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["torch", "ldm_dcn.checkpoint"])
+from programs import server
 
 
 def groups(value: float) -> dict[str, dict[str, torch.Tensor]]:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -32,11 +29,7 @@ from ldm_dcn.images import Images
 from ldm_dcn.latents import encode_dataset
 from ldm_dcn.presence import Presence
 from ldm_dcn.signals import StopSignals
-from tiny import ROOT, environment, start
-
-# Forked from a server without threads, as in test_checkpoint.py.
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["torch", "ldm_dcn.encode"])
+from programs import Program, run, server, torchrun
 
 DIGITS = ("--autoencoder", "identity", "--image-size", "8", "--image-channels", "1", "--shard-size", "100")
 
@@ -353,42 +346,25 @@ def test_broken_images_are_named_and_left_out_up_to_a_limit(broken: Path, tmp_pa
     cache.verify(tmp_path / "c")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ldm_dcn.encode", *arguments],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def test_the_command_and_sigterm_in_it(tmp_path: Path) -> None:
     out = tmp_path / "c"
     command = ("digits", str(out), *DIGITS)
-    process = start("-m", "ldm_dcn.encode", *command, "--batch-size", "1")
+    process = Program("-m", "ldm_dcn.encode", *command, "--batch-size", "1")
     deadline = time.monotonic() + 60
     while not list(out.glob("shards/0*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
-    _, text = process.communicate(timeout=60)
-    assert process.returncode == 143, text
-    assert "Traceback" not in text and 1 <= len(list(out.glob("shards/0*"))) < 18
-    finished = run(*command)
-    assert finished.returncode == 0, finished.stderr
+    assert process.wait(60) == 143, process.stderr
+    assert "Traceback" not in process.stderr and 1 <= len(list(out.glob("shards/0*"))) < 18
+    finished = run("-m", "ldm_dcn.encode", *command)
+    assert finished.poll() == 0, finished.stderr
     assert "1797 images 10 classes and their mirror images as 1x8x8 latents" in finished.stdout
     cache.verify(out)
 
 
 def test_torchrun(tmp_path: Path) -> None:
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    encoding = ("-m", "ldm_dcn.encode", "digits", str(tmp_path / "two"), *DIGITS)
-    done = subprocess.run(
-        [*launcher, *encoding], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    done = torchrun("-m", "ldm_dcn.encode", "digits", str(tmp_path / "two"), *DIGITS)
     assert done.stdout.count("1797 images") == 1
     assert encode.main(["digits", str(tmp_path / "one"), *DIGITS]) == 0
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import multiprocessing
 import os
 import random
 import resource
@@ -38,13 +37,10 @@ from ldm_dcn.run_folder import run_lock
 from ldm_dcn.signals import StopSignals
 from ldm_dcn.trainer import NonFinite, train
 from ldm_dcn.unet import load_unet
-from tiny import ROOT, environment, start, tiny_config, write_config
+from programs import Program, run, server
+from tiny import tiny_config, write_config
 
 LONG = ("train.steps=400", "train.save_every=5", "train.keep_checkpoints=3")
-
-# Forked from a server without threads, as in test_checkpoint.py: lives of a run that begin at once and can be killed.
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["torch", "ldm_dcn.trainer"])
 
 
 @pytest.fixture(autouse=True)
@@ -60,11 +56,11 @@ def losses(config: Config) -> list[float]:
     return [line["loss"] for line in metrics.read(config.folder / "metrics.jsonl")]
 
 
-def wait_for_step(config: Config, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(config: Config, step: int, process: Program) -> None:
     path = config.folder / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (path.exists() and len(metrics.read(path)) >= step):
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.stderr
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -78,24 +74,20 @@ def test_kill_9_while_training_then_sigterm_then_the_same_command(tmp_path: Path
     config = load_config(path, LONG)
     command = ("train.py", str(path), *LONG)
 
-    first = start(*command)
+    first = Program(*command)
     wait_for_step(config, 12, first)
     first.send_signal(signal.SIGKILL)
-    first.communicate()
+    first.wait()
     killed_at = len(losses(config))
 
-    second = start(*command)
-    deadline = time.monotonic() + 60
-    while "going on from" not in (line := second.stderr.readline()):
-        assert time.monotonic() < deadline and second.poll() is None
-    resumed_at = int(line.split("step-")[1])
+    second = Program(*command)
+    resumed_at = int(second.wait_for_line("going on from").split("step-")[1])
     assert 10 <= resumed_at <= killed_at and resumed_at % 5 == 0
     wait_for_step(config, resumed_at + 3, second)
     second.send_signal(signal.SIGTERM)
-    _, text = second.communicate(timeout=60)
-    assert second.returncode == 143, text
+    assert second.wait(60) == 143, second.stderr
     steps = [line["step"] for line in metrics.read(config.folder / "metrics.jsonl")]
-    assert f"SIGTERM: step {steps[-1]} is saved; the same command goes on from there" in text
+    assert f"SIGTERM: step {steps[-1]} is saved; the same command goes on from there" in second.stderr
     assert steps == list(range(1, steps[-1] + 1))
     verify(config.folder / "checkpoints" / f"step-{steps[-1]}")  # saved where it was told to stop
 
@@ -205,6 +197,14 @@ def test_ten_kills_at_any_moment_lose_nothing(tmp_path: Path) -> None:
     assert not [p for p in rest.folder.rglob(".*") if p.name != ".lock"]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of a run that nothing happened to."""
+    config = tiny_config(tmp_path_factory.mktemp("undisturbed"))
+    assert train(config) == 0
+    return losses(config)
+
+
 # (function, call): steps 3, 6 and 8 are saved; of each the checkpoint first, then the export.
 SAVES = {
     "its tensors are not written": ("_write_groups", 2, 3),
@@ -217,7 +217,9 @@ SAVES = {
 
 
 @pytest.mark.parametrize("moment", SAVES)
-def test_kill_9_in_a_save_then_the_same_command(tmp_path: Path, moment: str) -> None:
+def test_kill_9_in_a_save_then_the_same_command(
+    tmp_path: Path, undisturbed: list[float], moment: str
+) -> None:
     function, call, expected = SAVES[moment]
     path = write_config(tmp_path)
     config = load_config(path)
@@ -227,9 +229,7 @@ def test_kill_9_in_a_save_then_the_same_command(tmp_path: Path, moment: str) -> 
     assert exit_code(begin(path)) == 0
     assert load_model(config.folder).step == 8
     assert not [p for p in config.folder.rglob(".*") if p.name != ".lock"]
-    undisturbed = tiny_config(tmp_path, name="undisturbed")
-    train(undisturbed)
-    assert losses(config) == losses(undisturbed)
+    assert losses(config) == undisturbed
 
 
 def test_training_outlives_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
@@ -504,27 +504,11 @@ def test_wrong_launches_are_refused_with_the_right_command(environ: dict[str, st
 
 def test_accelerates_single_process_for_two_is_refused_for_real(tmp_path: Path) -> None:
     path = write_config(tmp_path)
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            "2",
-            "train.py",
-            str(path),
-        ],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert run.returncode != 0
-    assert "error: `accelerate launch` was asked for several processes and started one" in run.stderr
-    assert f"torchrun --standalone --nproc_per_node N train.py {path}" in run.stderr
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
+    launched = run(*launcher, "train.py", str(path))
+    assert launched.poll() != 0
+    assert "error: `accelerate launch` was asked for several processes and started one" in launched.stderr
+    assert f"torchrun --standalone --nproc_per_node N train.py {path}" in launched.stderr
     assert not (tmp_path / "runs").exists()
 
 

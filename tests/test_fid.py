@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +20,7 @@ from eval.npz import AdmNpzWriter
 from eval.scores import extract, frechet_distance
 from ldm_dcn.data import open_dataset
 from ldm_dcn.errors import UserError
-from tiny import ROOT, environment
+from programs import run, run_together, torchrun
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -304,12 +302,11 @@ def test_features_that_are_nan_do_not_end_the_process(tmp_path, small_reference)
     (tmp_path / "diverged.py").write_text(
         "def extractor():\n    return lambda images: images.float().mean((2, 3)).expand(-1, 3) * float('nan')\n"
     )
-    command = [sys.executable, "-m", "eval.fid", str(small_reference), "--extractor", "import:diverged:extractor",
+    command = ["-m", "eval.fid", str(small_reference), "--extractor", "import:diverged:extractor",
                "--reference", str(small_reference), "--device", "cpu"]  # fmt: skip
-    ended = subprocess.run(command, cwd=tmp_path, env=environment(PYTHONPATH=f"{ROOT}:{tmp_path}"), text=True,
-                           capture_output=True, timeout=120)  # fmt: skip
+    ended = run(*command, folder=tmp_path)
     last = ended.stderr.strip().splitlines()[-1]
-    assert ended.returncode == 2 and last.startswith("error: ") and "NaN" in last and "[0, 1, 2" in last
+    assert ended.poll() == 2 and last.startswith("error: ") and "NaN" in last and "[0, 1, 2" in last
 
 
 # --------------------------------------------------------------------------------------------------- statistics
@@ -471,12 +468,10 @@ def numbers(table: dict) -> dict[str, dict[str, float]]:
 
 
 def test_two_processes_make_the_numbers_of_one(export, scored_alone, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "eval.fid",
-               str(export), "--samples", "300", "--steps", "1", "--json", str(tmp_path / "fid.json"), "--save-npz", str(tmp_path),
-               "--device", "cpu"]  # fmt: skip
-    ended = subprocess.run(command, cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=240)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert ended.stdout.count("FD-digits-v1, share") == 1  # one table
+    command = ["-m", "eval.fid", str(export), "--samples", "300", "--steps", "1", "--json", str(tmp_path / "fid.json"),
+               "--save-npz", str(tmp_path), "--device", "cpu"]  # fmt: skip
+    texts = [ended.stdout for ended in run_together(*command)]
+    assert [text.count("FD-digits-v1, share") for text in texts] == [1, 0]  # one table
     table, (alone, images) = json.loads((tmp_path / "fid.json").read_text()), scored_alone
     assert numbers(table) == numbers(alone)  # to the last bit
     assert np.array_equal(np.load(tmp_path / "untrained_g=1.npz")["arr_0"], images)
@@ -502,19 +497,7 @@ def test_an_error_in_one_process_ends_all(tmp_path):
         "        open(f'{processes.rank}.txt', 'w').write(str(error))\n"
     )
     (tmp_path / "program.py").write_text(program)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "program.py",
-    ]
-    ended = subprocess.run(
-        command, cwd=tmp_path, env=environment(), text=True, capture_output=True, timeout=120
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    torchrun("program.py", folder=tmp_path)
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["block 5 is broken"] * 2
 
 

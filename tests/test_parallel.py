@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import weakref
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,10 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from ldm_dcn.errors import UserError
 from ldm_dcn.parallel import check_sharding, collected, gradients, replicate
-
-# Forked from a server without threads, as in test_checkpoint.py.
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["torch", "ldm_dcn.parallel"])
+from programs import server
 
 SIZES = (7, 6, 5)
 

@@ -35,7 +35,8 @@ from ldm_dcn.signals import StopSignals
 from ldm_dcn.swap import apply_swap, plan_swap
 from ldm_dcn.trainer import train, training_step
 from ldm_dcn.unet import build_unet, set_attention
-from tiny import ROOT, UNET, on_two_processes, tiny_config, write_config
+from programs import run_together
+from tiny import ROOT, UNET, tiny_config, write_config
 
 
 @pytest.fixture(autouse=True)
@@ -237,7 +238,8 @@ def test_fsdp_goes_on_from_one_process_and_one_process_from_fsdp(tmp_path: Path)
 
     path = write_config(tmp_path, "shared")
     assert train(load_config(path, [swap, "train.steps=3"])) == 0
-    on_two_processes(path, swap, "train.steps=6", "train.parallel=fsdp", "train.sample_every=6")
+    settings = ("train.steps=6", "train.parallel=fsdp", "train.sample_every=6")
+    run_together("train.py", str(path), swap, *settings)
     shared = load_config(path, [swap, "train.steps=6"])
     assert load_model(shared.folder).step == 6
     grids = [Image.open(config.folder / "samples" / "step-6.png") for config in (shared, one)]
@@ -422,7 +424,7 @@ def test_two_processes_match_and_thaw_like_one(pretrained: Path, tmp_path: Path)
         "train.gradient_checkpointing=true",
     ]
     one, two = (write_config(tmp_path, name) for name in ("one", "two"))
-    on_two_processes(two, *settings)
+    run_together("train.py", str(two), *settings)
     assert train(load_config(one, settings)) == 0
     ours, theirs = (lines(load_config(path, settings)) for path in (two, one))
     assert [line.get("phase") for line in ours] == 3 * ["match"] + 2 * ["new"] + 3 * [None]

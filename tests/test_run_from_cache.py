@@ -25,6 +25,7 @@ from ldm_dcn.opening import open_run
 from ldm_dcn.sampling import generate
 from ldm_dcn.trainer import train
 from ldm_dcn.unet import build_unet, load_unet
+from programs import run
 from tiny import ROOT, UNET, environment, tiny_config
 
 
@@ -206,8 +207,9 @@ def test_a_swapped_text_to_image_network_fine_tunes_exports_and_draws_elsewhere(
         "np.save(sys.argv[2], np.stack([np.array(p) for p in pictures]))\n"
     )
     out = tmp_path / "pictures.npy"
-    command = [sys.executable, "-c", program, str(config.folder / "export"), str(out)]
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment(), timeout=120)
+    (tmp_path / "draw.py").write_text(program)
+    drawn = run("draw.py", str(config.folder / "export"), str(out), folder=tmp_path)
+    assert drawn.poll() == 0, drawn.stderr
     assert np.array_equal(np.load(out), expected[:, 0].numpy())
 
     # and in diffusers' own pipeline, from the same noise

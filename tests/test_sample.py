@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +19,8 @@ import sample
 from ldm_dcn import drawn, sampling
 from ldm_dcn.errors import UserError
 from ldm_dcn.trainer import train
-from tiny import ROOT, environment, start, tiny_config
+from programs import Program, run_together
+from tiny import tiny_config
 
 
 @pytest.fixture(autouse=True)
@@ -69,13 +68,13 @@ def test_kill_9_then_the_same_command_draws_only_what_is_missing(
 ) -> None:
     options = [run, "--n", "600", "--steps", "2", "--batch-size", "3"]
     npz = tmp_path / "samples.npz"
-    killed = start("sample.py", *options, "--npz", str(npz))
+    killed = Program("sample.py", *options, "--npz", str(npz))
     began = time.monotonic()
     while len(list(tmp_path.glob("samples.npz.*.drawn/*.png"))) < 20:
-        assert killed.poll() is None and time.monotonic() - began < 120, killed.communicate()
+        assert killed.poll() is None and time.monotonic() - began < 120, killed.stderr
         time.sleep(0.01)
     killed.kill()
-    killed.communicate()
+    killed.wait()
     (folder,) = tmp_path.glob("samples.npz.*.drawn")
     there = pictures(folder)
     assert 20 <= len(there) < 600 and not npz.exists()
@@ -201,17 +200,7 @@ def test_two_processes_draw_the_files_of_one(run: str, tmp_path: Path) -> None:
         return [run, "--count", "11", "--steps", "2", "--batch-size", "2", *outputs]
 
     assert sample.main(command("one")) == 0
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "sample.py", *command("two")],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_together("sample.py", *command("two"))
     assert len(pictures(tmp_path / "one")) == 11
     assert pictures(tmp_path / "one") == pictures(tmp_path / "two")
     assert arrays(tmp_path / "one.npz") == arrays(tmp_path / "two.npz")

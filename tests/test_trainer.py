@@ -32,7 +32,8 @@ from ldm_dcn.opening import open_run
 from ldm_dcn.sampling import generate
 from ldm_dcn.signals import StopSignals
 from ldm_dcn.trainer import learning_rate, train
-from tiny import on_two_processes, tiny_config, write_config
+from programs import torchrun
+from tiny import tiny_config, write_config
 
 
 @pytest.fixture(autouse=True)
@@ -233,7 +234,7 @@ def test_accumulation_and_checkpointing_change_rounding_only(
 
 def test_two_processes_see_the_same_samples_and_losses_as_one(finished: Config, tmp_path: Path) -> None:
     path = write_config(tmp_path)
-    run = on_two_processes(path)
+    run = torchrun("train.py", str(path))
     assert "on 2 x cpu" in run.stderr
     config = load_config(path)
     assert losses(config) == pytest.approx(losses(finished), rel=1e-5)

@@ -21,7 +21,8 @@ from ldm_dcn.export import load_model
 from ldm_dcn.opening import open_run
 from ldm_dcn.signals import StopSignals
 from ldm_dcn.trainer import train, training_step
-from tiny import on_two_processes, tiny_config, write_config
+from programs import torchrun
+from tiny import tiny_config, write_config
 
 ZERO = "train.parallel=zero"
 
@@ -71,7 +72,7 @@ def test_zero_goes_on_from_one_process_and_one_process_from_zero(deepspeed: None
     path = write_config(tmp_path, "shared")
     assert train(load_config(path, [swap, "train.steps=3"])) == 0
     parts = "train.gradient_accumulation=2"
-    on_two_processes(path, swap, ZERO, parts, "train.steps=6", "train.sample_every=6")
+    torchrun("train.py", str(path), swap, ZERO, parts, "train.steps=6", "train.sample_every=6")
     shared = load_config(path, [swap, "train.steps=6"])
     assert load_model(shared.folder).step == 6
     grids = [Image.open(config.folder / "samples" / "step-6.png") for config in (shared, one)]
@@ -86,8 +87,8 @@ def test_zero_goes_on_from_zero_with_the_same_files_as_one_process(deepspeed: No
     one, two = (tiny_config(tmp_path, *settings, name=name) for name in ("one", "two"))
     assert train(one) == 0
     path = tmp_path / "two.yaml"
-    on_two_processes(path, *settings, ZERO, "train.steps=4")
-    on_two_processes(path, *settings, ZERO)
+    torchrun("train.py", str(path), *settings, ZERO, "train.steps=4")
+    torchrun("train.py", str(path), *settings, ZERO)
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     for key in ("gradient_norm", "lr"):
         assert [x[key] for x in lines(two)] == pytest.approx([x[key] for x in lines(one)], rel=1e-3)
@@ -114,7 +115,7 @@ def test_fp16_steps_that_overflow_are_taken_again_in_all_processes(deepspeed: No
         run.save()
     shutil.copytree(one.folder, two.folder)
     assert train(one) == 0
-    on_two_processes(tmp_path / "two.yaml", "train.precision=fp16", ZERO)
+    torchrun("train.py", str(tmp_path / "two.yaml"), "train.precision=fp16", ZERO)
     assert lines(two)[-1]["overflows"] == lines(one)[-1]["overflows"] > 3
     assert losses(two) == pytest.approx(losses(one), rel=1e-3)
     ours, theirs = (saved(config, 8, "optimizer") for config in (two, one))

@@ -4,8 +4,6 @@ parameters."""
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,32 +58,3 @@ def environment(**extra: str) -> dict[str, str]:
     """For subprocesses: one thread, and the package importable wherever they run."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **extra}
-
-
-def on_two_processes(path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """The run of that config, to its end."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = subprocess.run(
-        [sys.executable, *launcher, "train.py", str(path), *overrides],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return run
-
-
-def start(*command: str, **options: Any) -> subprocess.Popen[str]:
-    """A Python program, such as start("train.py", "tiny.yaml"), with its output in pipes."""
-    return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment(),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **options,
-    )

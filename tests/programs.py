@@ -1,0 +1,128 @@
+"""The project's programs as processes of their own that begin at once: forked from a server without threads, which has imported
+torch and diffusers (nine seconds on a slow core)."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from tiny import ROOT, environment
+
+# A fork of the tests' own process would inherit an OpenMP pool whose threads are gone, and wait for them for ever. One server
+# serves all files of tests that a process runs, whichever comes first: what it imports stands here alone.
+PRELOADED = [
+    "ldm_dcn.trainer",
+    "ldm_dcn.encode",
+    "eval.fid",
+    "torch.distributed.run",
+    "accelerate.commands.launch",
+]
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(PRELOADED)
+
+
+class Program:
+    """Such a process, started in `folder` with the arguments of `python`: ("train.py", "tiny.yaml"), ("-m", "eval.fid", "run")."""
+
+    def __init__(self, *command: str, folder: Path = ROOT, **environ: str) -> None:
+        self.command = command
+        self._folder = tempfile.TemporaryDirectory(prefix="program-")
+        self._texts = Path(self._folder.name, "stdout"), Path(self._folder.name, "stderr")
+        for path in self._texts:
+            path.touch()
+        self._process = server.Process(
+            target=_run, args=(command, folder, environment(**environ), *self._texts), daemon=True
+        )
+        self._process.start()
+
+    @property
+    def stdout(self) -> str:
+        return self._texts[0].read_text(encoding="utf-8")
+
+    @property
+    def stderr(self) -> str:
+        return self._texts[1].read_text(encoding="utf-8")
+
+    def poll(self) -> int | None:
+        """The exit code, -number where a signal ended it; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float = 120) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise AssertionError(f"{self.command} did not end within {timeout} s: {self.stderr[-3000:]}")
+        return self._process.exitcode
+
+    def wait_for_line(self, text: str, timeout: float = 60) -> str:
+        """The first whole line of stderr that holds `text`."""
+        deadline = time.monotonic() + timeout
+        while True:
+            ended = self.poll() is not None
+            for line in self.stderr.splitlines(keepends=True):
+                if text in line and line.endswith("\n"):
+                    return line
+            assert not ended and time.monotonic() < deadline, self.stderr[-3000:]
+            time.sleep(0.01)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def run(*command: str, folder: Path = ROOT) -> Program:
+    """A program, to its end."""
+    program = Program(*command, folder=folder)
+    program.wait()
+    return program
+
+
+def run_together(*command: str, processes: int = 2) -> list[Program]:
+    """The same program in processes that find each other, as torchrun would start them, to their end without an error."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {"WORLD_SIZE": f"{processes}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    started = [
+        Program(*command, RANK=f"{rank}", LOCAL_RANK=f"{rank}", **meeting) for rank in range(processes)
+    ]
+    for program in started:
+        assert program.wait(250) == 0, program.stderr
+    return started
+
+
+def torchrun(*command: str, processes: int = 2, folder: Path = ROOT) -> Program:
+    """By the real launcher, whose processes import everything anew; to its end without an error."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", f"{processes}")
+    launched = Program(*launcher, *command, folder=folder)
+    assert launched.wait(250) == 0, launched.stderr[-3000:]
+    return launched
+
+
+def _run(command: tuple[str, ...], folder: Path, environ: dict[str, str], stdout: Path, stderr: Path) -> None:
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    missing = [name for name in PRELOADED if name not in sys.modules]
+    assert not missing, f"the server could not import {missing}"
+    os.environ.clear()
+    os.environ.update(environ)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    torch.set_num_threads(int(environ["OMP_NUM_THREADS"]))
+    if command[0] == "-m":
+        sys.argv = list(command[1:])
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(command)
+        runpy.run_path(command[0], run_name="__main__")
