@@ -19,13 +19,7 @@ from tiny import ROOT, environment
 
 # A fork of the tests' own process would inherit an OpenMP pool whose threads are gone, and wait for them for ever. One server
 # serves all files of tests that a process runs, whichever comes first: what it imports stands here alone.
-PRELOADED = [
-    "ldm_dcn.trainer",
-    "ldm_dcn.encode",
-    "eval.fid",
-    "torch.distributed.run",
-    "accelerate.commands.launch",
-]
+PRELOADED = ["ldm_dcn.trainer", "ldm_dcn.encoding", "eval.columns"]
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(PRELOADED)
 
