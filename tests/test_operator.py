@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import threading
+from functools import cache, lru_cache
 from pathlib import Path
 
 import pytest
 import torch
 
+from alone import alone
 from dcnv4_ext import dcnv4, dcnv4_reference, native
 from problems import (
     DTYPES,
@@ -36,8 +38,8 @@ def test_random_problems(isa: str) -> None:
     with native.forced_isa(isa):
         found = [
             text
-            for seed in range(ISAS.index(isa), PROBLEMS, len(ISAS))
-            for text in mismatches(random_problem(seed), solve(dcnv4, random_problem(seed)))
+            for problem in map(random_problem, range(ISAS.index(isa), PROBLEMS, len(ISAS)))
+            for text in mismatches(problem, solve(dcnv4, problem))
         ]
     assert not found, "\n".join(found[:5])
 
@@ -290,27 +292,40 @@ def test_split_rows_of_a_single_group() -> None:
 @pytest.mark.parametrize("isa", ISAS)
 def test_maps_larger_than_a_tile(isa: str) -> None:
     """Maps that are cut into row tiles, with offsets that leave the tile's rows."""
+    value, offset_mask, want = _more_than_a_tile()
+    with native.forced_isa(isa):
+        got = dcnv4(value, offset_mask, groups=2)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@cache
+def _more_than_a_tile() -> tuple[torch.Tensor, ...]:
+    """Value, offset_mask and the reference's output."""
     generator = torch.Generator().manual_seed(17)
     value = torch.randn(1, 150, 200, 64, generator=generator)
     offset_mask = torch.randn(1, 150, 200, 2, 27, generator=generator)
     offset_mask[..., :18] = between_cells((1, 150, 200, 2, 18), generator, 15)
-    with native.forced_isa(isa):
-        got = dcnv4(value, offset_mask.flatten(3), groups=2)
-    rows = slice(60, 100)  # the reference needs the whole map but only some of the output
-    weight = torch.zeros(1, 150, 200, 54)
-    weight[:, rows] = offset_mask.flatten(3)[:, rows]
-    want = dcnv4_reference(value.double(), weight.double(), groups=2)[:, rows]
-    torch.testing.assert_close(got[:, rows].double(), want, rtol=1e-5, atol=1e-5)
+    groups = [
+        dcnv4_reference(value[..., part].double(), offset_mask[..., g, :].double(), groups=1)
+        for g, part in enumerate((slice(0, 32), slice(32, 64)))
+    ]
+    return value, offset_mask.flatten(3), torch.cat(groups, -1)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_wide_maps(isa: str) -> None:
     """3x3 kernels over maps several vectors wide: they are taken in strips, of which the last is a narrow one."""
-    problems = [wide_problem(seed) for seed in range(24)]
+    problems = _wide_problems()
     assert {problem.settings["stride"] for problem in problems} == {1, 2}
     with native.forced_isa(isa):
         found = [text for problem in problems for text in mismatches(problem, solve(dcnv4, problem))]
     assert not found, "\n".join(found[:5])
+
+
+# What is kept between tests is kept with what the reference made of it, which most of the time goes to.
+@cache
+def _wide_problems() -> list[Problem]:
+    return [wide_problem(seed) for seed in range(24)]
 
 
 def _problem(
@@ -328,12 +343,15 @@ def _problem(
     return Problem(seed, *tensors, dict(groups=groups, **settings))
 
 
+_kept_problem = lru_cache(maxsize=2)(_problem)  # instruction sets take turns
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("d", [16, 24, 32, 48, 64, 80, 160])
 def test_more_pixels_than_are_sorted_at_once(isa: str, d: int) -> None:
     """Where backward goes by cells: blocks of 2048 pixels, one visit or several, a last batch that is not full."""
     problems = [
-        _problem((61, 37), d, dtype, 2, seed, softmax=seed == 1)
+        _kept_problem((61, 37), d, dtype, 2, seed, softmax=seed == 1)
         for seed, dtype in enumerate((torch.float32, torch.bfloat16))
     ]
     with native.forced_isa(isa):
@@ -350,7 +368,7 @@ def test_taps_that_are_not_worth_sorting(
     isa: str, dtype: torch.dtype, size: tuple[int, int], stride: int
 ) -> None:
     """Sixteen pixels that look all over a map of 9,216 cells, and rows past the longest that is sorted."""
-    problem = _problem(size, 40, dtype, 60 if stride > 1 else 2, 5, stride=stride)
+    problem = _kept_problem(size, 40, dtype, 60 if stride > 1 else 2, 5, stride=stride)
     with native.forced_isa(isa):
         found = mismatches(problem, solve(dcnv4, problem))
     assert not found, "\n".join(found)
@@ -661,12 +679,11 @@ def test_the_c_interface_refuses_what_python_would_have_caught() -> None:
     assert library.dcnv4_cpu_backward(nothing, None, None, None, buffers[0], None) == 0
 
 
-def test_no_argument_crashes_the_process() -> None:
+def test_no_argument_crashes_the_process(tmp_path: Path) -> None:
     """Random wrong arguments by every door, in a process of its own: refused by name, or right."""
-    command = [sys.executable, "-W", "ignore", "hostile_arguments.py", "3000"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-300:]}\n{done.stderr[-3000:]}"
-    outcomes = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines()[3000:])
+    code, stdout, stderr = alone(tmp_path, "hostile_arguments.py", "3000")
+    assert code == 0, f"{code}\n{stdout[-300:]}\n{stderr[-3000:]}"
+    outcomes = dict(line.rsplit(" ", 1) for line in stdout.splitlines()[3000:])
     assert all(int(outcomes[name]) > 50 for name in ("by_function: right", "by_function: refused")), outcomes
 
 
@@ -793,18 +810,19 @@ def test_threads_call_at_once() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_child_with_one_thread_goes_on() -> None:
+def test_a_forked_child_with_one_thread_goes_on(tmp_path: Path) -> None:
     """As DataLoader's workers are: forked after use, then set to one thread. (With more, OpenMP itself hangs in a child, for
     torch's own operators as for this one.)"""
-    program = (
+    program = tmp_path / "forks.py"
+    program.write_text(
         "import os, torch\nfrom dcnv4_ext import dcnv4\ntorch.set_num_threads(2)\n"
         "v, a = torch.randn(2, 32, 32, 64), torch.randn(2, 32, 32, 54)\nwant = dcnv4(v, a, groups=2)\n"
         "child = os.fork()\n"
         "if child == 0:\n    torch.set_num_threads(1)\n    os._exit(not torch.equal(dcnv4(v, a, groups=2), want))\n"
-        "raise SystemExit(os.waitpid(child, 0)[1])"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], timeout=120)
-    assert done.returncode == 0
+    code, _, stderr = alone(tmp_path, str(program))
+    assert code == 0, stderr
 
 
 def test_fewer_threads_than_were_asked_for() -> None:
@@ -823,13 +841,12 @@ def test_fewer_threads_than_were_asked_for() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_nothing_outside_the_tensors_is_touched() -> None:
+def test_nothing_outside_the_tensors_is_touched(tmp_path: Path) -> None:
     """Tensors that end, or begin, at a page nobody may read: masked vector loads, which sanitizers do not watch, included."""
-    command = [sys.executable, "-W", "ignore", "-m", "emulation.fenced"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=250)
-    if done.returncode == 77:
-        pytest.skip(done.stdout)
-    assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    code, stdout, stderr = alone(tmp_path, str(Path("emulation", "fenced.py")))
+    if code == 77:
+        pytest.skip(stdout)
+    assert code == 0, f"{code}\n{stdout[-2000:]}\n{stderr[-2000:]}"
 
 
 # ---- Large.
