@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from alone import alone
 from dcnv4_ext import dcnv4, dcnv4_reference
 from eval import contenders, operators, peers, stopwatch
 from eval.environment import environment
@@ -56,9 +57,10 @@ def outputs_of(case: Case, name: str) -> torch.Tensor:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="about glibc")
-def test_results_of_a_timed_call_lie_on_pages_that_are_there() -> None:
+def test_results_of_a_timed_call_lie_on_pages_that_are_there(tmp_path: Path) -> None:
     """Else the kernel clears them within the call's time, for one contender and not for another."""
-    program = """
+    program = tmp_path / "faults.py"
+    program.write_text("""
 import resource, torch
 from eval.stopwatch import keep_freed_memory
 
@@ -72,11 +74,10 @@ def faults_of(calls):
 kept = keep_freed_memory()
 faults_of(20)  # the heap grows to what they need
 print(int(kept), faults_of(20))
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    kept, faults = map(int, result.stdout.split())
+""")
+    code, stdout, stderr = alone(tmp_path, str(program))
+    assert code == 0, stderr
+    kept, faults = map(int, stdout.split())
     if not kept:
         pytest.skip("another C library than glibc")
     assert faults < 3 * 6 * 2**20 // 4096  # less than one call's pages in twenty calls; else as many in each
@@ -389,30 +390,40 @@ def test_rows_are_those_of_the_tables() -> None:
     assert [round(size / 1e6) for size in Shape.parse(rows[0]).least_bytes(4)] == [295, 488]
 
 
-def test_rehearsal_of_the_gpu_command(tmp_path: Path) -> None:
+def test_rehearsal_of_the_gpu_command(gpu, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Its stages in order, none stopped by another's failure; what needs a GPU is left out, not passed."""
-    environment = {**os.environ, "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    gpu = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu"]
-    dry = subprocess.run([*gpu, "--dry-run"], env=environment, capture_output=True, text=True, timeout=60)
-    assert dry.returncode == 0, dry.stderr
+    assert gpu.main(["--device", "cpu", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
     places = [
-        dry.stdout.index(text) for text in ("cmake", "test_cuda_device", "eval.operators", "eval.throughput")
+        printed.index(text) for text in ("cmake", "test_cuda_device", "eval.operators", "eval.throughput")
     ]
     assert places == sorted(places)
+    out = tmp_path / "rehearsed"
+    environment = {**os.environ, "OUT": str(out), "OMP_NUM_THREADS": "1"}
     stages = ["memcheck", "racecheck", "official"]
     real = subprocess.run(
-        [*gpu, "--stages", *stages], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", "--stages", *stages],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
-    state = json.loads((tmp_path / "gpu.json").read_text())
+    state = json.loads((out / "gpu.json").read_text())
     assert {stage: state["stages"][stage]["status"] for stage in stages} == dict.fromkeys(
         stages, "left out"
     ), real.stdout
     assert real.returncode == 0
-    assert {file.name for file in tmp_path.iterdir()} == {"gpu.json", "gpu.log"}
+    assert {file.name for file in out.iterdir()} == {"gpu.json", "gpu.log"}
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[tuple[str, ...], str]:
+    """What gpu.py was told about this machine by commands that import torch, each asked once for all tests."""
+    return {}
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: dict[tuple[str, ...], str]):
     """benchmarks/gpu.py as a module, with folders of its own and a GPU that is not there."""
     spec = importlib.util.spec_from_file_location("gpu_command", ROOT / "benchmarks" / "gpu.py")
     module = importlib.util.module_from_spec(spec)
@@ -422,6 +433,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(module, "STORED", tmp_path / "stored")
     monkeypatch.setattr(module, "OFFICIAL", tmp_path / "peers")  # a developer's tree may have sources there
     monkeypatch.setattr(module, "gpu_facts", lambda: ("NVIDIA Imagined 1", "90"))
+    query = module.query
+
+    def ask_once(command: list[str]) -> str:
+        if tuple(command) not in told:
+            told[tuple(command)] = query(command)
+        return told[tuple(command)]
+
+    monkeypatch.setattr(module, "query", ask_once)
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     return module
 
