@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -50,6 +51,7 @@ class Power:
         return f"power EMA {self.width}"
 
 
+@cache
 def gamma_of(width: float) -> float:
     """The exponent whose profile has the relative standard deviation `width`, in (0, 0.28).
 
