@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from alone import Alone
 from dcnv4_ext import DCNv4, DCNv4Conv, dcnv4, dcnv4_reference
 
 SETTINGS = ([3, 3], [1, 1], [1, 1], [1, 1], 2, 1.0, False, False)
@@ -114,21 +112,15 @@ def test_data_parallel_and_sharded_gradients(tmp_path: Path) -> None:
     """DistributedDataParallel and FSDP2 over gloo, two processes."""
     if not torch.distributed.is_available():
         pytest.skip("torch is built without distributed")
-    worker = Path(__file__).parent / "distributed_worker.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(worker), str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        texts = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(texts)
+    folders = [tmp_path / rank for rank in "01"]
+    for folder in folders:
+        folder.mkdir()
+    workers = [
+        Alone.start(folder, "distributed_worker.py", folder.name, str(tmp_path / "store"))
+        for folder in folders
+    ]
+    ended = [worker.end() for worker in workers]
+    assert [code for code, *_ in ended] == [0, 0], ended
 
 
 def test_compile_dynamic_makes_one_graph() -> None:
