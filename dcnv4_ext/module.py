@@ -7,10 +7,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from .functional import dcnv4
 from .geometry import Geometry, Pair, flag, is_whole, number, pair, whole
 from .native import check_dtype
+from .ops import autocast_dtype
 from .projections import can_join, join
 
 MaskInit = Literal["zero", "uniform", "center"]
@@ -200,6 +202,7 @@ class DCNv4(nn.Module):
                 f"expected {self.channels} channels in the last dimension, got shape {tuple(x.shape)}"
             )
 
+        x = self._cast_once(x)
         features = self._offset_features(x)
         if not self.without_pointwise and features is x and can_join(x, self.value_proj, self.offset_mask):
             value, offset_mask = join(x, self.value_proj, self.offset_mask)
@@ -240,6 +243,18 @@ class DCNv4(nn.Module):
         raise TypeError(
             f"x is {x.dtype} and the parameters are {ours}; cast one so that they agree, or use autocast"
         )
+
+    def _cast_once(self, x: Tensor) -> Tensor:
+        """What autocast would make of `x` for each of the layers that take it: one copy, and one gradient to cast back. Compilers do
+        that by themselves; layers put in the place of ours are given what they would get without us."""
+        if (
+            is_dynamo_compiling()
+            or type(self.offset_mask) is not nn.Linear
+            or not (self.without_pointwise or type(self.value_proj) is nn.Linear)
+        ):
+            return x
+        dtype = autocast_dtype(x)
+        return x if dtype is x.dtype else x.to(dtype)
 
     def _offset_features(self, x: Tensor) -> Tensor:
         """What the offsets are predicted from, at the output resolution."""

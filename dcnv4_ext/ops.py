@@ -274,11 +274,16 @@ def _keys(*names: str) -> int:
 
 # The state in which nothing stands between the Autograd key and the kernels: ordinary dense tensors, no mode, no transform, no
 # tracing. The dispatcher's rounds, which would find just that, are then left out: they are more than half of a small call.
-_ORDINARY_STATE = _keys("BackendSelect", "ADInplaceOrView")
 _ORDINARY_CLASSES = frozenset((Tensor, torch.nn.Parameter))
 _ORDINARY_TENSORS = frozenset(
     _keys(device, "ADInplaceOrView", f"Autograd{device}", f"Autocast{device}") for device in ("CPU", "CUDA")
 )
+_INFERENCE_TENSORS = frozenset(_keys(device, f"Autocast{device}") for device in ("CPU", "CUDA"))
+# The tensors that are ordinary in a state: outside of inference mode, and in it, where nothing is recorded of either kind.
+_ORDINARY_STATES = {
+    _keys("BackendSelect", "ADInplaceOrView"): _ORDINARY_TENSORS,
+    _keys("BackendSelect"): _ORDINARY_TENSORS | _INFERENCE_TENSORS,
+}
 _AUTOGRAD = _keys("AutogradCPU") & ~_keys("CPU")  # whatever the device
 
 _QUESTIONS = (
@@ -296,10 +301,11 @@ except AttributeError:  # another torch, which cannot be asked: every call goes 
 
 def plain(*tensors: Tensor) -> bool:
     """Whether the dispatcher would find nothing between autograd and the kernels of these tensors; profilers and autocast aside."""
-    if not _answers or _included().raw_repr() != _ORDINARY_STATE:
+    ordinary = _ORDINARY_STATES.get(_included().raw_repr()) if _answers else None
+    if ordinary is None:
         return False
     for tensor in tensors:
-        if type(tensor) not in _ORDINARY_CLASSES or _keys_of(tensor).raw_repr() not in _ORDINARY_TENSORS:
+        if type(tensor) not in _ORDINARY_CLASSES or _keys_of(tensor).raw_repr() not in ordinary:
             return False
     return True
 
@@ -310,11 +316,20 @@ def _ordinary(*tensors: Tensor) -> bool:
     return plain(*tensors) and not (_profiler_enabled() or profiler._is_profiler_enabled)
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """What autocast makes of `tensor` where an operator of its list takes it."""
+    if not _autocast() or tensor.dtype is torch.float64:
+        return tensor.dtype
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
 def unwatched(value, offset_mask) -> bool:
-    """Whether the dispatcher would find autograd and the kernels in a call's way and nothing else: `direct` does the same then."""
+    """Whether the dispatcher would find autograd and the kernels in a call's way and nothing else, or autocast with nothing to do:
+    `direct` does the same then."""
     return (
         _ordinary(value, offset_mask)
-        and not _autocast()
+        and (not _autocast() or autocast_dtype(value) is value.dtype is offset_mask.dtype)
         and not _function_mode()
         and forward_ad._current_level < 0
     )

@@ -42,6 +42,15 @@ def roads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return taken
 
 
+@contextlib.contextmanager
+def autocast_to_another_device() -> Iterator[None]:
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
 ORDINARY = {
     "tensors": lambda v, a: dcnv4(v, a, groups=2),
     "pairs": lambda v, a: dcnv4(v, a, groups=2, kernel_size=(3, 3), stride=(1, 1), padding=[1, 1]),
@@ -51,7 +60,17 @@ ORDINARY = {
     "no_grad": lambda v, a: torch.no_grad()(dcnv4)(v, a, groups=2),
     "low precision": lambda v, a: dcnv4(v.bfloat16(), a.bfloat16(), groups=2),
     "saved-tensor hooks": lambda v, a: with_hooks(v, a),
+    "inference mode": lambda v, a: torch.inference_mode()(dcnv4)(v, a, groups=2),
+    "tensors of inference mode": lambda v, a: torch.inference_mode()(lambda: dcnv4(v + 0, a + 0, groups=2))(),
+    "autocast with nothing to cast": lambda v, a: torch.autocast("cpu", torch.bfloat16)(dcnv4)(
+        v.bfloat16(), a.bfloat16(), groups=2
+    ),
+    "autocast with float64": lambda v, a: torch.autocast("cpu", torch.bfloat16)(dcnv4)(
+        v.double(), a.double(), groups=2
+    ),
+    "autocast to another device": lambda v, a: autocast_to_another_device()(dcnv4)(v, a, groups=2),
 }
+WITHOUT_GRADIENTS = ("a parameter", "no_grad", "inference mode", "tensors of inference mode")
 
 
 def with_hooks(value: torch.Tensor, offset_mask: torch.Tensor) -> torch.Tensor:
@@ -75,7 +94,8 @@ def test_both_roads_give_the_same(
         if name == "a parameter":
             output = output.detach()
         gradients = torch.autograd.grad(output.sum(), leaves) if output.requires_grad else ()
-        assert output.requires_grad == (grad and name not in ("a parameter", "no_grad"))
+        assert output.requires_grad == (grad and name not in WITHOUT_GRADIENTS)
+        assert output.is_inference() == ("inference" in name)
         results.append((output, *gradients))
         assert set(roads) == {road}
         roads.clear()
@@ -129,15 +149,6 @@ class Functions(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def autocast_to_another_device() -> Iterator[None]:
-    torch.set_autocast_enabled("cuda", True)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled("cuda", False)
-
-
-@contextlib.contextmanager
 def profile_of_all_threads() -> Iterator[None]:
     """Calls in a thread that is not the one which started the profiler."""
     torch.autograd.profiler._set_is_profiler_enabled(True)
@@ -173,8 +184,6 @@ WATCHED = {
     "flop counter": flop_counter,
     "python dispatcher": python_dispatcher,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "autocast to another device": autocast_to_another_device,
-    "inference mode": torch.inference_mode,
     "profiler": torch.profiler.profile,
     "profiler of autograd": torch.autograd.profiler.profile,
     "profiler of old": torch.autograd.profiler_legacy.profile,
@@ -194,7 +203,6 @@ def test_whoever_watches_or_changes_operators_meets_ours(name: str, grad: bool, 
     assert roads[0] == "dispatcher" and "direct" not in roads
     assert output.shape == (2, 6, 5, 32)
     assert output.dtype == (torch.bfloat16 if name == "autocast" else torch.float32)
-    assert output.is_inference() == (name == "inference mode")
     roads.clear()
     dcnv4(*inputs(grad), groups=2)
     assert roads == ["direct"]  # what was watched is over

@@ -251,3 +251,37 @@ def test_conv_wrapper_in_a_c2f_block() -> None:
 def test_wrong_number_of_channels_is_named() -> None:
     with pytest.raises(ValueError, match="expected 32 channels"):
         DCNv4(32)(torch.zeros(1, 4, 4, 16))
+
+
+class _Noting(torch.nn.Module):
+    """Stands in the place of a projection and notes what it is given."""
+
+    def __init__(self, projection: torch.nn.Linear) -> None:
+        super().__init__()
+        self.projection, self.weight, self.seen = projection, projection.weight, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(x.dtype)
+        return self.projection(x)
+
+
+def test_autocast_casts_the_input_once() -> None:
+    """For both projections, and keeps one copy of it for their gradients; a layer in the place of ours gets the input as it is."""
+    torch.manual_seed(0)
+    layer, x = DCNv4(32, mask_init="uniform"), torch.randn(2, 6, 5, 32, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    want = x.bfloat16().flatten()
+    copies = {t.data_ptr() for t in kept if t.numel() == want.numel() and torch.equal(t.flatten(), want)}
+    assert len(copies) == 1
+    (gradient,) = torch.autograd.grad(output.float().square().sum(), x)
+    (exact,) = torch.autograd.grad(layer(x).square().sum(), x)
+    assert gradient.dtype == torch.float32 and (gradient - exact).norm() < 2e-2 * exact.norm()
+    for name in ("offset_mask", "value_proj"):
+        changed = copy.deepcopy(layer)
+        setattr(changed, name, _Noting(getattr(changed, name)))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(changed(x), output)
+        assert getattr(changed, name).seen == [torch.float32]
