@@ -9,9 +9,16 @@ import pytest
 import torch
 
 from dcnv4_ext import native
-from eval import ablations
+from eval import ablations, contenders, stopwatch
 from eval.peers import Case, Ours, Shape
 from eval.report import __main__ as page
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few buffer sets and single calls: these tests look at results, not at times."""
+    monkeypatch.setattr(contenders, "MOST_SETS", 3)
+    monkeypatch.setattr(stopwatch, "CPU_TURN", 0.0)
 
 
 def test_every_ablation_is_measured(tmp_path, capsys):

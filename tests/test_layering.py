@@ -6,6 +6,7 @@ import ast
 import graphlib
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,15 @@ LAYERS = ["dcnv4_ext", "ldm_dcn", "eval"]
 FORBIDDEN_BELOW = {"diffusers", "accelerate", "torchmetrics", "transformers"}  # what dcnv4_ext must not need
 
 
+@cache
+def nodes(file: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(file.read_text())))
+
+
 def imported(file: Path) -> set[str]:
     """Top-level packages that a file imports anywhere, the relative ones by their package's name."""
     names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in nodes(file):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -42,7 +48,7 @@ def of_package(file: Path) -> set[str]:
     """The files of `package` that one of them imports, anywhere and for whatever reason, by their dotted names."""
     base = file.relative_to(ROOT).parent.parts  # of a file and of its folder's __init__ alike
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in nodes(file):
         if isinstance(node, ast.ImportFrom):
             above = ".".join(base[: len(base) - node.level + 1]) if node.level else ""
             module = ".".join(filter(None, (above, node.module)))
@@ -69,7 +75,7 @@ def test_only_train_and_the_loops_stopwatch_know_the_trainer() -> None:
     for file in [*(ROOT / "ldm_dcn").rglob("*.py"), *(ROOT / "eval").rglob("*.py"), ROOT / "sample.py"]:
         if file == ROOT / "eval" / "loop.py":  # times the trainer's own step
             continue
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in nodes(file):
             if isinstance(node, ast.ImportFrom):
                 modules = {node.module or "", *(alias.name for alias in node.names)}
                 assert not any(module.split(".")[-1] == "trainer" for module in modules), file
