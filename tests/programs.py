@@ -1,8 +1,9 @@
-"""The project's programs as processes of their own that begin at once: forked from a server without threads, which has imported
-torch and diffusers (nine seconds on a slow core)."""
+"""Python programs, the project's among them, as processes of their own that begin at once: forked from a server without threads,
+which has imported torch and diffusers (nine seconds on a slow core)."""
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import runpy
@@ -15,13 +16,22 @@ from pathlib import Path
 
 import torch
 
-from tiny import ROOT, environment
-
+ROOT = Path(__file__).parent.parent
 # A fork of the tests' own process would inherit an OpenMP pool whose threads are gone, and wait for them for ever. One server
-# serves all files of tests that a process runs, whichever comes first: what it imports stands here alone.
-PRELOADED = ["ldm_dcn.trainer", "ldm_dcn.encoding", "eval.columns"]
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(PRELOADED)
+# serves all files of tests that a process runs, whichever comes first: what it imports stands here alone. The operator's tests
+# run without diffusers too.
+PRELOADED = ["torch"]
+if importlib.util.find_spec("diffusers"):
+    PRELOADED += ["ldm_dcn.trainer", "ldm_dcn.encoding", "eval.columns"]
+server = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+if hasattr(os, "fork"):
+    server.set_forkserver_preload(PRELOADED)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """For subprocesses: one thread, and the package importable wherever they run."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **extra}
 
 
 class Program:
@@ -108,7 +118,7 @@ def _run(command: tuple[str, ...], folder: Path, environ: dict[str, str], stdout
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     missing = [name for name in PRELOADED if name not in sys.modules]
-    assert not missing, f"the server could not import {missing}"
+    assert not missing or not hasattr(os, "fork"), f"the server could not import {missing}"
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(folder)

@@ -357,7 +357,7 @@ def test_shipped_files_are_small():
 def test_the_script_that_made_it_runs_again(tmp_path, capsys):
     from ldm_dcn import make_digits_autoencoder
 
-    make_digits_autoencoder.main(["--out", str(tmp_path / "made"), "--steps", "2"])
+    make_digits_autoencoder.main(["--out", str(tmp_path / "made"), "--steps", "4"])
     assert "dB" in capsys.readouterr().out
     made = load_autoencoder(tmp_path / "made")
     assert made.fingerprint()["sha256"] != load_autoencoder("digits").fingerprint()["sha256"]

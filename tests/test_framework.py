@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from alone import Alone
 from dcnv4_ext import DCNv4, DCNv4Conv, dcnv4, dcnv4_reference
+from programs import Program
 
 SETTINGS = ([3, 3], [1, 1], [1, 1], [1, 1], 2, 1.0, False, False)
 
@@ -112,15 +112,11 @@ def test_data_parallel_and_sharded_gradients(tmp_path: Path) -> None:
     """DistributedDataParallel and FSDP2 over gloo, two processes."""
     if not torch.distributed.is_available():
         pytest.skip("torch is built without distributed")
-    folders = [tmp_path / rank for rank in "01"]
-    for folder in folders:
-        folder.mkdir()
     workers = [
-        Alone.start(folder, "distributed_worker.py", folder.name, str(tmp_path / "store"))
-        for folder in folders
+        Program("tests/distributed_worker.py", f"{rank}", str(tmp_path / "store")) for rank in range(2)
     ]
-    ended = [worker.end() for worker in workers]
-    assert [code for code, *_ in ended] == [0, 0], ended
+    for worker in workers:
+        assert worker.wait() == 0, worker.stderr
 
 
 def test_compile_dynamic_makes_one_graph() -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from alone import alone
 from dcnv4_ext import dcnv4, dcnv4_reference, native
 from problems import (
     DTYPES,
@@ -27,6 +26,7 @@ from problems import (
     solve,
     wide_problem,
 )
+from programs import run
 
 PROBLEMS = int(os.environ.get("DCNV4_PROBLEMS", "500"))
 ISAS = native.cpu().dcnv4_cpu_isas().decode().split()
@@ -679,11 +679,11 @@ def test_the_c_interface_refuses_what_python_would_have_caught() -> None:
     assert library.dcnv4_cpu_backward(nothing, None, None, None, buffers[0], None) == 0
 
 
-def test_no_argument_crashes_the_process(tmp_path: Path) -> None:
+def test_no_argument_crashes_the_process() -> None:
     """Random wrong arguments by every door, in a process of its own: refused by name, or right."""
-    code, stdout, stderr = alone(tmp_path, "hostile_arguments.py", "3000")
-    assert code == 0, f"{code}\n{stdout[-300:]}\n{stderr[-3000:]}"
-    outcomes = dict(line.rsplit(" ", 1) for line in stdout.splitlines()[3000:])
+    ended = run("tests/hostile_arguments.py", "3000")
+    assert ended.poll() == 0, f"{ended.poll()}\n{ended.stdout[-300:]}\n{ended.stderr[-3000:]}"
+    outcomes = dict(line.rsplit(" ", 1) for line in ended.stdout.splitlines()[3000:])
     assert all(int(outcomes[name]) > 50 for name in ("by_function: right", "by_function: refused")), outcomes
 
 
@@ -821,8 +821,8 @@ def test_a_forked_child_with_one_thread_goes_on(tmp_path: Path) -> None:
         "if child == 0:\n    torch.set_num_threads(1)\n    os._exit(not torch.equal(dcnv4(v, a, groups=2), want))\n"
         "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
     )
-    code, _, stderr = alone(tmp_path, str(program))
-    assert code == 0, stderr
+    parent = run(str(program))
+    assert parent.poll() == 0, parent.stderr
 
 
 def test_fewer_threads_than_were_asked_for() -> None:
@@ -841,12 +841,12 @@ def test_fewer_threads_than_were_asked_for() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_nothing_outside_the_tensors_is_touched(tmp_path: Path) -> None:
+def test_nothing_outside_the_tensors_is_touched() -> None:
     """Tensors that end, or begin, at a page nobody may read: masked vector loads, which sanitizers do not watch, included."""
-    code, stdout, stderr = alone(tmp_path, str(Path("emulation", "fenced.py")))
-    if code == 77:
-        pytest.skip(stdout)
-    assert code == 0, f"{code}\n{stdout[-2000:]}\n{stderr[-2000:]}"
+    ended = run("tests/emulation/fenced.py")
+    if ended.poll() == 77:
+        pytest.skip(ended.stdout)
+    assert ended.poll() == 0, f"{ended.poll()}\n{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}"
 
 
 # ---- Large.

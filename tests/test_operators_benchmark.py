@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from alone import alone
 from dcnv4_ext import dcnv4, dcnv4_reference
 from eval import contenders, operators, peers, stopwatch
 from eval.environment import environment
 from eval.peers import PEERS, Case, Shape
 from eval.stopwatch import describe
 from problems import between_cells
+from programs import run
 
 ROOT = Path(__file__).parent.parent
 PLAIN = [name for name in PEERS if PEERS[name].package is None]  # importable everywhere
@@ -75,9 +75,9 @@ kept = keep_freed_memory()
 faults_of(20)  # the heap grows to what they need
 print(int(kept), faults_of(20))
 """)
-    code, stdout, stderr = alone(tmp_path, str(program))
-    assert code == 0, stderr
-    kept, faults = map(int, stdout.split())
+    ended = run(str(program))
+    assert ended.poll() == 0, ended.stderr
+    kept, faults = map(int, ended.stdout.split())
     if not kept:
         pytest.skip("another C library than glibc")
     assert faults < 3 * 6 * 2**20 // 4096  # less than one call's pages in twenty calls; else as many in each

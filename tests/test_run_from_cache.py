@@ -25,8 +25,8 @@ from ldm_dcn.opening import open_run
 from ldm_dcn.sampling import generate
 from ldm_dcn.trainer import train
 from ldm_dcn.unet import build_unet, load_unet
-from programs import run
-from tiny import ROOT, UNET, environment, tiny_config
+from programs import ROOT, environment, run
+from tiny import UNET, tiny_config
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,11 @@ import torch
 from diffusers import AutoModel, DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from alone import alone
 from ldm_dcn import DCNUNet2DConditionModel, DCNUNet2DModel, apply_swap, build_unet, load_unet, plan_swap
 from ldm_dcn.errors import UserError
 from ldm_dcn.swap import swapped_sites
 from ldm_dcn.unet import load_pretrained_unet
+from programs import run as run_program
 
 TINY = {
     "block_out_channels": (16, 32),
@@ -174,8 +174,8 @@ def test_a_saved_network_is_the_same_in_a_fresh_process(tmp_path, given):
     DDPMPipeline(unconditional, DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
     torch.save(given, tmp_path / "given.pt")
     (tmp_path / "load.py").write_text(FRESH_PROCESS)
-    code, _, stderr = alone(tmp_path, str(tmp_path / "load.py"), str(tmp_path))
-    assert code == 0, stderr
+    fresh = run_program("load.py", str(tmp_path), folder=tmp_path)
+    assert fresh.poll() == 0, fresh.stderr
     outputs = torch.load(tmp_path / "outputs.pt", weights_only=True)
     print(
         {

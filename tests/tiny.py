@@ -3,15 +3,14 @@ parameters."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ldm_dcn.config import Config, load_config
+from programs import ROOT
 
-ROOT = Path(__file__).parent.parent
 UNET = {
     "sample_size": 8,
     "in_channels": 1,
@@ -52,9 +51,3 @@ def write_config(folder: Path, name: str = "tiny") -> Path:
 
 def tiny_config(folder: Path, *overrides: str, name: str = "tiny") -> Config:
     return load_config(write_config(folder, name), overrides)
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """For subprocesses: one thread, and the package importable wherever they run."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **extra}
