@@ -1,4 +1,9 @@
-"""What nvcc makes of the CUDA kernels: registers, spills, the width of their loads. No GPU is needed; without nvcc it is skipped."""
+"""What nvcc makes of the CUDA kernels: registers, spills, the width of their loads. No GPU is needed.
+
+`pip install` has compiled the same sources: where the installed library has code for an architecture and is younger than all it
+was made of, its machine code is read, which says what ptxas says (`test_the_library_says_what_ptxas_says`). Else a file is
+compiled here, for up to half a minute, and ptxas tells; without nvcc that is skipped.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from dcnv4_ext import native
 from emulation.library import kernel_name
 
-CUDA = Path(__file__).resolve().parents[1] / "dcnv4_ext" / "csrc" / "cuda"
+ROOT = Path(__file__).resolve().parents[1]
+CUDA = ROOT / "dcnv4_ext" / "csrc" / "cuda"
 MAIN = 90
 # Compiling takes one or two minutes an architecture: the one whose machine code was measured always, the others on request.
 ARCHITECTURES = [
@@ -54,8 +61,49 @@ def _nvcc(*arguments: str) -> str:
     return done.stdout + done.stderr
 
 
+def _cuobjdump(*arguments: str, folder: Path | None = None) -> str:
+    """With `folder` what it extracts comes there."""
+    disassembler = _tool("cuobjdump")
+    if disassembler is None:
+        pytest.skip("no cuobjdump: the machine code cannot be read here")
+    return subprocess.run(
+        [disassembler, *arguments], capture_output=True, text=True, check=True, cwd=folder
+    ).stdout
+
+
 class Kernels:
-    """The kernels of one file: name and template arguments -> what ptxas says."""
+    """The kernels of one file in machine code: name and template arguments -> what is read of them."""
+
+    def __init__(self, cubin: Path) -> None:
+        self.cubin = cubin
+
+    @functools.cached_property
+    def usage(self) -> dict[tuple, dict[str, int]]:
+        """What ptxas says of them (`Compiled`), from the code alone: it has the numbers, and spills are where local memory is touched."""
+        found = {}
+        pattern = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
+        for symbol, registers, stack, local in re.findall(pattern, _cuobjdump("-res-usage", str(self.cubin))):
+            if kernel := kernel_name(symbol):
+                touched = [name[:3] for name in self.instructions[kernel]]
+                found[kernel] = {
+                    "stack": int(stack) + int(local), "stores": touched.count("STL"), "loads": touched.count("LDL"),
+                    "registers": int(registers),
+                }  # fmt: skip
+        return found
+
+    @functools.cached_property
+    def instructions(self) -> dict[tuple, list[str]]:
+        """The machine instructions of every kernel."""
+        parts = _cuobjdump("-sass", str(self.cubin)).split("Function : ")[1:]
+        return {
+            kernel: re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)", part)
+            for part in parts
+            if (kernel := kernel_name(part.split("\n", 1)[0].strip()))
+        }
+
+
+class Compiled(Kernels):
+    """Those of a file that is compiled here."""
 
     pattern = re.compile(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -66,42 +114,81 @@ class Kernels:
     def __init__(self, source: str, architecture: int, folder: Path) -> None:
         if f"sm_{architecture}" not in _nvcc("--list-gpu-code").split():
             pytest.skip(f"this nvcc has no sm_{architecture}")
-        self.cubin = folder / f"{source}.{architecture}.cubin"
+        super().__init__(folder / f"{source}.{architecture}.cubin")
         self.log = _nvcc(
             *("-gencode", f"arch=compute_{architecture},code=sm_{architecture}", "-cubin", "-Xptxas", "-v"),
             *("-o", str(self.cubin), str(CUDA / f"{source}.cu")),
         )
-        self.usage: dict[tuple, dict[str, int]] = {}
-        self.symbols: dict[str, tuple] = {}
-        for symbol, *numbers in self.pattern.findall(self.log):
-            if kernel_name(symbol) is None:
-                continue  # it is launched by none, but asked what it was compiled for
-            self.symbols[symbol] = kernel_name(symbol)
-            self.usage[kernel_name(symbol)] = dict(
-                zip(("stack", "stores", "loads", "registers"), map(int, numbers), strict=True)
-            )
+        assert "warning" not in self.log.replace("nvcc warning : Support for offline compilation", ""), (
+            self.log
+        )
 
     @functools.cached_property
-    def instructions(self) -> dict[tuple, list[str]]:
-        """The machine instructions of every kernel."""
-        disassembler = _tool("cuobjdump")
-        if disassembler is None:
-            pytest.skip("no cuobjdump: the machine code cannot be read here")
-        text = subprocess.run(
-            [disassembler, "-sass", str(self.cubin)], capture_output=True, text=True, check=True
-        ).stdout
-        parts = {part.split("\n", 1)[0].strip(): part for part in text.split("Function : ")[1:]}
+    def usage(self) -> dict[tuple, dict[str, int]]:
+        """What ptxas says of them."""
         return {
-            kernel: re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)", parts[symbol])
-            for symbol, kernel in self.symbols.items()
+            # One is launched by none, but asked what it was compiled for.
+            kernel: dict(zip(("stack", "stores", "loads", "registers"), map(int, numbers), strict=True))
+            for symbol, *numbers in self.pattern.findall(self.log)
+            if (kernel := kernel_name(symbol))
         }
 
 
+class Installed:
+    """The installed library, taken apart, where it was made of the sources as they are."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.library = folder, native.library_file("cuda")
+        sources = [ROOT / "CMakeLists.txt", *CUDA.parent.glob("*.h"), *CUDA.iterdir()]
+        made = self.library.stat().st_mtime if self.library and _tool("cuobjdump") else 0
+        self.is_current = all(file.stat().st_mtime < made for file in sources)  # as make judges
+        self.parts, self.kernels = map(functools.cache, (self._parts, self._kernels))
+
+    def _parts(self, architecture: int) -> dict[tuple, Path]:
+        """Files of machine code and of PTX by (kernel, suffix) for each kernel in them; none where the library lacks the architecture."""
+        if not self.is_current:
+            return {}
+        folder = self.folder / str(architecture)
+        folder.mkdir()
+        for kind in ("elf", "ptx"):
+            _cuobjdump("-arch", f"sm_{architecture}", f"-x{kind}", "all", str(self.library), folder=folder)
+        found = {}
+        for file in folder.iterdir():
+            text = file.read_text() if file.suffix == ".ptx" else _cuobjdump("-symbols", str(file))
+            for symbol in re.findall(r"\b_Z\w+", text):
+                if kernel := kernel_name(symbol):
+                    found[kernel, file.suffix] = file
+        return found
+
+    def _kernels(self, source: str, architecture: int) -> Kernels | None:
+        """Those of a file. Where a fast one has a stack frame ptxas alone knows whether for spills: then, too, it is compiled."""
+        cubin = self.parts(architecture).get((FAST[source][0], ".cubin"))
+        made = Kernels(cubin) if cubin else None
+        return made if made and not any(made.usage[kernel]["stack"] for kernel in FAST[source]) else None
+
+    def ptx(self, source: str, architecture: int) -> str | None:
+        file = self.parts(architecture).get((FAST[source][0], ".ptx"))
+        return file.read_text() if file else None
+
+
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+def installed(tmp_path_factory) -> Installed:
+    return Installed(tmp_path_factory.mktemp("installed"))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
     """Compiles a file once for an architecture."""
     folder = tmp_path_factory.mktemp("cubin")
-    return functools.cache(lambda source, architecture: Kernels(source, architecture, folder))
+    return functools.cache(lambda source, architecture: Compiled(source, architecture, folder))
+
+
+@pytest.fixture(scope="module")
+def kernels(installed, compiled):
+    """A file's kernels for an architecture, from the installed library where they are there."""
+    return functools.cache(
+        lambda source, architecture: installed.kernels(source, architecture) or compiled(source, architecture)
+    )
 
 
 FAST_DEPTHS = (16, 32, 40, 64, 80, 128, 160)
@@ -158,12 +245,11 @@ SORTED = ("scatter_sorted", "scatter_matrix")  # kernel[4] tells those for a who
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", FAST)
 def test_fast_kernels_keep_everything_in_registers(kernels, source, architecture):
-    made = kernels(source, architecture)
-    assert "warning" not in made.log.replace("nvcc warning : Support for offline compilation", ""), made.log
+    usages = kernels(source, architecture).usage
     for kernel in FAST[source]:
         if kernel[0] in ("dot_matrix", "gather_matrix") and architecture < 80:
             continue  # there are no matrix units for it, and it is not launched
-        usage = made.usage[kernel]
+        usage = usages[kernel]
         assert usage["stores"] == usage["loads"] == 0, (kernel, usage)
         assert usage["stack"] == 0 or _stores_for_boxes(kernel, architecture), (kernel, usage)
         assert usage["registers"] <= MOST_REGISTERS.get(kernel[0], OTHERWISE), (kernel, usage)
@@ -185,12 +271,46 @@ def _wide_loads(kernel: tuple) -> int:
     return 4 * kernel[3] + (kernel[0] == "differentiate")
 
 
+SOONEST = "scatter_tiled"  # of all files it is compiled
+
+
+@pytest.mark.parametrize(
+    "source", [SOONEST, *(pytest.param(n, marks=pytest.mark.slow(why="compiles for minutes")) for n in FAST if n != SOONEST)]
+)  # fmt: skip
+def test_the_library_says_what_ptxas_says(installed, compiled, source):
+    """Registers, stack frame and spills of every kernel; and its instructions are those of the file compiled alone."""
+    said = compiled(source, MAIN)
+    read = installed.kernels(source, MAIN) or Kernels(said.cubin)
+    assert read.usage.keys() == said.usage.keys() >= set(FAST[source])
+    for kernel, usage in said.usage.items():
+        compared = (
+            ("registers", "stack") if usage["stack"] else usage
+        )  # in a frame local memory may be an array
+        assert all(read.usage[kernel][name] == usage[name] for name in compared), kernel
+    assert read.instructions == said.instructions
+
+
+@pytest.mark.parametrize("source", FAST)
+def test_the_compiler_has_no_warnings(source, tmp_path):
+    """Those of its front end; what is compiled in other tests is read for those of ptxas too."""
+    known = "--fdevice-syntax-only" in _nvcc("--help")
+    log = _nvcc(
+        *("-gencode", f"arch=compute_{MAIN},code=sm_{MAIN}", "-cubin", "-o", str(tmp_path / "out.cubin")),
+        *(["-fdevice-syntax-only"] if known else []),
+        str(CUDA / f"{source}.cu"),
+    )
+    assert "warning" not in log, log
+
+
 @pytest.mark.parametrize("source", ["forward", "backward"])
-def test_fast_kernels_load_16_bytes_at_a_time(source, tmp_path):
+def test_fast_kernels_load_16_bytes_at_a_time(installed, source, tmp_path):
     """As the compiler hands it to the assembler; the next test reads what the assembler made of it."""
-    target = f"arch=compute_{MAIN},code=compute_{MAIN}"
-    _nvcc("-gencode", target, "-ptx", "-o", str(tmp_path / "out.ptx"), str(CUDA / f"{source}.cu"))
-    entries = [part.split("(", 1) for part in (tmp_path / "out.ptx").read_text().split(".entry ")[1:]]
+    code = installed.ptx(source, MAIN)
+    if code is None:
+        target = f"arch=compute_{MAIN},code=compute_{MAIN}"
+        _nvcc("-gencode", target, "-ptx", "-o", str(tmp_path / "out.ptx"), str(CUDA / f"{source}.cu"))
+        code = (tmp_path / "out.ptx").read_text()
+    entries = [part.split("(", 1) for part in code.split(".entry ")[1:]]
     loads = {
         kernel_name(symbol): len(re.findall(r"ld\.global(?:\.nc)?\.v4\.\w32", body))
         for symbol, body in entries
