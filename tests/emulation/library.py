@@ -156,7 +156,7 @@ class Emulation:
         """The kernels launched since this was last asked."""
         addresses = (ctypes.c_void_p * len(self.kernels))()
         count = self.library.emulation_kernels(addresses, len(addresses))
-        # The emulation's own kernels (control.cpp) are none of the operator's.
+        # The emulation's own kernels (wrong_kernels.cpp) are none of the operator's.
         return {self.kernels[a] for a in addresses[:count] if a in self.kernels}
 
     def launches(self) -> int:

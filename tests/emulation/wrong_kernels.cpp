@@ -1,25 +1,6 @@
-// What the tests set and read of the emulation, beside the functions of dcnv4.h.
+// Kernels, most of them wrong on purpose: the emulation must notice.
 #include "host_cuda.h"
 
-extern "C" {
-// Blocks and threads run in an order drawn from the seed; 0 is the natural one.
-__attribute__((visibility("default"))) void emulation_order(uint64_t seed) { host_cuda::settings.seed = seed; }
-__attribute__((visibility("default"))) void emulation_multiprocessors(int32_t count) {
-  host_cuda::settings.multiprocessors = count;
-}
-__attribute__((visibility("default"))) int32_t emulation_device() { return host_cuda::settings.device; }
-__attribute__((visibility("default"))) int64_t emulation_launches() { return host_cuda::settings.launches; }
-// Addresses of the kernels launched since the last call, at most `room` of them; returns how many there are.
-__attribute__((visibility("default"))) int32_t emulation_kernels(void** addresses, int32_t room) {
-  int32_t count = 0;
-  for (void* kernel : host_cuda::settings.kernels)
-    if (count++ < room) addresses[count - 1] = kernel;
-  host_cuda::settings.kernels.clear();
-  return count;
-}
-}
-
-// ---- Kernels, most of them wrong on purpose: the emulation must notice.
 namespace {
 
 // Half of the threads never reach the barrier.
@@ -72,7 +53,7 @@ extern "C" __attribute__((visibility("default"))) int32_t emulation_try(int32_t 
   cudaLaunchConfig_t config;
   cudaLaunchAttribute early{};
   config.blockDim = dim3(32);
-  config.dynamicSmemBytes = 32 * sizeof(int) + sizeof(host_cuda::Arrivals);
+  config.dynamicSmemBytes = 32 * sizeof(int) + sizeof(uint64_t);
   void (*const kernels[])(int*) = {divergent, racing, meeting, hasty, waiting<0>, waiting<1>};
   config.attrs = &early;
   config.numAttrs = kernels[kernel] == hasty ? 1 : 0;
