@@ -92,24 +92,25 @@ def run(*command: str, folder: Path = ROOT) -> Program:
     return program
 
 
-def run_together(*command: str, processes: int = 2) -> list[Program]:
+def run_together(*command: str, processes: int = 2, folder: Path = ROOT) -> list[Program]:
     """The same program in processes that find each other, as torchrun would start them, to their end without an error."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     meeting = {"WORLD_SIZE": f"{processes}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
     started = [
-        Program(*command, RANK=f"{rank}", LOCAL_RANK=f"{rank}", **meeting) for rank in range(processes)
+        Program(*command, folder=folder, RANK=f"{rank}", LOCAL_RANK=f"{rank}", **meeting)
+        for rank in range(processes)
     ]
     for program in started:
         assert program.wait(250) == 0, program.stderr
     return started
 
 
-def torchrun(*command: str, processes: int = 2, folder: Path = ROOT) -> Program:
+def torchrun(*command: str, processes: int = 2) -> Program:
     """By the real launcher, whose processes import everything anew; to its end without an error."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", f"{processes}")
-    launched = Program(*launcher, *command, folder=folder)
+    launched = Program(*launcher, *command)
     assert launched.wait(250) == 0, launched.stderr[-3000:]
     return launched
 

@@ -20,7 +20,7 @@ from eval.npz import AdmNpzWriter
 from eval.scores import extract, frechet_distance
 from ldm_dcn.data import open_dataset
 from ldm_dcn.errors import UserError
-from programs import run, run_together, torchrun
+from programs import run, run_together
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -497,7 +497,7 @@ def test_an_error_in_one_process_ends_all(tmp_path):
         "        open(f'{processes.rank}.txt', 'w').write(str(error))\n"
     )
     (tmp_path / "program.py").write_text(program)
-    torchrun("program.py", folder=tmp_path)
+    run_together("program.py", folder=tmp_path)
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["block 5 is broken"] * 2
 
 
