@@ -225,7 +225,10 @@ def _finish(arguments: argparse.Namespace, task: Task, drawn: Drawn, mark: str, 
         what = ", arr_1 their labels" if has_labels else ""
         print(f"{arguments.npz}: arr_0 {len(task)} RGB images{what}")
     if arguments.png_dir:
-        print(f"{arguments.png_dir}: {len(task)} PNG files")
+        beside = len(drawn.others())
+        print(
+            f"{arguments.png_dir}: {len(task)} PNG files{f', beside {beside} of other commands' if beside else ''}"
+        )
     else:
         drawn.remove()
 

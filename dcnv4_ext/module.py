@@ -12,8 +12,8 @@ from torch.compiler import is_dynamo_compiling
 from .functional import dcnv4
 from .geometry import Geometry, Pair, flag, is_whole, number, pair, whole
 from .native import check_dtype
-from .ops import autocast_dtype
-from .projections import can_join, join
+from .ops import autocast_dtype, plain
+from .projections import can_join, join, untouched
 
 MaskInit = Literal["zero", "uniform", "center"]
 
@@ -30,7 +30,7 @@ class DCNv4(nn.Module):
     value = value_proj(x); offset_mask = offset_mask(offset_mask_dw(x)); output = output_proj(dcnv4(value, offset_mask)).
     Parameter names and layouts are those of the official module, so that its state dicts load. In eager training on a
     GPU the first two projections are one matrix product (projections.py). A tap whose position is not finite counts nothing, as
-    one outside the map does: where all of the input is NaN the output is not.
+    one outside the map does: where all of the input is NaN the output is not, nor where the weights of `offset_mask` are.
 
     Args:
         channels: C of the input and of the value map.
@@ -145,6 +145,11 @@ class DCNv4(nn.Module):
 
     def reset_parameters(self) -> None:
         """The official start, but for the mask, which follows `mask_init`."""
+        if self.offset_mask_dw is not None:
+            self.offset_mask_dw.reset_parameters()
+        if self.center_feature_scale:
+            nn.init.zeros_(self.center_feature_scale_proj_weight)
+            nn.init.zeros_(self.center_feature_scale_proj_bias)
         nn.init.zeros_(self.offset_mask.weight)
         nn.init.zeros_(self.offset_mask.bias)
         if self.mask_init != "zero":
@@ -230,9 +235,11 @@ class DCNv4(nn.Module):
     def _check_dtype(self, x: Tensor) -> None:
         if not x.is_floating_point():
             raise TypeError(f"x is {x.dtype}; use float32, float64, bfloat16 or float16")
-        ours = self.offset_mask.weight.dtype
         # A layer put in the place of ours, a quantised one say, knows by itself what it takes.
-        if x.dtype == ours or type(self.offset_mask) is not nn.Linear:
+        if type(self.offset_mask) is not nn.Linear:
+            return
+        ours = self.offset_mask.weight.dtype
+        if x.dtype == ours:
             return
         if torch.is_autocast_enabled(x.device.type):
             if torch.float64 not in (x.dtype, ours):
@@ -245,16 +252,18 @@ class DCNv4(nn.Module):
         )
 
     def _cast_once(self, x: Tensor) -> Tensor:
-        """What autocast would make of `x` for each of the layers that take it: one copy, and one gradient to cast back. Compilers do
-        that by themselves; layers put in the place of ours are given what they would get without us."""
-        if (
-            is_dynamo_compiling()
-            or type(self.offset_mask) is not nn.Linear
-            or not (self.without_pointwise or type(self.value_proj) is nn.Linear)
-        ):
+        """What autocast would make of `x` for both projections of it: one copy, and one gradient to cast back. Compilers do that by
+        themselves; hooks, and layers put in the place of ours, are given what they would get without us."""
+        if is_dynamo_compiling() or self.without_pointwise or not plain(x):
             return x
         dtype = autocast_dtype(x)
-        return x if dtype is x.dtype else x.to(dtype)
+        if (
+            dtype is x.dtype
+            or self.offset_mask_dw is not None
+            or not untouched(self.value_proj, self.offset_mask)
+        ):
+            return x
+        return x.to(dtype)
 
     def _offset_features(self, x: Tensor) -> Tensor:
         """What the offsets are predicted from, at the output resolution."""

@@ -38,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.denoiser import Denoiser
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error, explain
+from ldm_dcn.places import check_file_place
 from ldm_dcn.run import ARITHMETIC
 from ldm_dcn.unet import build_unet
 
@@ -413,6 +414,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError(f"--bandwidth {options.bandwidth}: give what a GPU can send, such as 50")
         if min(options.gpus) < 1:
             raise UserError(f"--gpus {min(options.gpus)}: give 1 or more")
+        if options.json:
+            check_file_place(options.json, "give another --json")
         configs = [load_config(path, options.set) for path in options.configs]
         counts = [count(config) for config in configs]
         measurements = matched(configs, [read_measured(path) for path in options.measured])

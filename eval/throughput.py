@@ -34,6 +34,7 @@ from ldm_dcn.ema import EMA, Constant
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.export import load_model
 from ldm_dcn.model import Model
+from ldm_dcn.places import check_file_place
 from ldm_dcn.sampling import generate, guided, sample_latents
 from ldm_dcn.unet import build_unet
 
@@ -442,6 +443,8 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--train and --profile measure different things; give one of them")
     if options.rounds < 1 or (options.batch_size is not None and options.batch_size < 1):
         raise UserError("--rounds and --batch-size must be at least 1")
+    if options.json:
+        check_file_place(options.json, "give another --json")
     if options.train:
         time_the_loop(paths[0], options)
         return

@@ -34,7 +34,7 @@ class Drawn:
     def begin(self) -> list[int]:
         """The numbers of the images that are not there yet. Nothing is written before the first `save`.
 
-        Raises `UserError` where there are images of these names that were drawn with something else, or nobody knows with what.
+        Raises `UserError` where images were drawn with something else there, or nobody knows with what, or other files lie there.
         """
         missing, note = self.missing(), self.folder / NOTE
         mend = "give another place, or delete that folder"
@@ -51,7 +51,18 @@ class Drawn:
             raise UserError(
                 f"{self.folder} holds {self._names[there[0]]}, and no {NOTE} that says what drew it; {mend}"
             )
+        elif others := self.others():
+            raise UserError(
+                f"{self.folder} holds {others[0]}, which was not drawn here; give an empty folder, so that what is drawn can be "
+                "told from what is not"
+            )
         return missing
+
+    def others(self) -> list[str]:
+        """What else lies in the folder, hidden files aside: images of other labels and seeds, drawn with the same."""
+        if not self.folder.is_dir():
+            return []
+        return sorted({name for name in os.listdir(self.folder) if not name.startswith(".")} - {*self._names})
 
     def missing(self) -> list[int]:
         """The numbers of the images that are not there. An empty file is what a power cut leaves of one."""

@@ -28,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -505,9 +506,15 @@ class _Swapped:
     _plain: type[ModelMixin]
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As `diffusers.ConfigMixin.from_config`: build the plain network of `config`, apply its plan."""
-        config = dict(config)
+    def from_config(
+        cls,
+        config: Mapping[str, Any] | str | os.PathLike[str],
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As `diffusers.ConfigMixin.from_config`: build the plain network of `config`, apply its plan. `config` may be the folder of
+        a saved network, as diffusers' EMAModel passes it."""
+        config = dict(config if isinstance(config, Mapping) else cls.load_config(config))
         plan = sites_from_config(config)
         config.pop(CONFIG_KEY, None)
         config["down_block_types"] = [kind.removesuffix(_MARK) for kind in config["down_block_types"]]

@@ -253,20 +253,29 @@ def test_wrong_number_of_channels_is_named() -> None:
         DCNv4(32)(torch.zeros(1, 4, 4, 16))
 
 
-class _Noting(torch.nn.Module):
-    """Stands in the place of a projection and notes what it is given."""
+class _Wrapped(torch.nn.Module):
+    """Stands in the place of a layer, as LoRA's do, and notes what it is given; it has no weight of its own."""
 
-    def __init__(self, projection: torch.nn.Linear) -> None:
+    def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
-        self.projection, self.weight, self.seen = projection, projection.weight, []
+        self.layer, self.seen = layer, []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.seen.append(x.dtype)
-        return self.projection(x)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("name", ["offset_mask", "value_proj", "output_proj", "offset_mask_dw"])
+def test_layers_may_be_replaced(name: str) -> None:
+    torch.manual_seed(0)
+    layer, x = DCNv4(32, dw_kernel_size=3, mask_init="uniform"), torch.randn(2, 6, 5, 32)
+    want = layer(x)
+    setattr(layer, name, _Wrapped(getattr(layer, name)))
+    assert torch.equal(layer(x), want)
 
 
 def test_autocast_casts_the_input_once() -> None:
-    """For both projections, and keeps one copy of it for their gradients; a layer in the place of ours gets the input as it is."""
+    """For both projections, and keeps one copy of it for their gradients."""
     torch.manual_seed(0)
     layer, x = DCNv4(32, mask_init="uniform"), torch.randn(2, 6, 5, 32, requires_grad=True)
     kept: list[torch.Tensor] = []
@@ -279,9 +288,55 @@ def test_autocast_casts_the_input_once() -> None:
     (gradient,) = torch.autograd.grad(output.float().square().sum(), x)
     (exact,) = torch.autograd.grad(layer(x).square().sum(), x)
     assert gradient.dtype == torch.float32 and (gradient - exact).norm() < 2e-2 * exact.norm()
-    for name in ("offset_mask", "value_proj"):
-        changed = copy.deepcopy(layer)
-        setattr(changed, name, _Noting(getattr(changed, name)))
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(changed(x), output)
-        assert getattr(changed, name).seen == [torch.float32]
+
+
+def _replaced(layer: DCNv4, seen: list[torch.dtype]) -> None:
+    layer.offset_mask = _Wrapped(layer.offset_mask)
+    layer.offset_mask.seen = seen
+
+
+def _hooked(layer: DCNv4, seen: list[torch.dtype]) -> None:
+    layer.value_proj.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].dtype))
+
+
+def _patched(layer: DCNv4, seen: list[torch.dtype]) -> None:
+    forward = layer.value_proj.forward
+    layer.value_proj.forward = lambda x: seen.append(x.dtype) or forward(x)
+
+
+def _replaced_depthwise(layer: DCNv4, seen: list[torch.dtype]) -> None:
+    layer.offset_mask_dw = _Wrapped(torch.nn.Identity())
+    layer.offset_mask_dw.seen = seen
+
+
+@pytest.mark.parametrize("change", [_replaced, _hooked, _patched, _replaced_depthwise])
+def test_under_autocast_others_get_the_input_as_it_is(change) -> None:
+    torch.manual_seed(0)
+    layer, x = DCNv4(32, mask_init="uniform"), torch.randn(2, 6, 5, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = layer(x)
+        seen: list[torch.dtype] = []
+        change(layer, seen)
+        assert torch.equal(layer(x), want)
+    assert seen == [torch.float32]
+
+
+def test_exported_under_autocast_and_on_the_meta_device_under_it() -> None:
+    torch.manual_seed(0)
+    layer, x = DCNv4(32, mask_init="uniform").eval(), torch.randn(1, 4, 4, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        program = torch.export.export(layer, (x,)).module()
+        assert torch.equal(program(x), layer(x))
+        meta = DCNv4(32, device="meta")(torch.empty(1, 4, 4, 32, device="meta"))
+    assert meta.shape == (1, 4, 4, 32)
+    assert torch.equal(program(x), layer(x))
+
+
+def test_parameters_are_reset_all_of_them() -> None:
+    """As tools do that make a module on the meta device first."""
+    made = DCNv4(32, device="meta", dw_kernel_size=3, center_feature_scale=True).to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.fill_(7)
+    made.reset_parameters()
+    assert not [name for name, parameter in made.named_parameters() if (parameter == 7).any()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,19 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
         plan.main([str(write_config(tmp_path)), "--gpus", "3"])
     assert stopped.value.code == 2
     assert "train.batch_size=8 cannot be shared by 3 GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [plan.main, throughput.main])
+def test_a_place_that_cannot_be_written_is_seen_first(
+    command: Callable[[list[str]], None], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    monkeypatch.setattr(plan, "count", lambda *_: pytest.fail("it counted"))
+    monkeypatch.setattr(throughput, "open_subject", lambda *_: pytest.fail("it measured"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        command([str(write_config(tmp_path)), "--json", str(tmp_path / "file" / "a.json")])
+    assert stopped.value.code == 2
+    assert "file/a.json: Not a directory; give another --json" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ the loop

@@ -149,6 +149,24 @@ def test_images_of_other_settings_are_never_mixed(run: str, tmp_path: Path) -> N
         sample.main(command)
 
 
+def test_a_folder_with_other_files_is_not_drawn_into(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of somebody's own pictures stays that; images of other seeds lie together, and it is said."""
+    folder = tmp_path / "png"
+    folder.mkdir()
+    command = [run, "--n", "2", "--steps", "1", "--png-dir", str(folder)]
+    (folder / "mine.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"holds mine\.png, which was not drawn here; give an empty folder"):
+        sample.main(command)
+    assert [path.name for path in folder.iterdir()] == ["mine.png"]
+    (folder / "mine.png").unlink()
+    assert sample.main(command) == 0
+    assert capsys.readouterr().out == f"{folder}: 2 PNG files\n"
+    assert sample.main([*command, "--seeds", "7"]) == 0
+    assert capsys.readouterr().out == f"{folder}: 2 PNG files, beside 2 of other commands\n"
+
+
 def test_bf16_draws_nearly_the_same(run: str, tmp_path: Path) -> None:
     images = {}
     for precision in ("fp32", "bf16"):

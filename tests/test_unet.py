@@ -376,3 +376,16 @@ def test_what_is_no_place_or_type_is_refused(tmp_path):
         (tmp_path / "config.json").write_text(damaged)
         with pytest.raises(UserError, match=text):
             load_unet(tmp_path)
+
+
+def test_diffusers_ema_model_saves_and_loads(tmp_path: Path) -> None:
+    """As diffusers' own training scripts keep their averages."""
+    from diffusers.training_utils import EMAModel
+
+    unet = random_weights(build_unet(TINY, swap=SWAP))
+    average = EMAModel(unet.parameters(), model_cls=type(unet), model_config=unet.config)
+    average.save_pretrained(str(tmp_path / "ema"))
+    again = EMAModel.from_pretrained(str(tmp_path / "ema"), type(unet))
+    assert again.decay == average.decay and len(again.shadow_params) == len(list(unet.parameters()))
+    for ours, theirs in zip(again.shadow_params, unet.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
