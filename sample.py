@@ -225,9 +225,9 @@ def _finish(arguments: argparse.Namespace, task: Task, drawn: Drawn, mark: str, 
         what = ", arr_1 their labels" if has_labels else ""
         print(f"{arguments.npz}: arr_0 {len(task)} RGB images{what}")
     if arguments.png_dir:
-        beside = len(drawn.others())
+        beside = [name for name in drawn.others() if re.fullmatch(r"\d+_label\d+_seed\d+\.png", name)]
         print(
-            f"{arguments.png_dir}: {len(task)} PNG files{f', beside {beside} of other commands' if beside else ''}"
+            f"{arguments.png_dir}: {len(task)} PNG files{f', beside {len(beside)} of other commands' if beside else ''}"
         )
     else:
         drawn.remove()

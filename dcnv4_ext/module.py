@@ -145,7 +145,7 @@ class DCNv4(nn.Module):
 
     def reset_parameters(self) -> None:
         """The official start, but for the mask, which follows `mask_init`."""
-        if self.offset_mask_dw is not None:
+        if isinstance(self.offset_mask_dw, nn.Conv2d):
             self.offset_mask_dw.reset_parameters()
         if self.center_feature_scale:
             nn.init.zeros_(self.center_feature_scale_proj_weight)

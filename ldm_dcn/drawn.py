@@ -59,7 +59,7 @@ class Drawn:
         return missing
 
     def others(self) -> list[str]:
-        """What else lies in the folder, hidden files aside: images of other labels and seeds, drawn with the same."""
+        """What else lies in the folder, hidden files aside: a grid, or images of other labels and seeds."""
         if not self.folder.is_dir():
             return []
         return sorted({name for name in os.listdir(self.folder) if not name.startswith(".")} - {*self._names})

@@ -163,6 +163,8 @@ def test_a_folder_with_other_files_is_not_drawn_into(
     (folder / "mine.png").unlink()
     assert sample.main(command) == 0
     assert capsys.readouterr().out == f"{folder}: 2 PNG files\n"
+    assert sample.main([*command, "--seeds", "7", "--grid", str(folder / "grid.png")]) == 0
+    capsys.readouterr()
     assert sample.main([*command, "--seeds", "7"]) == 0
     assert capsys.readouterr().out == f"{folder}: 2 PNG files, beside 2 of other commands\n"
 
