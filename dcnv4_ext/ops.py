@@ -317,7 +317,7 @@ def _ordinary(*tensors: Tensor) -> bool:
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """What autocast makes of `tensor` where an operator of its list takes it."""
+    """What autocast makes of a tensor that is `plain` where an operator of its list takes it."""
     if not _autocast() or tensor.dtype is torch.float64:
         return tensor.dtype
     device = tensor.device.type

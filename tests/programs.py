@@ -23,8 +23,9 @@ ROOT = Path(__file__).parent.parent
 PRELOADED = ["torch"]
 if importlib.util.find_spec("diffusers"):
     PRELOADED += ["ldm_dcn.trainer", "ldm_dcn.encoding", "eval.columns"]
-server = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-if hasattr(os, "fork"):
+FORKS = hasattr(os, "fork")  # elsewhere a program imports everything itself
+server = multiprocessing.get_context("forkserver" if FORKS else "spawn")
+if FORKS:
     server.set_forkserver_preload(PRELOADED)
 
 
@@ -102,8 +103,17 @@ def run_together(*command: str, processes: int = 2, folder: Path = ROOT) -> list
         Program(*command, folder=folder, RANK=f"{rank}", LOCAL_RANK=f"{rank}", **meeting)
         for rank in range(processes)
     ]
-    for program in started:
-        assert program.wait(250) == 0, program.stderr
+    return to_their_end(started)
+
+
+def to_their_end(started: list[Program]) -> list[Program]:
+    """Waits for programs that wait for each other: where one fails the others are ended too."""
+    try:
+        for program in started:
+            assert program.wait(250) == 0, program.stderr
+    finally:
+        for program in started:
+            program.kill()
     return started
 
 
@@ -118,8 +128,8 @@ def torchrun(*command: str, processes: int = 2) -> Program:
 def _run(command: tuple[str, ...], folder: Path, environ: dict[str, str], stdout: Path, stderr: Path) -> None:
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-    missing = [name for name in PRELOADED if name not in sys.modules]
-    assert not missing or not hasattr(os, "fork"), f"the server could not import {missing}"
+    missing = [name for name in PRELOADED if FORKS and name not in sys.modules]
+    assert not missing, f"the server could not import {missing}"
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(folder)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dcnv4_ext import DCNv4, DCNv4Conv, dcnv4, dcnv4_reference
-from programs import Program
+from programs import Program, to_their_end
 
 SETTINGS = ([3, 3], [1, 1], [1, 1], [1, 1], 2, 1.0, False, False)
 
@@ -112,11 +112,8 @@ def test_data_parallel_and_sharded_gradients(tmp_path: Path) -> None:
     """DistributedDataParallel and FSDP2 over gloo, two processes."""
     if not torch.distributed.is_available():
         pytest.skip("torch is built without distributed")
-    workers = [
-        Program("tests/distributed_worker.py", f"{rank}", str(tmp_path / "store")) for rank in range(2)
-    ]
-    for worker in workers:
-        assert worker.wait() == 0, worker.stderr
+    store = str(tmp_path / "store")
+    to_their_end([Program("tests/distributed_worker.py", f"{rank}", store) for rank in range(2)])
 
 
 def test_compile_dynamic_makes_one_graph() -> None:

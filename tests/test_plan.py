@@ -21,10 +21,13 @@ _counted: dict[str, Counted] = {}
 
 
 def count(config: Config) -> Counted:
-    """`plan.count`, which takes seconds, once for each network and precision, and whatever the rest of the config says."""
+    """`plan.count`, which takes seconds, once for each network, its precision and what it keeps, whatever else the config says."""
     settings = config.resolved()
     parts = ("model", "autoencoder", "data")
-    key = json.dumps([config.run.name, config.train.precision, *(settings[part] for part in parts)])
+    key = json.dumps(
+        [config.run.name, config.train.precision, config.train.gradient_checkpointing]
+        + [settings[part] for part in parts]
+    )
     if key not in _counted:
         _counted[key] = _count(config)
     return _counted[key]
