@@ -40,7 +40,7 @@ class OnTheWay:
                 f"train.score_every is on and {config.data.source} is a latent cache, which holds no images to compare with; set "
                 "sample.score_reference to the images that it was made of, or to statistics of theirs (eval.fid --save-statistics)"
             )
-        self._settings = settings
+        self._settings, self._precision = settings, config.train.precision
         self._reference_name = settings.score_reference or config.data.source
         self._scorer: FeatureExtractor = load_extractor(settings.score_extractor)
         self._images, self._statistics = open_reference(
@@ -80,6 +80,7 @@ class OnTheWay:
             "sampler": settings.sampler,
             "sampler_steps": settings.steps,
             "weights": model.tags.get("weights"),
+            "precision": self._precision,
             "extractor_weights": self._scorer.fingerprint,
             "resize": self._scorer.resize,
             "reference": self._reference_name,

@@ -40,6 +40,7 @@ class Batches:
         accelerator: Accelerator,
     ) -> None:
         self.order = randomness.Order(len(latents), config.train.seed)
+        self.began = (0, 0)  # the step from which on batches have this size, and the samples before it
         self._settings = config.train
         self._schedule = schedule
         self._latents = latents
@@ -55,11 +56,16 @@ class Batches:
     def close(self) -> None:
         self._loader.shutdown(cancel_futures=True)
 
+    def first_of(self, step: int) -> int:
+        """The global sample position at which `step` begins."""
+        began, before = self.began
+        return before + (step - began) * self._settings.batch_size
+
     def positions(self, step: int, micro: int) -> range:
         """The global sample positions of this process in micro-step `micro` of `step`."""
         parts = self._settings.gradient_accumulation
         share = self._settings.batch_size // (self._processes * parts)
-        first = step * self._settings.batch_size + (self._rank * parts + micro) * share
+        first = self.first_of(step) + (self._rank * parts + micro) * share
         return range(first, first + share)
 
     def at(self, step: int, micro: int) -> Batch:
@@ -122,7 +128,7 @@ class Batches:
         share = randomness.uniform(settings.seed, "time", positions)
         if settings.stratified_times:
             # Kingma et al. (2021), appendix I, with a draw of its own in every share
-            place = torch.arange(positions.start, positions.stop) % settings.batch_size
+            place = (torch.arange(positions.start, positions.stop) - self.began[1]) % settings.batch_size
             share = (place.numpy() + share) / settings.batch_size
         share = torch.from_numpy(share)
         if settings.times == "uniform":
@@ -137,5 +143,5 @@ class Batches:
 
     def of_everyone(self, step: int) -> tuple[list[int], list[int]]:
         """The images and the times of the whole of a step, all processes' shares."""
-        positions = range(step * self._settings.batch_size, (step + 1) * self._settings.batch_size)
+        positions = range(self.first_of(step), self.first_of(step + 1))
         return self.order[positions].tolist(), self.times(positions).tolist()

@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ MAPPED_BYTES = 64 << 20
 SERIAL = 32767
 _NAME_OF = {"float16": "F16", "float32": "F32", "bfloat16": "BF16"}
 
+Choose = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class CachedText:
@@ -65,7 +67,7 @@ class LatentCache:
     identity       12 hex digits: the same latents in the same order have the same
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any], choose: Choose | None = None) -> None:
         plan = manifest["plan"]
         self.folder = folder
         self.identity: str = manifest["identity"]
@@ -75,7 +77,6 @@ class LatentCache:
         self.image_size: int = plan["preprocessing"]["image_size"]
         self.class_names: tuple[str, ...] = tuple(plan["class_names"])
         self.num_classes = len(self.class_names)
-        self.num_images: int = manifest["images"]
         self.bad: int = manifest["bad"]
         self.dtype: str = plan["dtype"]
         self._manifest = manifest
@@ -84,28 +85,32 @@ class LatentCache:
         self._shards = [self._open_shard(entry) for entry in manifest["shards"]]
         counts = [entry["images"] for entry in manifest["shards"]]
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        labels = np.concatenate([shard.rows["labels"] for shard in self._shards])
-        self.labels = torch.from_numpy(labels)
+        self.labels = torch.from_numpy(np.concatenate([shard.rows["labels"] for shard in self._shards]))
+        # where the images lie that there are, by their ids
+        self._chosen = np.arange(manifest["images"]) if choose is None else choose(self.labels).numpy()
+        self.labels = self.labels[self._chosen]
         self.text: CachedText | None = None
         self.empty_tokens: Tensor | None = None
         if plan["text"]:
             self._open_text(plan["text"], manifest["text"])
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> LatentCache:
+    def open(cls, folder: str | os.PathLike[str], choose: Choose | None = None) -> LatentCache:
         """Open a finished cache; every file's size and header are checked, not its hash (`verify` does that).
+
+        choose   labels (N,) int64 of all images -> which of them are wanted, (n,) int64: nothing else is seen of it
 
         Raises `UserError` naming the file and the mend where the cache is unfinished or damaged.
         """
         folder = Path(folder)
-        return cls(folder, read_manifest(folder))
+        return cls(folder, read_manifest(folder), choose)
 
     def __len__(self) -> int:
-        return self.num_images
+        return len(self._chosen)
 
     def read(self, ids: Tensor, flipped: Tensor | None = None) -> Tensor:
         """The moments of images `ids` (n,) int64, or of their mirror images where `flipped` (n,) bool: (n, 2L, h, w) float32."""
-        ids = self._check(ids)
+        ids = self._chosen[self._check(ids)]
         names = np.zeros(len(ids), dtype=np.int64)
         if flipped is not None and bool(flipped.any()):
             if not self.has_flips:
@@ -127,13 +132,14 @@ class LatentCache:
         ids = self._check(ids)
         if bool((which < 0).any()) or bool((which >= self.text.captions.numpy()[ids]).any()):
             raise IndexError(f"which reaches {int(which.max())}; it counts the captions of each image from 0")
-        shards, _ = self._locate(ids)
+        shards, _ = self._locate(self._chosen[ids])
         rows = self._token_starts[ids] + which
         return self._gather((self.text.length, self.text.width), shards, rows, ["tokens"] * len(ids))
 
     def source_indices(self) -> Tensor:
         """Which image of the source each id is, (N,) int64: broken images leave gaps there, not here."""
-        return torch.from_numpy(np.concatenate([shard.rows["indices"] for shard in self._shards]))
+        indices = np.concatenate([shard.rows["indices"] for shard in self._shards])
+        return torch.from_numpy(indices[self._chosen])
 
     def verify(self) -> None:
         """Hash every file. Raises `Damaged` naming the first that is not what was written, and the mend."""
@@ -141,10 +147,8 @@ class LatentCache:
 
     def _check(self, ids: Tensor) -> np.ndarray:
         ids = ids.numpy().astype(np.int64, copy=False)
-        if len(ids) and (ids.min() < 0 or ids.max() >= self.num_images):
-            raise IndexError(
-                f"ids reach from {ids.min()} to {ids.max()}; {self.folder} has {self.num_images}"
-            )
+        if len(ids) and (ids.min() < 0 or ids.max() >= len(self)):
+            raise IndexError(f"ids reach from {ids.min()} to {ids.max()}; {self.folder} has {len(self)}")
         return ids
 
     def _locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -201,11 +205,13 @@ class LatentCache:
 
     def _open_text(self, text: Mapping[str, Any], files: Mapping[str, Any]) -> None:
         starts = [shard.rows["token_starts"] for shard in self._shards]
-        self._token_starts = np.concatenate([start[:-1] for start in starts])  # within the shard
+        self._token_starts = np.concatenate([start[:-1] for start in starts])[
+            self._chosen
+        ]  # within the shard
         self.text = CachedText(
             length=text["length"],
             width=text["width"],
-            captions=torch.from_numpy(np.concatenate([np.diff(start) for start in starts])),
+            captions=torch.from_numpy(np.concatenate([np.diff(start) for start in starts])[self._chosen]),
             encoder=dict(text["encoder"]),
         )
         path = self.folder / TEXT / EMPTY

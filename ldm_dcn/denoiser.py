@@ -55,5 +55,11 @@ class Denoiser(nn.Module):
 
     def forward(self, latents: torch.Tensor, times: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """(N, C, h, w) noised latents, (N,) times, labels (N,) or tokens (N, T, D) -> (N, C, h, w)."""
-        tokens = condition if self.class_embedding is None else self.class_embedding(condition)[:, None]
+        return self.denoise(latents, times, self.tokens(condition))
+
+    def tokens(self, condition: torch.Tensor) -> torch.Tensor:
+        """What cross-attention reads of labels (N,) or tokens (N, T, D): (N, T, D), of labels with T = 1."""
+        return condition if self.class_embedding is None else self.class_embedding(condition)[:, None]
+
+    def denoise(self, latents: torch.Tensor, times: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return self.unet(latents, times, encoder_hidden_states=tokens, return_dict=False)[0]

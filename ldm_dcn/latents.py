@@ -15,7 +15,7 @@ from .autoencoder import Autoencoder
 from .cache import LatentCache
 from .cache_layout import is_cache
 from .config import Config
-from .data import open_dataset
+from .data import open_dataset, split_indices
 from .errors import UserError
 from .images import Images, to_float
 
@@ -89,7 +89,7 @@ def open_latents(
     """What the run learns from, and its identity; a latent cache where `data.source` is one, else encoded now, in memory."""
     data = config.data
     if is_cache(data.source):
-        cache = LatentCache.open(data.source)
+        cache = LatentCache.open(data.source, lambda labels: split_indices(labels, data.split))
         autoencoder.check(cache.fingerprint)
         return _checked(config, cache, autoencoder), cache.identity
     if data.image_size % autoencoder.factor:
@@ -123,6 +123,8 @@ def _checked(
     config: Config, latents: Latents | LatentCache, autoencoder: Autoencoder
 ) -> Latents | LatentCache:
     data = config.data
+    if not len(latents):
+        raise UserError(f"{data.source} has no images in data.split={data.split}; set data.split=all")
     if data.flip and not latents.has_flips:
         raise UserError(
             f"data.flip=true and {data.source} holds no mirrored latents; encode it with --flip, or set data.flip=false"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from . import checkpoint, diffusion, ema, export, randomness, run_folder
@@ -19,7 +19,7 @@ from .autoencoder import Autoencoder, load_autoencoder
 from .batches import Batches
 from .cache import LatentCache
 from .changes import check_same_run
-from .config import Config, TrainConfig, check_keys
+from .config import Config, TrainConfig, check_keys, flat
 from .data import check_source
 from .denoiser import Denoiser
 from .errors import UserError
@@ -39,6 +39,8 @@ from .unet import build_unet, empty_twin, set_attention, swap_options
 from .zero import import_deepspeed
 
 SMALL_NETWORK = 10**7  # parameters, of which one forward pass takes less than a second on a CPU
+# Where things lie, which may differ between machines: what lies there is compared instead.
+PLACES = ("run.", "data.source", "autoencoder.spec", "model.pretrained", "sample.")
 FIRST_LOSS_SCALE = 2.0**16  # of fp16, as torch.amp's GradScaler
 
 
@@ -55,6 +57,7 @@ def open_run(config: Config, allow_change: Sequence[str] = (), scorer: Score | N
         tensors, facts = checkpoint.load(last) if last else ({}, {})
         changes = check_same_run(facts["config"], config, str(config.folder), allow_change) if facts else []
         run = _build(config, accelerator, facts)
+        _check_alike(run)
         run.scorer = scorer
         if facts:
             run.restore(tensors, facts)
@@ -132,6 +135,24 @@ def _find_checkpoint(config: Config, accelerator: Accelerator) -> Path | None:
     return Path(answer[0]) if answer[0] else None
 
 
+def _check_alike(run: Run) -> None:
+    """Raise `UserError`, in every process, where one was started with other settings or sees other data than the first."""
+    if run.accelerator.num_processes == 1:
+        return
+    own = {key: value for key, value in flat(run.config.resolved()).items() if not key.startswith(PLACES)}
+    own |= {
+        "the data": run.identity,
+        "the autoencoder's weights": run.autoencoder.fingerprint().get("sha256"),
+    }
+    first, *others = gather_object([own])
+    for rank, other in enumerate(others, 1):
+        if odd := [key for key in first if other.get(key) != first[key]]:
+            raise UserError(
+                f"process {rank} was started with other settings or files than process 0 ({odd[0]}: {first[odd[0]]!r} there, "
+                f"{other.get(odd[0])!r} here); give all machines the same config, data and models"
+            )
+
+
 def _bytes_to_save(run: Run) -> int:
     """Of one checkpoint and the export: weights, AdamW's two moments, the averages, and the first of them again."""
     size = sum(p.numel() * p.element_size() for p in run.denoiser.parameters())
@@ -166,8 +187,7 @@ def _build(config: Config, accelerator: Accelerator, facts: dict[str, Any]) -> R
             "train.new_only_steps=0"
         )
     _check_fit(denoiser, autoencoder, latents)
-    if not facts:
-        _check_forward(denoiser, latents.latent_shape)
+    condition_is_read = _check_forward(denoiser, latents.latent_shape)
     denoiser.train().to(device=device)
     for old in originals.values():
         old.to(device=device, memory_format=torch.channels_last)
@@ -202,6 +222,7 @@ def _build(config: Config, accelerator: Accelerator, facts: dict[str, Any]) -> R
         originals=originals,
         identity=identity,
         embedding_is_new=embedding_is_new,
+        condition_is_read=condition_is_read,
         notes=notes,
     )
 
@@ -260,8 +281,8 @@ def _check_fit(denoiser: Denoiser, autoencoder: Autoencoder, latents: Latents | 
         )
 
 
-def _check_forward(denoiser: Denoiser, latent_shape: tuple[int, int, int]) -> None:
-    """One forward pass before the first step: diffusers checks a config where it is used.
+def _check_forward(denoiser: Denoiser, latent_shape: tuple[int, int, int]) -> bool:
+    """One forward pass before the first step: diffusers checks a config where it is used. Whether the network reads its condition.
 
     A large network takes it on the meta device, without numbers and without time.
     """
@@ -271,18 +292,41 @@ def _check_forward(denoiser: Denoiser, latent_shape: tuple[int, int, int]) -> No
     x, times = torch.zeros(shape, device=device), torch.zeros(2, dtype=torch.int64, device=device)
     try:
         network = denoiser if device == "cpu" else _empty_denoiser(denoiser)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            given = tuple(network(x, times, network.null_condition(2)).shape)
+        with torch.random.fork_rng(devices=[]):
+            tokens = network.tokens(network.null_condition(2)).detach().requires_grad_()
+            output = network.denoise(x, times, tokens)
+            (gradient,) = torch.autograd.grad(output.sum(), tokens, allow_unused=True)
+        given = tuple(output.shape)
     except Exception as error:  # a bad value may surface as any kind of error
         raise UserError(
-            f"the U-Net of this config cannot take latents of shape {shape[1:]}: {type(error).__name__}: {error}; mend "
-            "model.unet"
+            f"the U-Net of this config cannot take latents of shape {shape[1:]}: {type(error).__name__}: {error}; "
+            f"{_further_conditions(denoiser.unet.config) or 'mend model.unet'}"
         ) from error
     if given != shape:
         raise UserError(
             f"the U-Net of this config makes {given[1:]} of latents of shape {shape[1:]}; use a data.image_size that "
             "halves as often as model.unet does"
         )
+    if gradient is None and denoiser.is_conditional:
+        what = "captions" if denoiser.takes_text else f"{denoiser.num_classes} classes"
+        without = "data.condition=labels data.num_classes=0" if denoiser.takes_text else "data.num_classes=0"
+        raise UserError(
+            f"this U-Net has no cross-attention, so it cannot learn {what}; name a block such as CrossAttnDownBlock2D in "
+            f"model.unet.down_block_types, or train without: {without}"
+        )
+    return gradient is not None
+
+
+def _further_conditions(unet: Mapping[str, Any]) -> str:
+    """What else than times and cross-attention's tokens a U-Net of diffusers wants, as Stable Diffusion XL's does."""
+    kinds = ("addition_embed_type", "class_embed_type", "num_class_embeds")
+    wanted = [f"{kind}={unet[kind]}" for kind in kinds if unet.get(kind) is not None]
+    if not wanted:
+        return ""
+    return (
+        f"it wants a condition beside classes or captions ({', '.join(wanted)}), which this trainer does not give; the swap alone "
+        "works on it (ldm_dcn.apply_swap)"
+    )
 
 
 def _empty_denoiser(denoiser: Denoiser) -> Denoiser:

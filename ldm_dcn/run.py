@@ -21,7 +21,7 @@ from . import checkpoint, diffusion, ema, export, pictures
 from .autoencoder import Autoencoder
 from .batches import Batches
 from .cache import LatentCache
-from .config import Config, config_hash
+from .config import Config, TrainConfig, config_hash
 from .denoiser import Denoiser
 from .errors import UserError, explain
 from .files import write_json
@@ -69,6 +69,14 @@ class State:
     overflow_step: int = 0  # the last of them
     overflows_in_a_row: int = 0  # of the step that comes next
     left_out: int = 0  # batches left out for NaN or infinity
+    batch_since: int = 0  # the step from which on batches have the size that they have
+    samples_before: int = 0  # taken until then
+
+
+def phases(settings: TrainConfig) -> dict[int, str]:
+    """What learns from which step on, in order: match -> new -> all. A phase without steps gives way to the next."""
+    ends = {"match": settings.match_steps, "new": max(settings.match_steps, settings.new_only_steps)}
+    return {0: "match", ends["match"]: "new", ends["new"]: "all"}
 
 
 @dataclass
@@ -89,6 +97,7 @@ class Run:
     identity: str | None = None  # of the data: another one is refused at a resume
     originals: dict[str, torch.nn.Module] = field(default_factory=dict)  # the blocks that were swapped out
     embedding_is_new: bool = True  # that of the classes: not read from a pretrained network
+    condition_is_read: bool = True  # a U-Net without cross-attention has no use for one
     notes: list[str] = field(default_factory=list)  # what a pretrained network brings along, and has to learn
     model: torch.nn.Module = None  # the denoiser as the processes share it
     parameters: list[torch.nn.Parameter] = field(default_factory=list)  # those that learn now
@@ -125,7 +134,7 @@ class Run:
     def enter_phase(self) -> None:
         """Let those parameters learn whose turn it is at this step: match -> new -> all."""
         settings, step = self.config.train, self.state.step
-        phase = "match" if step < settings.match_steps else "new" if step < settings.new_only_steps else "all"
+        phase = [name for first, name in phases(settings).items() if first <= step][-1]
         if phase == self.phase:
             return
         self.phase = phase
@@ -135,7 +144,8 @@ class Run:
             p.requires_grad_(phase == "all" or name in new)
         if self.denoiser.class_embedding is not None:
             own_turn = phase == "all" or (phase == "new" and self.embedding_is_new)
-            self.denoiser.class_embedding.requires_grad_(own_turn)
+            # DDP would wait for a gradient that never comes
+            self.denoiser.class_embedding.requires_grad_(own_turn and self.condition_is_read)
         self.matching = Matching(self.denoiser.unet, self.originals) if phase == "match" else None
         if phase != "match":
             self.originals = {}
@@ -200,7 +210,7 @@ class Run:
                     lr=self.learning_rate,
                     ema_decay=self.averages[0].rule.at(state.step),
                     gradient_norm=self.gradient_norm,
-                    samples=state.step * settings.batch_size,
+                    samples=self.batches.first_of(state.step),
                     images_per_second=round(speed, 2),
                     **extra,
                     **({"left_out": state.left_out} if state.left_out else {}),
@@ -268,9 +278,9 @@ class Run:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The denoiser has the averaged weights inside, and draws with any attention there is."""
+        """The denoiser has the averaged weights inside, computes as in training, and draws with any attention there is."""
         reshard(self.model)
-        with self.averages[0].in_place(), any_attention(self.config.train.attention):
+        with self.averages[0].in_place(), any_attention(self.config.train.attention), self.arithmetic():
             yield
             reshard(self.model)
 
@@ -513,7 +523,16 @@ class Run:
                 if same
                 else value.to(self.accelerator.device)
             )
-        self.state = State(**facts["state"])
+        fresh, self.state = self.state, State(**facts["state"])
+        before = facts["config"]["train"]
+        if before["precision"] != self.config.train.precision:  # a scale is of its number format
+            self.state.loss_scale, self.state.overflows_in_a_row = fresh.loss_scale, 0
+            self.state.overflow_step = self.state.step
+        if before["batch_size"] != self.config.train.batch_size:  # no sample comes twice, none is left out
+            taken = (self.state.step - self.state.batch_since) * before["batch_size"]
+            self.state.samples_before += taken
+            self.state.batch_since = self.state.step
+        self.batches.began = (self.state.batch_since, self.state.samples_before)
 
 
 @torch.no_grad()

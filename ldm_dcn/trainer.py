@@ -12,7 +12,7 @@ from .batches import Batch
 from .config import Config, TrainConfig
 from .opening import open_run
 from .parallel import gradients, gradients_exchanged
-from .run import NonFinite, Run, Score
+from .run import NonFinite, Run, Score, phases
 from .signals import REQUEUE, StopSignals, leaving_on_requeue
 
 NON_FINITE = 3  # exit code of a run whose loss became NaN or infinite
@@ -112,8 +112,13 @@ def batch_loss(run: Run, batch: Batch) -> torch.Tensor:
 
 
 def learning_rate(step: int, settings: TrainConfig) -> float:
-    """The rate of optimiser step `step` (from 0): a linear warm-up, then constant, or down to 0 at the end."""
-    warm = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+    """The rate of optimiser step `step` (from 0): a linear warm-up, then constant, or down to 0 at the end.
+
+    The warm-up comes again where others begin to learn: of what was frozen AdamW knows nothing, and its first step
+    would move every weight of a pretrained network by the whole rate.
+    """
+    began = max(first for first in phases(settings) if first <= step)
+    warm = min(1.0, (step - began + 1) / max(1, settings.warmup_steps))
     if settings.lr_schedule == "constant":
         return settings.lr * warm
     done = max(0, step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)

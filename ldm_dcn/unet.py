@@ -21,7 +21,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ldm_dcn.errors import UserError, explain
+from ldm_dcn.errors import UserError, explain, one_line, quiet
 from ldm_dcn.files import only_variant
 from ldm_dcn.folders import MANIFEST, Damaged, verify
 from ldm_dcn.hub import HUB_ID, from_hub_or_cache
@@ -44,7 +44,7 @@ PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 WEIGHTS = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
 
 _CLASSES = (UNet2DConditionModel, UNet2DModel, DCNUNet2DConditionModel, DCNUNet2DModel)
-# Drawing computes in fp32, and the autoencoder's one head is wider than FlashAttention takes.
+# The autoencoder computes in fp32, and its one head is wider than FlashAttention takes.
 ANY_ATTENTION = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
@@ -84,7 +84,7 @@ def build_unet(
         try:
             unet = UNet2DConditionModel(**config)
         except Exception as error:  # diffusers checks little: a bad value may surface as any kind of error
-            raise UserError(f"no U-Net can be built from this config: {_one_line(error)}") from error
+            raise UserError(f"no U-Net can be built from this config: {one_line(error)}") from error
         return unet if swap is None else apply_swap(unet, plan_swap(unet, **swap))
 
 
@@ -124,7 +124,7 @@ def set_attention(unet: nn.Module, backend: str) -> Iterator[None]:
             unet.enable_xformers_memory_efficient_attention()
         except (ImportError, ModuleNotFoundError) as error:
             raise UserError(
-                f"train.attention=xformers: {_one_line(error)}; run `pip install -c constraints.txt xformers`, or use train.attention=sdpa"
+                f"train.attention=xformers: {one_line(error)}; run `pip install -c constraints.txt xformers`, or use train.attention=sdpa"
             ) from None
     if backend != "flash":
         yield
@@ -198,7 +198,7 @@ def load_verified_unet(
         name = config.get("_class_name")
         if name not in LOADABLE:
             raise UserError(f"{here / 'config.json'} describes a {name}, none of {', '.join(LOADABLE)}")
-        with _quiet_diffusers():
+        with quiet(diffusers_logging):
             return LOADABLE[name].from_pretrained(
                 source,
                 subfolder=subfolder,
@@ -217,7 +217,7 @@ def load_verified_unet(
         Exception
     ) as error:  # diffusers checks little: a bad value in config.json may surface as any kind of error
         hint = "" if local else " (no such folder here, and not to be had from the hub)"
-        raise UserError(f"cannot load a U-Net from {here}{hint}: {_one_line(error)}") from error
+        raise UserError(f"cannot load a U-Net from {here}{hint}: {one_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, info[kind])):
             problem = f"{len(keys)} {kind.replace('_', ' ')}, such as {keys[0]}"
@@ -251,7 +251,7 @@ def _check_folder(folder: Path) -> None:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged: {_one_line(error)}; save the U-Net again") from None
+        raise UserError(f"{file} is damaged: {one_line(error)}; save the U-Net again") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} is damaged: it holds no JSON object; save the U-Net again")
     names = (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
@@ -259,18 +259,3 @@ def _check_folder(folder: Path) -> None:
         raise UserError(
             f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}; only safetensors are loaded, never a pickle"
         )
-
-
-@contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    """Keep diffusers from logging at length what becomes one line a moment later."""
-    level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(level)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

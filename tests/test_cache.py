@@ -105,7 +105,7 @@ def test_what_is_written_is_read(
     complete(tmp_path / "c", plan)
     latents = LatentCache.open(tmp_path / "c")
     assert is_cache(tmp_path / "c") and not is_cache(tmp_path)
-    assert len(latents) == latents.num_images == 10 and latents.latent_shape == (2, 3, 5)
+    assert len(latents) == 10 and latents.latent_shape == (2, 3, 5)
     assert latents.labels.tolist() == [0, 1] * 5 and latents.labels.dtype == torch.int64
     assert (latents.num_classes, latents.class_names) == (2, ("cat", "dog"))
     assert latents.fingerprint == plan["autoencoder"] and latents.has_flips
@@ -135,6 +135,25 @@ def test_broken_images_leave_no_gap_in_the_ids(tmp_path: Path) -> None:
     assert [line["index"] for line in lines] == [0, 4, 5, 6, 7]
     assert lines[1] == {"index": 4, "path": "4.png", "reason": "torn"}
     latents.verify()
+
+
+def test_a_part_of_a_cache_reads_like_a_whole_one(tmp_path: Path) -> None:
+    complete(tmp_path, make_plan(text=TEXT), broken=(0,))
+    whole = LatentCache.open(tmp_path)
+    chosen = torch.tensor([1, 4, 5, 8])
+    part = LatentCache.open(tmp_path, lambda labels: chosen[: len(labels)])
+    ids = torch.tensor([3, 0, 2])
+    assert len(part) == 4 and part.identity == whole.identity
+    assert torch.equal(part.labels, whole.labels[chosen])
+    assert torch.equal(part.read(ids), whole.read(chosen[ids]))
+    flipped = torch.tensor([True, False, True])
+    assert torch.equal(part.read(ids, flipped), whole.read(chosen[ids], flipped))
+    assert torch.equal(part.text.captions, whole.text.captions[chosen])
+    last = part.text.captions[ids] - 1
+    assert torch.equal(part.read_tokens(ids, last), whole.read_tokens(chosen[ids], last))
+    assert torch.equal(part.source_indices(), whole.source_indices()[chosen])
+    with pytest.raises(IndexError, match=r"has 4"):
+        part.read(torch.tensor([4]))
 
 
 def test_latents_in_memory_read_alike() -> None:

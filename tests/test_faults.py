@@ -25,7 +25,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from ldm_dcn import checkpoint, folders, hub, launch, metrics, posthoc_ema, trainer
+from ldm_dcn import checkpoint, folders, hub, launch, metrics, opening, posthoc_ema, trainer
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import CARD, load_model
@@ -257,15 +257,17 @@ def test_processes_wait_for_the_one_that_saves_or_scores(monkeypatch: pytest.Mon
     assert launch.PATIENCE.total_seconds() >= 3600
 
 
-def on_both(path: Path, *overrides: str, second: Fault | None = None) -> list[int | None]:
-    """The exit codes of two processes that share a run; `second` befalls the second one."""
+def on_both(
+    path: Path, *overrides: str, second: Fault | None = None, of_second: tuple[str, ...] = ()
+) -> list[int | None]:
+    """The exit codes of two processes that share a run; `second` befalls the second one, which has overrides `of_second` too."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
-        begin(path, *overrides, fault=fault, RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
-        for rank, fault in enumerate((None, second))
+        begin(path, *overrides, *own, fault=fault, RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
+        for rank, (fault, own) in enumerate(((None, ()), (second, of_second)))
     ]
     return [exit_code(process) for process in processes]
 
@@ -284,6 +286,43 @@ def test_two_processes_stop_together_and_go_on_to_the_bit(tmp_path: Path) -> Non
     undisturbed = write_config(tmp_path, "undisturbed")
     assert on_both(undisturbed) == [0, 0]
     assert losses(config) == losses(load_config(undisturbed))
+
+
+def test_a_network_without_cross_attention_trains_on_two_processes_without_classes(tmp_path: Path) -> None:
+    """Its embedding of "none" never has a gradient, for which DDP would wait."""
+    blocks = (
+        "model.unet.down_block_types=[DownBlock2D, DownBlock2D]",
+        "model.unet.up_block_types=[UpBlock2D, UpBlock2D]",
+        "model.unet.mid_block_type=UNetMidBlock2D",
+    )
+    path = write_config(tmp_path)
+    with pytest.raises(
+        UserError, match=r"no cross-attention, so it cannot learn 10 classes; .*data.num_classes=0"
+    ):
+        train(load_config(path, blocks))
+    without = (*blocks, "data.num_classes=0", "train.steps=2")
+    assert on_both(path, *without) == [0, 0]
+    assert load_model(load_config(path, without).folder).step == 2
+
+
+def test_processes_of_other_settings_do_not_train_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_config(tmp_path)
+    assert on_both(path, of_second=("train.lr=2.0",)) == [1, 1]
+    assert saved_step(load_config(path)) == 0
+
+    def of_both(own: list[dict[str, object]]) -> list[dict[str, object]]:
+        return [*own, {**own[0], "train.lr": 2.0}]
+
+    monkeypatch.setattr(opening, "gather_object", of_both)
+    with open_run(load_config(path)) as run:
+        monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
+        with pytest.raises(
+            UserError, match=r"process 1 was started with other .* \(train.lr: 0.001 there, 2.0 here\)"
+        ):
+            opening._check_alike(run)
+        monkeypatch.undo()
 
 
 def test_killed_between_checkpoint_and_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,11 +53,11 @@ def digits_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return encoded("digits", tmp_path_factory.mktemp("cache") / "digits", "--image-channels", "1", "--flip")
 
 
-def test_a_cache_trains_what_the_images_train(digits_cache: Path, tmp_path: Path) -> None:
-    direct = tiny_config(tmp_path, "train.steps=3", name="direct")
-    cached = tiny_config(
-        tmp_path, "train.steps=3", f"data.source={digits_cache}", "data.flip=false", name="cached"
-    )
+@pytest.mark.parametrize("split", ["all", "train", "held-out"])
+def test_a_cache_trains_what_the_images_train(digits_cache: Path, tmp_path: Path, split: str) -> None:
+    settings = ("train.steps=3", f"data.split={split}")
+    direct = tiny_config(tmp_path, *settings, name="direct")
+    cached = tiny_config(tmp_path, *settings, f"data.source={digits_cache}", "data.flip=false", name="cached")
     assert [train(direct), train(cached)] == [0, 0]
     assert losses(cached) == pytest.approx(losses(direct), rel=1e-3)  # the cache is fp16
 

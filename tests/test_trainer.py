@@ -29,6 +29,7 @@ from ldm_dcn.export import load_model
 from ldm_dcn.folders import DiskFull
 from ldm_dcn.latents import Latents
 from ldm_dcn.opening import open_run
+from ldm_dcn.run import phases
 from ldm_dcn.sampling import generate
 from ldm_dcn.signals import StopSignals
 from ldm_dcn.trainer import learning_rate, train
@@ -263,6 +264,48 @@ def test_positions_are_shared_out_without_gap_or_overlap(
     assert sorted(seen) == list(range(40, 48))
 
 
+def test_another_batch_size_takes_the_samples_that_come_next(tmp_path: Path) -> None:
+    def again(*overrides: str) -> Config:
+        return tiny_config(tmp_path, "train.stratified_times=true", "train.log_every=1", *overrides)
+
+    assert train(again("train.steps=3", "train.batch_size=8")) == 0
+    allowed = ["train.batch_size"]
+    assert train(again("train.steps=5", "train.batch_size=50"), allowed) == 0
+    assert [line["samples"] for line in metrics.read(again().folder / "metrics.jsonl")] == [
+        8,
+        16,
+        24,
+        74,
+        124,
+    ]
+    with open_run(again("train.batch_size=50")) as run:
+        assert run.batches.positions(5, 0) == range(124, 174)
+        times = run.batches.times(run.batches.positions(5, 0))
+        assert torch.equal(times * 50 // 1000, torch.arange(50))
+    with open_run(again("train.batch_size=10"), allowed) as run:
+        assert run.batches.positions(5, 0) == range(124, 134)
+        assert run.batches.positions(6, 0) == range(134, 144)
+        assert run.batches.of_everyone(6)[0] == run.batches.order[range(134, 144)].tolist()
+
+
+def test_a_loss_scale_is_of_its_number_format(tmp_path: Path) -> None:
+    def again(precision: str) -> Config:
+        return tiny_config(tmp_path, "train.steps=2", f"train.precision={precision}")
+
+    def scale_under(precision: str) -> float:
+        with open_run(again(precision), ["train.precision"]) as run:
+            run.save()
+            return run.state.loss_scale
+
+    assert train(again("fp32")) == 0
+    assert scale_under("fp16") == 2.0**16
+    with open_run(again("fp16")) as run:
+        run.state.loss_scale = 2.0**9
+        run.save()
+    assert scale_under("fp16") == 2.0**9  # the same format goes on with its own
+    assert scale_under("bf16") == 1
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"train.batch_size=8 cannot be shared by 1 processes in 3 .*; use 6 or 9"
@@ -285,6 +328,27 @@ def test_the_learning_rate_is_a_function_of_the_step(tmp_path: Path) -> None:
     assert learning_rate(12, cosine) == pytest.approx(0, abs=1e-12) and learning_rate(12, linear) == 0
     never = settings.model_copy(update={"warmup_steps": 0})
     assert learning_rate(0, never) == 1
+
+
+@pytest.mark.parametrize(
+    ("match", "new", "expected"),
+    [
+        (0, 0, {0: "all"}),
+        (4, 0, {0: "match", 4: "all"}),
+        (0, 6, {0: "new", 6: "all"}),
+        (4, 6, {0: "match", 4: "new", 6: "all"}),
+        (6, 4, {0: "match", 6: "all"}),
+    ],
+)
+def test_the_warm_up_comes_again_where_others_begin_to_learn(
+    tmp_path: Path, match: int, new: int, expected: dict[int, str]
+) -> None:
+    settings = tiny_config(tmp_path, "train.warmup_steps=2", "train.lr=1.0").train
+    settings = settings.model_copy(update={"match_steps": match, "new_only_steps": new})
+    assert phases(settings) == expected
+    for first in expected:
+        assert learning_rate(first, settings) == 0.5 and learning_rate(first + 1, settings) == 1
+    assert learning_rate(20, settings) == 1
 
 
 def test_a_batch_holds_what_the_recipe_says(tmp_path: Path) -> None:
