@@ -6,6 +6,9 @@ python sample.py RUN --n 50000 --npz samples.npz            50,000 images, class
 python sample.py RUN --prompts "a red fox" "a blue bird"    of a model trained on captions: a row a prompt
 torchrun --standalone --nproc_per_node 8 sample.py RUN --count 50000 --npz samples.npz      the same images, on 8 GPUs
 
+What the command leaves out of sampler, steps and guidance is as in the run's config, section `sample`; an export without one is drawn
+with dpm++, 50 steps, guidance 1.5.
+
 Every image is a PNG file as soon as it is drawn: in --png-dir, or in a folder beside the output that is removed at the end. The
 same command again goes on where it was stopped, with any number of processes.
 """
@@ -75,10 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from eval.processes import joined_processes
     from ldm_dcn.device import choose_device
     from ldm_dcn.export import load_model
-    from ldm_dcn.sampling import check_guidance, check_labels, check_sampler
+    from ldm_dcn.sampling import DEFAULTS, check_guidance, check_labels, check_sampler, resolved
 
-    check_guidance(arguments.guidance, tuple(arguments.guidance_interval))
-    check_sampler(arguments.sampler)
+    given = {name: getattr(arguments, name) for name in DEFAULTS if getattr(arguments, name) is not None}
+    known = {**DEFAULTS, **given}
+    check_guidance(known["guidance"], known["guidance_interval"])
+    check_sampler(known["sampler"])
     with joined_processes() as processes:
         if processes.count > 1 and arguments.device:
             raise UserError(
@@ -88,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = processes.together(
             lambda: load_model(arguments.model, device=device, autoencoder=arguments.autoencoder)
         )
+        vars(arguments).update(resolved(model, given))
         prompts = _checked_prompts(arguments, model)
         if labels and not prompts:
             check_labels(model, labels)
@@ -142,8 +148,8 @@ def _made_with(arguments: argparse.Namespace, model: Model, task: Task) -> dict[
         "autoencoder": model.autoencoder.fingerprint(),
         "sampler": arguments.sampler,
         "steps": arguments.steps,
-        "guidance": arguments.guidance,
-        "guidance_interval": list(arguments.guidance_interval),
+        "guidance": float(arguments.guidance),
+        "guidance_interval": [float(share) for share in arguments.guidance_interval],
         "precision": arguments.precision,
         "prompts": task.prompts,
     }
@@ -168,9 +174,10 @@ def _draw(
     own = batches[processes.rank :: processes.count]
     bf16 = torch.autocast(model.denoiser.device.type, torch.bfloat16, enabled=arguments.precision == "bf16")
     others = f" (process 1 of {processes.count})" if processes.count > 1 else ""
-    with tqdm(
-        total=sum(map(len, own)), desc=model.name + others, unit="image", disable=not processes.is_first
-    ) as bar:
+    how = (
+        f"{model.name}, {arguments.sampler}, {arguments.steps} steps, guidance {arguments.guidance:g}{others}"
+    )
+    with tqdm(total=sum(map(len, own)), desc=how, unit="image", disable=not processes.is_first) as bar:
         for batch in own:
             if stop.received:
                 break
@@ -263,18 +270,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="this many images in all: labels or prompts in turn, a new seed each; under torchrun write --count",
     )
-    parser.add_argument("--sampler", default="dpm++", help="dpm++ (default), ddim or euler")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--sampler", help="dpm++, ddim or euler (default: sample.sampler of the run)")
+    parser.add_argument("--steps", type=int, help="default: sample.steps of the run")
     parser.add_argument(
-        "--guidance", type=float, default=1.5, help="s in u + s (c - u); 1 is none (default: 1.5)"
+        "--guidance",
+        type=float,
+        help="s in u + s (c - u); 1 is none (default: sample.guidance of the run)",
     )
     parser.add_argument(
         "--guidance-interval",
         type=float,
         nargs=2,
-        default=(0.0, 1.0),
         metavar=("LOW", "HIGH"),
-        help="shares of the times, 0 being the data's end, between which guidance works (default: 0 1)",
+        help="shares of the times, 0 being the data's end, between which guidance works (default: sample.guidance_interval of the "
+        "run)",
     )
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="of a model trained on captions")

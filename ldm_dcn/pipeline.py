@@ -17,7 +17,7 @@ from .errors import UserError
 from .export import load_model
 from .model import Model
 from .pictures import to_pil
-from .sampling import check_labels, generate
+from .sampling import check_labels, generate, resolved
 from .swap import nearest
 
 MOST = 10**6  # images of one call, which lie in memory together
@@ -54,7 +54,8 @@ class LatentDiffusion:
         """One picture for each label or prompt, from the seeds seed, seed + 1, ...; or `count` without a condition.
 
         labels     classes; one alone needs no list, nor does a prompt
-        settings   of `ldm_dcn.sampling.generate`: sampler, steps, guidance, guidance_interval, batch_size, progress
+        settings   of `ldm_dcn.sampling.generate`: sampler, steps, guidance and guidance_interval, by default the run's own (its
+                   `sample` section), batch_size, progress
 
         Raises `UserError` for what the model does not know, and for arguments that mean nothing.
         """
@@ -71,6 +72,7 @@ class LatentDiffusion:
         if count is not None and not (is_whole(count) and 1 <= count <= MOST):
             raise UserError(f"count {count!r}: ask for 1 to {MOST:,} pictures, a whole number")
         number = count if conditions is None else len(conditions)
+        settings = resolved(self.model, settings)
         images = generate(self.model, conditions, range(seed, seed + number), **settings)
         return [to_pil(image) for image in images]
 

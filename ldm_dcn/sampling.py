@@ -31,6 +31,14 @@ from .diffusion import Schedule, alpha_bars, denoised, guide, levels
 from .errors import UserError
 from .model import Model
 
+# What images are drawn with where neither the caller nor the run says otherwise (`resolved`).
+DEFAULTS: dict[str, Any] = {
+    "sampler": "dpm++",
+    "steps": 50,
+    "guidance": 1.5,
+    "guidance_interval": (0.0, 1.0),
+}
+
 # noised latents (N, C, h, w), times (N,) -> what `Schedule.prediction` says, (N, C, h, w)
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -121,8 +129,8 @@ def sample_latents(
     seeds: Sequence[int] | torch.Tensor,
     *,
     schedule: Schedule,
-    sampler: str = "dpm++",
-    steps: int = 50,
+    sampler: str = DEFAULTS["sampler"],
+    steps: int = DEFAULTS["steps"],
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> torch.Tensor:
@@ -174,15 +182,28 @@ def guided(
     return predict
 
 
+def resolved(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` settings of `generate`, and those of `DEFAULTS` that it lacks: as the run's `sample` section has them, which an export
+    of somebody else's may not have. Raises `UserError` for values that mean nothing."""
+    section = model.config.get("sample")
+    section = section if isinstance(section, Mapping) else {}
+    own = {name: section[name] for name in DEFAULTS if section.get(name) is not None}
+    settings = {**DEFAULTS, **own, **given}
+    check_guidance(settings["guidance"], settings["guidance_interval"])
+    check_sampler(settings["sampler"])
+    check_steps(settings["steps"], model.schedule)
+    return settings
+
+
 def generate(
     model: Model,
     conditions: Sequence[int] | torch.Tensor | None,
     seeds: Sequence[int] | torch.Tensor,
     *,
-    sampler: str = "dpm++",
-    steps: int = 50,
-    guidance: float = 1.5,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    sampler: str = DEFAULTS["sampler"],
+    steps: int = DEFAULTS["steps"],
+    guidance: float = DEFAULTS["guidance"],
+    guidance_interval: tuple[float, float] = DEFAULTS["guidance_interval"],
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
 ) -> torch.Tensor:

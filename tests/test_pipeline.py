@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from ldm_dcn import LatentDiffusion
+from ldm_dcn import LatentDiffusion, sampling
 from ldm_dcn.denoiser import Denoiser
 from ldm_dcn.errors import UserError
+from ldm_dcn.sampling import DEFAULTS
 from ldm_dcn.trainer import train
 from tiny import tiny_config
 
@@ -143,6 +145,27 @@ def test_what_is_no_prompt_is_refused(
     with pytest.raises(UserError) as caught:
         draw_text(**arguments)
     assert expected in str(caught.value)
+
+
+def test_what_is_not_given_is_the_runs_own(draw: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its section `sample`; without one, what `generate` takes by itself."""
+    seen: list[dict[str, Any]] = []
+
+    def generate(*_: Any, **settings: Any) -> torch.Tensor:
+        seen.append(settings)
+        return torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+
+    monkeypatch.setattr("ldm_dcn.pipeline.generate", generate)
+    own = {"sampler": "euler", "steps": 7, "guidance": 3.0, "guidance_interval": [0.1, 0.9]}
+    theirs = LatentDiffusion(replace(draw.model, config={"sample": {**own, "batch_size": 5, "prompts": []}}))
+    theirs(count=1)
+    assert seen[-1].items() >= own.items() and not {"batch_size", "prompts"} & seen[-1].keys()
+    theirs(count=1, steps=3, guidance=0.0)
+    assert seen[-1].items() >= {**own, "steps": 3, "guidance": 0.0}.items()
+    for config in ({}, {"sample": {}}, {"sample": None}, {"sample": {"steps": None}}):
+        LatentDiffusion(replace(draw.model, config=config))(count=1)
+        assert seen[-1] == DEFAULTS
+    assert inspect.signature(sampling.generate).parameters["guidance"].default == DEFAULTS["guidance"]
 
 
 def test_a_path_is_loaded_first(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -126,13 +128,73 @@ def test_a_signal_ends_after_the_batch(
     assert sum(counted) == 5 and len(pictures(tmp_path / "png")) == 9
 
 
+def test_what_is_not_given_is_the_runs_own(run: str, tmp_path: Path, counted: list[int]) -> None:
+    """Its section `sample`: 2 steps and guidance 1.4. Giving the same values is the same command."""
+    command = [run, "--n", "4", "--npz", str(tmp_path / "a.npz"), "--png-dir", str(tmp_path / "png")]
+    assert sample.main(command) == 0 and counted == [4]
+    note = json.loads((tmp_path / "png" / drawn.NOTE).read_text())
+    own = {"sampler": "dpm++", "steps": 2, "guidance": 1.4, "guidance_interval": [0.0, 1.0]}
+    assert {name: note[name] for name in own} == own
+    typed = ["--sampler", "dpm++", "--steps", "2", "--guidance", "1.4", "--guidance-interval", "0", "1"]
+    for options in (typed, typed[:4]):
+        assert sample.main([*command, *options]) == 0
+        assert sample.main([*command[:-2], *options]) == 0
+    assert counted == [4]
+    with pytest.raises(UserError, match=r"other settings \(steps: 2 -> 50; guidance: 1.4 -> 1.5\)"):
+        sample.main([*command, "--steps", "50", "--guidance", "1.5"])
+
+
+def test_an_export_without_a_section_is_drawn_with_defaults(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = stripped(run, tmp_path / "export")
+    assert sample.main([str(export), "--n", "1", "--png-dir", str(tmp_path / "png")]) == 0
+    note = json.loads((tmp_path / "png" / drawn.NOTE).read_text())
+    defaults = json.loads(json.dumps(sampling.DEFAULTS))
+    assert {name: note.get(name) for name in defaults} == defaults
+    with pytest.raises(SystemExit):
+        sample.main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "{sampler}, {steps} steps, guidance {guidance}".format(**defaults) in told
+    for name in ("sampler", "steps", "guidance", "guidance_interval"):
+        assert f"sample.{name} of the run" in told
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"guidance": "much"}, "guidance 'much' is no number"),
+        ({"steps": 0}, "0 sampling steps were asked for"),
+        ({"sampler": "magic"}, "sampler 'magic' is unknown"),
+    ],
+)
+def test_a_section_that_means_nothing_is_refused(
+    run: str, tmp_path: Path, section: dict[str, object], expected: str
+) -> None:
+    export = stripped(run, tmp_path / "export", **section)
+    with pytest.raises(UserError, match=expected):
+        sample.main([str(export), "--n", "1", "--png-dir", str(tmp_path / "png")])
+
+
+def stripped(run: str, folder: Path, **section: object) -> Path:
+    """The export of `run`, with `section` for its own settings of sampling."""
+    shutil.copytree(Path(run, "export"), folder)
+    (folder / "manifest.json").unlink()
+    facts = json.loads((folder / "run.json").read_text())
+    del facts["config"]["sample"]
+    if section:
+        facts["config"]["sample"] = section
+    (folder / "run.json").write_text(json.dumps(facts))
+    return folder
+
+
 def test_images_of_other_settings_are_never_mixed(run: str, tmp_path: Path) -> None:
     folder = tmp_path / "png"
     command = [run, "--n", "4", "--steps", "1", "--png-dir", str(folder)]
     assert sample.main(command) == 0
     before = pictures(folder)
     for setting, told in (
-        (["--guidance", "3"], r"guidance: 1.5 -> 3.0"),
+        (["--guidance", "3"], r"guidance: 1.4 -> 3.0"),
         (["--steps", "2"], r"steps: 1 -> 2"),
         (["--sampler", "ddim"], r"sampler: dpm\+\+ -> ddim"),
         (["--precision", "bf16"], "precision: fp32 -> bf16"),
