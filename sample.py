@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--n {arguments.n}: ask for at least one image, and at most {MOST:,} at a time")
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size {arguments.batch_size}: draw at least one image at once")
+    arguments.size = _sides(arguments.size)
     _check_places(arguments)
     if arguments.prompts_file:
         arguments.prompts = _read_prompts(arguments.prompts_file)
@@ -94,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             lambda: load_model(arguments.model, device=device, autoencoder=arguments.autoencoder)
         )
         vars(arguments).update(resolved(model, given))
+        if model.latent_shape_at(arguments.size) == model.latent_shape:
+            arguments.size = None  # the size that is not given
         prompts = _checked_prompts(arguments, model)
         if labels and not prompts:
             check_labels(model, labels)
@@ -107,7 +110,7 @@ def _make(arguments: argparse.Namespace, model: Model, task: Task, processes: Pr
     from ldm_dcn.signals import REQUEUE, StopSignals
 
     names, made_with = task.names(), _made_with(arguments, model, task)
-    mark = hashlib.sha256(json.dumps([made_with, names]).encode()).hexdigest()
+    mark = _mark(made_with, names)
     if not (arguments.npz or arguments.png_dir or arguments.grid):
         arguments.grid = Path("grid.png")
     output = arguments.npz or arguments.grid
@@ -138,7 +141,10 @@ def _make(arguments: argparse.Namespace, model: Model, task: Task, processes: Pr
 
 
 def _made_with(arguments: argparse.Namespace, model: Model, task: Task) -> dict[str, Any]:
-    """All that decides what an image looks like, beside its label and seed."""
+    """All that decides what an image looks like, beside its label and seed.
+
+    What came later than the first folders that images were drawn into is null where it is as it was then: they are gone on with.
+    """
     from ldm_dcn.drawn import weights_hash
 
     return {
@@ -152,7 +158,14 @@ def _made_with(arguments: argparse.Namespace, model: Model, task: Task) -> dict[
         "guidance_interval": [float(share) for share in arguments.guidance_interval],
         "precision": arguments.precision,
         "prompts": task.prompts,
+        "size": arguments.size and list(arguments.size),
     }
+
+
+def _mark(made_with: dict[str, Any], names: list[str]) -> str:
+    """A hash of what an output is made of; null counts as not there, as in `_made_with`."""
+    said = {key: value for key, value in made_with.items() if value is not None}
+    return hashlib.sha256(json.dumps([said, names]).encode()).hexdigest()
 
 
 def _draw(
@@ -194,6 +207,7 @@ def _draw(
                     steps=arguments.steps,
                     guidance=arguments.guidance,
                     guidance_interval=tuple(arguments.guidance_interval),
+                    size=arguments.size,
                     batch_size=arguments.batch_size,
                 )
             for number, image in zip(batch, images, strict=True):
@@ -285,6 +299,11 @@ def _parser() -> argparse.ArgumentParser:
         help="shares of the times, 0 being the data's end, between which guidance works (default: sample.guidance_interval of the "
         "run)",
     )
+    parser.add_argument(
+        "--size",
+        metavar="HEIGHTxWIDTH",
+        help="in pixels, such as 320x256; one number for a square (default: the size it was trained at)",
+    )
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="of a model trained on captions")
     prompts.add_argument("--prompts-file", type=Path, metavar="FILE", help="the same, one a line")
@@ -371,8 +390,8 @@ def _check_outputs(arguments: argparse.Namespace, model: Model, task: Task, fold
         check_file_place(arguments.npz, "give another --npz")
     option = "--png-dir" if arguments.png_dir else "--npz" if arguments.npz else "--grid"
     check_folder_place(folder, f"give another {option}")
-    factor = model.autoencoder.factor
-    pixels = len(task) * model.latent_shape[1] * factor * model.latent_shape[2] * factor
+    height, width = arguments.size or model.image_size
+    pixels = len(task) * height * width
     places = {existing_folder(folder): pixels * model.autoencoder.image_channels}  # and seldom more
     if arguments.npz:
         place = existing_folder(arguments.npz.parent)
@@ -400,6 +419,16 @@ def _read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise UserError(f"--prompts-file {path} is empty; write one prompt a line")
     return prompts
+
+
+def _sides(text: str | None) -> tuple[int, int] | None:
+    """ "320x256" -> (320, 256), "256" -> (256, 256)."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*([0-9]{1,9})(?:x([0-9]{1,9}))?\s*", text)
+    if not match:
+        raise UserError(f"--size '{text[:40]}': give HEIGHTxWIDTH in pixels, such as 320x256, or one number")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def _numbers(texts: Sequence[str] | None, what: str) -> list[int] | None:

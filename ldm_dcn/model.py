@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from dcnv4_ext.geometry import is_whole
+
 from .autoencoder import Autoencoder
 from .denoiser import Denoiser
 from .diffusion import Schedule
 from .errors import UserError
 from .text import TextEncoder, load_text_encoder
+
+LARGEST_SIDE = 2**14  # pixels, as of data.image_size
 
 
 @dataclass
@@ -47,6 +51,36 @@ class Model:
     def num_classes(self) -> int:
         return self.denoiser.num_classes
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images it learned from."""
+        _, height, width = self.latent_shape
+        return height * self.autoencoder.factor, width * self.autoencoder.factor
+
+    def latent_shape_at(self, size: Sequence[int] | None) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of images of `size`, (height, width) in pixels; None is the size it was trained at.
+
+        Raises `UserError` for a size that autoencoder and U-Net cannot halve as often as they do.
+        """
+        if size is None:
+            return self.latent_shape
+        if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(map(_is_side, size)):
+            raise UserError(
+                f"size {size!r}: give height and width in pixels, such as (320, 256), {LARGEST_SIDE} at most"
+            )
+        size = (int(size[0]), int(size[1]))
+        if size == self.image_size:  # which need not be a multiple
+            return self.latent_shape
+        factor, halvings = self.autoencoder.factor, self.unet.num_upsamplers
+        unit = factor * 2**halvings
+        if any(side % unit for side in size):
+            near = "x".join(str(max(1, round(side / unit)) * unit) for side in size)
+            raise UserError(
+                f"size {size[0]}x{size[1]}: {self.name} draws multiples of {unit} pixels, {factor} of the autoencoder times "
+                f"{2**halvings} of the U-Net; give such as {near}"
+            )
+        return self.latent_shape[0], size[0] // factor, size[1] // factor
+
     def encode_prompts(self, prompts: Sequence[str], spec: str | None = None) -> torch.Tensor:
         """(len(prompts), T, D) tokens for `generate`; `spec` says where the text encoder lies on this machine."""
         if self.text_encoder is None:
@@ -61,6 +95,10 @@ class Model:
             self._encoder = load_text_encoder(spec or self.text_encoder["spec"], device=self.denoiser.device)
             self._encoder.check(self.text_encoder)
         return self._encoder.encode(prompts)
+
+
+def _is_side(value: object) -> bool:
+    return is_whole(value) and 1 <= value <= LARGEST_SIDE
 
 
 def _is_unicode(text: str) -> bool:

@@ -55,7 +55,7 @@ class LatentDiffusion:
 
         labels     classes; one alone needs no list, nor does a prompt
         settings   of `ldm_dcn.sampling.generate`: sampler, steps, guidance and guidance_interval, by default the run's own (its
-                   `sample` section), batch_size, progress
+                   `sample` section), size, batch_size, progress
 
         Raises `UserError` for what the model does not know, and for arguments that mean nothing.
         """

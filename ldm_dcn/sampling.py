@@ -204,6 +204,7 @@ def generate(
     steps: int = DEFAULTS["steps"],
     guidance: float = DEFAULTS["guidance"],
     guidance_interval: tuple[float, float] = DEFAULTS["guidance_interval"],
+    size: tuple[int, int] | None = None,
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
 ) -> torch.Tensor:
@@ -212,6 +213,7 @@ def generate(
     conditions         (N,) classes, whole numbers, or (N, T, D) text tokens (`Model.encode_prompts`); None draws without a condition
     guidance           s in u + s (c - u); 1 is no guidance
     guidance_interval  shares of the times, 0 being the data's end, between which it works (`guided`)
+    size               (height, width) in pixels, if not the one the model was trained at (`Model.latent_shape_at`)
     batch_size         images at once: changes memory and speed, not the images
     progress           called after each batch with the number of images it made
 
@@ -220,6 +222,7 @@ def generate(
     check_guidance(guidance, guidance_interval)
     check_sampler(sampler)
     check_steps(steps, model.schedule)
+    latent_shape = model.latent_shape_at(size)
     if not is_whole(batch_size) or batch_size < 1:
         raise UserError(f"batch size {batch_size!r}: draw at least one image at once, a whole number")
     batch_size = int(batch_size)
@@ -247,7 +250,7 @@ def generate(
                     guidance_interval,
                     model.schedule.num_steps,
                 ),
-                model.latent_shape,
+                latent_shape,
                 some_seeds,
                 schedule=model.schedule,
                 sampler=sampler,

@@ -168,6 +168,13 @@ def test_what_is_not_given_is_the_runs_own(draw: LatentDiffusion, monkeypatch: p
     assert inspect.signature(sampling.generate).parameters["guidance"].default == DEFAULTS["guidance"]
 
 
+def test_a_size_is_height_and_width(draw: LatentDiffusion) -> None:
+    (picture,) = draw(labels=3, steps=1, size=(16, 12))
+    assert (picture.height, picture.width) == (16, 12)
+    with pytest.raises(UserError, match="size 15x12: tiny draws multiples of 2 pixels"):
+        draw(labels=3, size=(15, 12))
+
+
 def test_a_path_is_loaded_first(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"write LatentDiffusion.from_pretrained\('runs/mine'\)"):
         LatentDiffusion("runs/mine")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -16,6 +17,7 @@ from ldm_dcn.diffusion import at as level_at
 from ldm_dcn.errors import UserError
 from ldm_dcn.model import Model
 from ldm_dcn.sampling import SAMPLERS, build_scheduler, generate, guided, sample_latents, sampling_times
+from ldm_dcn.unet import build_unet
 from tiny import UNET
 
 SCHEDULE = Schedule()
@@ -166,6 +168,38 @@ def test_an_image_does_not_depend_on_the_batch_around_it(model: Model, sampler: 
     assert not torch.equal(whole[0], whole[9])  # label 3, seeds 5 and 8
 
 
+def test_another_size_is_drawn_with_the_same_weights(model: Model) -> None:
+    """Any that the U-Net (8 and 16 channels: it halves once) takes; the trained one is what is drawn without."""
+    whole = generate(model, [3, 1], [5, 3], steps=3)
+    assert torch.equal(generate(model, [3, 1], [5, 3], steps=3, size=(8, 8)), whole)
+    for size in ((12, 20), (2, 2), [np.int64(16), 8]):
+        images = generate(model, [3, 1], [5, 3], steps=3, size=size)
+        assert images.shape == (2, 1, *size)
+        alone = generate(model, [1], [3], steps=3, size=size)
+        assert (alone[0].int() - images[1].int()).abs().max() <= 1
+
+
+def test_a_swapped_network_and_an_autoencoder_draw_another_size(model: Model) -> None:
+    """DCNv4 in convolutions and self-attention, which is told height and width; 4 pixels a latent."""
+    torch.manual_seed(0)
+    unet = build_unet(
+        {**UNET, "in_channels": 4, "out_channels": 4},
+        swap={"sites": ("resnet", "self_attention"), "group_channels": 4},
+    )
+    autoencoder = load_autoencoder("digits", image_channels=1)
+    drawing = Model(Denoiser(unet), autoencoder, SCHEDULE, (4, 8, 8), "tiny", 0)
+    assert (autoencoder.factor, drawing.image_size) == (4, (32, 32))
+    assert drawing.latent_shape_at((48, 24)) == (4, 12, 6)
+    assert generate(drawing, None, [0], steps=2, size=(48, 24)).shape == (1, 1, 48, 24)
+    with pytest.raises(
+        UserError,
+        match="size 44x24: tiny draws multiples of 8 pixels, 4 of the autoencoder times 2 of the U-Net; give such as 48x24",
+    ):
+        generate(drawing, None, [0], steps=2, size=(44, 24))
+    odd = Model(Denoiser(unet), autoencoder, SCHEDULE, (4, 7, 7), "tiny", 0)  # diffusers' U-Net pads it
+    assert torch.equal(generate(odd, None, [0], steps=1, size=(28, 28)), generate(odd, None, [0], steps=1))
+
+
 def test_progress_counts_images(model: Model) -> None:
     counts: list[int] = []
     generate(model, [0] * 7, range(7), steps=1, batch_size=3, progress=counts.append)
@@ -221,6 +255,16 @@ def test_labels_and_seeds_must_match(model: Model) -> None:
         ({"guidance": -1.0}, "guidance must be finite and not negative"),
         ({"guidance_interval": (0.6, 0.2)}, "guidance interval 0.6 to 0.2"),
         ({"guidance_interval": (0.0, float("nan"))}, "guidance interval 0.0 to nan"),
+        (
+            {"size": (9, 8)},
+            "size 9x8: tiny draws multiples of 2 pixels, 1 of the autoencoder times 2 of the U-Net; give such as 8x8",
+        ),
+        ({"size": (1, 1)}, "give such as 2x2"),
+        ({"size": 8}, "size 8: give height and width in pixels, such as"),
+        ({"size": "88"}, "size '88': give height and width in pixels"),
+        ({"size": (8.0, 8)}, "size .8.0, 8.: give height and width in pixels"),
+        ({"size": (8, 0)}, "size .8, 0.: give height and width in pixels"),
+        ({"size": (8, 2**15)}, "16384 at most"),
         ({"batch_size": 0}, "batch size 0: draw at least one"),
         ({"conditions": [], "seeds": []}, "there is nothing to draw"),
         ({"conditions": [2**63]}, "every label must be a whole number of at most"),
