@@ -176,6 +176,56 @@ def test_a_section_that_means_nothing_is_refused(
         sample.main([str(export), "--n", "1", "--png-dir", str(tmp_path / "png")])
 
 
+def test_another_size_is_another_image(run: str, tmp_path: Path, counted: list[int]) -> None:
+    npz, folder = tmp_path / "a.npz", tmp_path / "png"
+    command = [run, "--n", "3", "--size", "16x12", "--npz", str(npz), "--png-dir", str(folder)]
+    assert sample.main(command) == 0 and counted == [3]
+    assert sample.main(command) == 0 and sample.main(command[:-2]) == 0 and counted == [3]
+    assert json.loads((folder / drawn.NOTE).read_text())["size"] == [16, 12]
+    with np.load(npz) as file:
+        assert file["arr_0"].shape == (3, 16, 12, 3)
+    assert {Image.open(path).size for path in folder.glob("*.png")} == {(12, 16)}  # width first
+    for size, told in (("16", r"\[16, 12\] -> \[16, 16\]"), ("8", r"\[16, 12\] -> None")):
+        with pytest.raises(UserError, match=rf"other settings \(size: {told}\)"):
+            sample.main([*command, "--size", size])
+    command[4] = "8x8"  # which is what it was trained at
+    assert sample.main(command[:-2]) == 0 and sum(counted) == 6
+    del command[3:5]
+    assert sample.main(command[:-2]) == 0 and sum(counted) == 6
+
+
+def test_a_folder_from_before_there_were_sizes_is_gone_on_with(
+    run: str, tmp_path: Path, counted: list[int]
+) -> None:
+    folder = tmp_path / "png"
+    command = [run, "--n", "3", "--png-dir", str(folder)]
+    assert sample.main(command) == 0
+    note = json.loads((folder / drawn.NOTE).read_text())
+    later = {key for key, value in note.items() if value is None}
+    assert later == {"size"}
+    (folder / drawn.NOTE).write_text(
+        json.dumps({key: value for key, value in note.items() if key not in later})
+    )
+    next(folder.glob("*.png")).unlink()
+    assert sample.main(command) == 0 and counted == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ("7", "size 7x7: tiny draws multiples of 2 pixels"),
+        ("big", "--size 'big': give HEIGHTxWIDTH in pixels, such as 320x256"),
+        ("8x", "--size '8x': give HEIGHTxWIDTH"),
+        ("0", "give height and width in pixels"),
+        ("99999", "16384 at most"),
+    ],
+)
+def test_a_size_that_cannot_be_drawn_is_refused(run: str, tmp_path: Path, size: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        sample.main([run, "--size", size, "--png-dir", str(tmp_path / "png")])
+    assert not list(tmp_path.iterdir())
+
+
 def stripped(run: str, folder: Path, **section: object) -> Path:
     """The export of `run`, with `section` for its own settings of sampling."""
     shutil.copytree(Path(run, "export"), folder)
