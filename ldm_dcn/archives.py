@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .images import CAPTION_FIELDS, SUFFIXES, Images, as_captions, split_lines
 
 Choose = Callable[[Tensor], Tensor]  # labels (N,) to the indices wanted, ascending
@@ -243,7 +243,7 @@ class SavedDataset(Images):
             rows = datasets.load_from_disk(source)
         except Exception as error:  # pyarrow's, json's and datasets' own errors: all mean it cannot be had
             raise UserError(
-                f"the data set {source} cannot be read ({_one_line(error)}); save or copy it again"
+                f"the data set {source} cannot be read ({one_line(error)}); save or copy it again"
             ) from error
         pictures = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
         if not pictures:
@@ -296,8 +296,3 @@ class SavedDataset(Images):
             )
         texts = self._rows.select_columns([column])
         return lambda index: as_captions(texts[self._chosen[index]][column], self.place(index))
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."

@@ -9,7 +9,6 @@ An autoencoder is named by a hub id, a folder in diffusers layout, one weights f
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -22,15 +21,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, one_line, quiet
 from .files import only_variant
 from .hub import HUB_ID, Unavailable, from_hub_or_cache
+from .weights import DTYPES, hash_weights
 
 ASSETS = Path(__file__).parent / "assets"
 DIGITS_FOLDER = ASSETS / "digits_autoencoder"
 SD_CONFIG_FOLDER = ASSETS / "sd_vae"  # Stable Diffusion 1.x, for single files that come without a config
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOATS = (
     "F64",
     "F32",
@@ -159,7 +158,7 @@ class KLAutoencoder(Autoencoder):
         self.dtype = _choose_dtype(spec, config, dtype)
         self.device = torch.device(device)
         self._config = config
-        self._sha256 = _hash_weights(model)
+        self._sha256 = hash_weights(model)
         self._model = model.requires_grad_(False).eval()
         _cast(self._model, device=self.device, dtype=self.dtype, memory_format=torch.channels_last)
         self._shift = torch.tensor(shift, dtype=torch.float32).view(1, -1, 1, 1)
@@ -330,7 +329,9 @@ def _from_hub(spec: str) -> torch.nn.Module:
 
 
 def _load_pretrained(cls: Any, path: str, what: str, mend: str, **options: Any) -> torch.nn.Module:
-    with _quiet_diffusers():
+    from diffusers.utils import logging
+
+    with quiet(logging):
         try:
             model, report = cls.from_pretrained(
                 path, use_safetensors=True, output_loading_info=True, **options
@@ -338,7 +339,7 @@ def _load_pretrained(cls: Any, path: str, what: str, mend: str, **options: Any) 
         except (
             Exception
         ) as error:  # OSError, ValueError, SafetensorError, hub errors: all mean it cannot be had
-            raise UserError(f"{what} cannot be loaded ({_first_line(error)}); {mend}") from error
+            raise UserError(f"{what} cannot be loaded ({one_line(error)}); {mend}") from error
     missing = report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]
     if missing:
         raise UserError(f"{what}: weights and config.json do not fit, first at {missing[0]}; {mend}")
@@ -347,6 +348,7 @@ def _load_pretrained(cls: Any, path: str, what: str, mend: str, **options: Any) 
 
 def _from_file(path: str) -> torch.nn.Module:
     from diffusers import AutoencoderKL
+    from diffusers.utils import logging
 
     folder = os.path.dirname(os.path.abspath(path))
     own_config = _config_class(folder) == "AutoencoderKL"
@@ -357,13 +359,12 @@ def _from_file(path: str) -> torch.nn.Module:
         if not own_config
         else "give the weights that belong to the config.json beside it"
     )
-    with _quiet_diffusers():
+    with quiet(logging):
         try:
             model = AutoencoderKL.from_single_file(weights, config=config_folder, local_files_only=True)
         except Exception as error:  # KeyError, ValueError, RuntimeError, by what does not fit
             raise UserError(
-                f"autoencoder file {path} does not fit {_config_name(own_config)} ({_first_line(error)}); "
-                f"{mend}"
+                f"autoencoder file {path} does not fit {_config_name(own_config)} ({one_line(error)}); {mend}"
             ) from error
     lacking = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if lacking:
@@ -394,7 +395,7 @@ def _read_weights(path: str) -> dict[str, Tensor]:
         ) from error
     except Exception as error:
         raise UserError(
-            f"autoencoder file {path} cannot be read ({_first_line(error)}); copy or download it again"
+            f"autoencoder file {path} cannot be read ({one_line(error)}); copy or download it again"
         ) from error
     while isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
         weights = weights["state_dict"]
@@ -422,7 +423,7 @@ def _read_config(folder: str) -> None:
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no readable JSON ({_first_line(error)}); copy it again") from error
+        raise UserError(f"{path} is no readable JSON ({one_line(error)}); copy it again") from error
     name = config.get("_class_name") if isinstance(config, dict) else None
     if name != "AutoencoderKL":
         raise UserError(f"{path} describes a {name}; give an AutoencoderKL")
@@ -473,36 +474,9 @@ def _affine(config: Any) -> tuple[list[float], list[float]]:
     return shift, [scaling / float(s) for s in std] if std is not None else [scaling] * channels
 
 
-def _hash_weights(model: torch.nn.Module) -> str:
-    """sha256 over names and float32 values: the same for every file layout of the same autoencoder."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _as_list(values: Any) -> list[float] | None:
     return None if values is None else [float(value) for value in values]
 
 
 def _short(value: Any) -> str:
     return f"{value[:12]}..." if isinstance(value, str) and len(value) > 40 else repr(value)
-
-
-def _first_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
-
-
-class _quiet_diffusers:
-    """diffusers logs what we raise; within this block it only logs errors."""
-
-    def __enter__(self) -> None:
-        from diffusers.utils import logging
-
-        self._logging, self._level = logging, logging.get_verbosity()
-        logging.set_verbosity_error()
-
-    def __exit__(self, *_: object) -> None:
-        self._logging.set_verbosity(self._level)

@@ -24,12 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import folders
 from .errors import UserError
 from .files import replace_file
 from .folders import Damaged
+from .weights import DTYPES
 
 FORMAT = 1
 KIND = "ldm_dcn latent cache"
@@ -43,7 +42,6 @@ EMPTY = "empty.safetensors"
 SHARD = "shard.json"
 OWN = (PLAN, MANIFEST, BAD, SHARDS, TEXT)
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARD_BYTES = 128 << 20  # a shard is lost by a kill in it, and one map is kept open for each when reading
 _WITHOUT_MEANING = ("spec", "source")  # of a plan: where things lie, not what they are
 MEND = "run the same `python -m ldm_dcn.encode` command again: it makes anew what is missing, and only that"

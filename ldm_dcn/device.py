@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 
 def choose_device(name: torch.device | str | None) -> torch.device:
@@ -15,7 +15,8 @@ def choose_device(name: torch.device | str | None) -> torch.device:
         device = torch.device(name)
         torch.ones(1, device=device).cpu()  # a meta tensor has nothing to bring back
     except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise UserError(f"device '{name}' cannot be used ({reason}); there are {', '.join(here)}") from None
+        raise UserError(
+            f"device '{name}' cannot be used ({first_line(error)}); there are {', '.join(here)}"
+        ) from None
     return device

@@ -35,6 +35,7 @@ from .launch import start_accelerator
 from .presence import Presence
 from .signals import REQUEUE, StopSignals
 from .text import load_text_encoder
+from .weights import DTYPES
 
 BATCH_SIZE = {"cuda": 64, "cpu": 8}  # images; Stable Diffusion's autoencoder takes 0.1 GB for one of 256x256
 
@@ -220,7 +221,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("out", nargs="?", metavar="OUT", help="the cache's folder")
     add("--autoencoder", default="stabilityai/sd-vae-ft-ema", metavar="SPEC",
         help="hub id, folder, weights file, digits or identity (default %(default)s)")  # fmt: skip
-    add("--autoencoder-dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    add("--autoencoder-dtype", default="auto", choices=("auto", *DTYPES))
     add("--image-size", type=_positive, default=256, help="pixels (default %(default)s)")
     add(
         "--image-channels",
@@ -233,7 +234,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--dtype",
         default="float16",
-        choices=tuple(cache_layout.DTYPES),
+        choices=tuple(DTYPES),
         help="of what is stored (default %(default)s)",
     )
     add("--batch-size", type=_positive, help="images encoded at once (default 64, on a CPU 8)")

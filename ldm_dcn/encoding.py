@@ -25,6 +25,7 @@ from .images import LOOK_ON, PREPROCESSING, BadImage, Images, name_bad, to_float
 from .presence import Presence
 from .signals import StopSignals
 from .text import EMPTY, TextEncoder
+from .weights import DTYPES
 
 PROMPTS_AT_ONCE = 64
 WAIT = 0.2  # seconds between two looks at what the other processes have done
@@ -225,7 +226,7 @@ def _encode_shard(
             )
         _advance(bar, len(batch))
     channels, height, width = plan["latent_shape"]
-    kind = cache_layout.DTYPES[plan["dtype"]]
+    kind = DTYPES[plan["dtype"]]
     empty = {"tokens": (0, plan["text"]["length"], plan["text"]["width"])} if plan["text"] else {}
     tensors = {
         name: torch.cat(rows)
@@ -269,7 +270,7 @@ def _embed(encoder: TextEncoder, prompts: list[str], dtype: str) -> list[Tensor]
 
 
 def _stored(values: Tensor, dtype: str, maker: str) -> Tensor:
-    stored = values.to(cache_layout.DTYPES[dtype])
+    stored = values.to(DTYPES[dtype])
     if not bool(torch.isfinite(stored).all()):
         raise UserError(
             f"what {maker} gives does not fit into {dtype} (its largest value is {float(values.abs().max()):.3g}); "

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import NoReturn
 
 MISTAKE = 2  # exit code
 INTERRUPTED = 130  # exit code: 128 + SIGINT, as a shell has it
 SHOWN = 80  # characters of a wrong value in its error
+TOLD = 240  # characters of what a library says in one of ours
 PATIENCE = 3.0  # seconds; a launcher looks after its processes ten times a second
 
 # What the state of a machine can bring about, and the mend. Every other number is a mistake of ours, and keeps its traceback.
@@ -79,10 +82,41 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
+def one_line(error: BaseException) -> str:
+    """What a library says is wrong, for an error of ours; the error's type where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= TOLD else f"{text[: TOLD - 3]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """The same of libraries that go on with addresses and advice: the hub's client, CUDA."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def quiet(log: ModuleType) -> Iterator[None]:
+    """Keep diffusers or transformers (`log` is its `utils.logging`) from telling at length what we raise, and from drawing bars."""
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity(logging.CRITICAL)
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
 def explain(error: OSError) -> str:
     """What the operating system refused, where, and what to do about it."""
     where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
     return f"{where}{error.strerror}; {_MENDS.get(error.errno, 'look at it')}"
+
+
+def warn(text: str) -> None:
+    """One line `warning: ...` on standard error, from the main one of the processes that a launcher started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def report(text: str) -> None:

@@ -27,7 +27,7 @@ from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .autoencoder import DTYPES, load_autoencoder
+from .autoencoder import load_autoencoder
 from .config import DiffusionConfig
 from .denoiser import Denoiser
 from .diffusion import Schedule
@@ -40,6 +40,7 @@ from .places import check_folder_place
 from .sampling import published_scheduler
 from .swap import swap_table, swapped_sites
 from .unet import load_verified_unet
+from .weights import DTYPES
 
 FORMAT = 2
 EXPORT = "export"

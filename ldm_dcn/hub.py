@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
+from .errors import first_line
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TIMEOUT = 10.0  # seconds for one question
 
@@ -55,10 +57,6 @@ def ask(hub_id: str) -> None:
     except RepositoryNotFoundError:
         raise Unavailable("the hub has no such repository, or it is private") from None
     except (HfHubHTTPError, HFValidationError) as error:
-        raise Unavailable(_first_line(error)) from None
+        raise Unavailable(first_line(error)) from None
     except Exception as error:  # of the HTTP library, which is another one in every second version
-        raise Unavailable(f"offline: the hub does not answer, {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Unavailable(f"offline: the hub does not answer, {first_line(error)}") from None

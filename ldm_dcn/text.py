@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autoencoder import _hash_weights
-from .errors import UserError
+from .errors import UserError, one_line, quiet
 from .files import only_variant
+from .weights import DTYPES, hash_weights
 
 # What a CLIP's config.json calls itself. Other encoders have other rules for padding and masks.
 CLIP_MODELS = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 IGNORED_WHEN_COMPARED = ("spec", "dtype")  # the same weights may lie elsewhere; rounding is no other encoder
 EMPTY = ""  # the prompt of the unconditional half of guidance
 
@@ -42,7 +41,7 @@ class TextEncoder:
         # some tokenizers say a length of 1e30, which means that they do not know
         self.length = min(int(tokenizer.model_max_length), int(model.config.max_position_embeddings))
         self.device = torch.device(device)
-        self._sha256 = _hash_weights(model)
+        self._sha256 = hash_weights(model)
         self._model = model.requires_grad_(False).eval().to(self.device)
         self._tokenizer = tokenizer
 
@@ -106,7 +105,7 @@ def load_text_encoder(
         raise UserError(f"text encoder {spec!r} does not exist; give a folder or a hub id (owner/name)")
     what = f"text encoder {spec}" + ("" if local else " (no folder here, so a hub id)")
     try:
-        with _quiet(transformers):
+        with quiet(transformers.utils.logging):
             kind, model_folder, tokenizer_folder = _find(transformers, spec, local)
             if kind not in CLIP_MODELS:
                 raise UserError(f"{what} is a {kind}; give one of {', '.join(CLIP_MODELS)}")
@@ -130,7 +129,7 @@ def load_text_encoder(
             if local
             else "check the name and the network, or download it elsewhere and give the folder"
         )
-        raise UserError(f"{what} cannot be loaded ({_first_line(error)}); {mend}") from error
+        raise UserError(f"{what} cannot be loaded ({one_line(error)}); {mend}") from error
     lacking = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
     if lacking:
         raise UserError(f"{what}: weights and config.json do not fit, first at {lacking[0]}; copy it again")
@@ -167,26 +166,3 @@ def _find(transformers: Any, spec: str, local: bool) -> tuple[str, str, str]:
         if config:
             return (config.get("architectures") or ["?"])[0], model_folder, tokenizer_folder
     raise OSError("it has no config.json")
-
-
-def _first_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
-
-
-class _quiet:
-    """transformers logs what we raise, and draws bars; within this block it only logs errors."""
-
-    def __init__(self, transformers: Any) -> None:
-        self._logging = transformers.utils.logging
-
-    def __enter__(self) -> None:
-        self._level = self._logging.get_verbosity()
-        self._bars = self._logging.is_progress_bar_enabled()
-        self._logging.set_verbosity_error()
-        self._logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        self._logging.set_verbosity(self._level)
-        if self._bars:
-            self._logging.enable_progress_bar()
