@@ -21,7 +21,7 @@ class Presence:
         self._out = out
         self._held = self._take(rank, "a+")
         left = () if processes is None else self._ranks_from(processes)
-        if self._held is False or any(self._take(other, "r") is False for other in left):
+        if self._held is False or any(self._take(other, "r+") is False for other in left):
             self.leave()
             raise UserError(f"another process is encoding into {out}; wait for it, or name another folder")
 
@@ -30,7 +30,7 @@ class Presence:
         return [int(match[1]) for match in found if match and int(match[1]) >= first]
 
     def is_there(self, rank: int) -> bool:
-        file = self._take(rank, "r")
+        file = self._take(rank, "r+")
         if file is False or file is None:
             return True
         file.close()
@@ -41,7 +41,10 @@ class Presence:
             self._held.close()
 
     def _take(self, rank: int, mode: str) -> Any:
-        """The locked file; False where another holds it; None where locks are not to be had."""
+        """The locked file; False where another holds it; None where locks are not to be had.
+
+        `mode` must write, even if nothing is: NFS makes fcntl locks of flock's, and refuses exclusive ones on what is open for reading.
+        """
         try:
             import fcntl
         except ImportError:  # Windows

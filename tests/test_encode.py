@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -236,6 +238,30 @@ def test_a_process_that_is_gone_is_not_waited_for(images: Path, tmp_path: Path) 
     presence.leave()
     finish(encoding)
     cache.verify(tmp_path)
+
+
+def test_a_process_that_is_gone_is_seen_on_a_network_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux's NFS client makes fcntl locks of flock's: an exclusive one takes a file that is open for writing."""
+    fcntl = pytest.importorskip("fcntl")
+    flock = fcntl.flock
+
+    def over_nfs(file: IO[str], operation: int) -> None:
+        if operation & fcntl.LOCK_EX and fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", over_nfs)
+    presence, other = Presence(tmp_path, 0, 2), Presence(tmp_path, 1)
+    assert presence.is_there(1)
+    other.leave()
+    assert not presence.is_there(1)
+    presence.leave()
+    other = Presence(tmp_path, 1)
+    with pytest.raises(UserError, match="another process is encoding into"):
+        Presence(tmp_path, 0, 1)
+    other.leave()
 
 
 def test_replaced_images_are_encoded_anew_and_only_their_shards(images: Path, tmp_path: Path) -> None:
