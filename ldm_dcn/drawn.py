@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from .files import replacing
 from .pictures import save_png
 
 NOTE = ".drawn.json"  # in the folder: what its images were drawn with
+PATIENCE = 75.0  # seconds; NFS shows an old listing of a folder for up to 60 (acdirmax)
+WAIT = 1.0  # seconds between two looks
 
 
 class Drawn:
@@ -70,6 +73,13 @@ class Drawn:
         if self.folder.is_dir():
             there = {entry.name for entry in os.scandir(self.folder) if entry.stat().st_size}
         return [number for number, name in enumerate(self._names) if name not in there]
+
+    def lost(self) -> list[int]:
+        """`missing`, after all processes have drawn: a network file system shows what others wrote only after a while."""
+        until = time.monotonic() + PATIENCE
+        while (missing := self.missing()) and time.monotonic() < until:
+            time.sleep(WAIT)
+        return missing
 
     def save(self, number: int, image: torch.Tensor) -> None:
         """Image `number`, uint8 (c, H, W)."""

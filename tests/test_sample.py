@@ -128,6 +128,26 @@ def test_a_signal_ends_after_the_batch(
     assert sum(counted) == 5 and len(pictures(tmp_path / "png")) == 9
 
 
+def test_what_other_machines_wrote_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system shows it late, in a listing of the folder that it keeps for up to a minute."""
+    images = drawn.Drawn(tmp_path, ["a.png", "b.png"], {})
+    images.save(0, torch.zeros(1, 2, 2, dtype=torch.uint8))
+    clock, waited = [0.0], []
+
+    def wait(seconds: float) -> None:
+        clock[0] += seconds
+        waited.append(seconds)
+        if len(waited) == 3:
+            images.save(1, torch.zeros(1, 2, 2, dtype=torch.uint8))
+
+    monkeypatch.setattr(drawn.time, "sleep", wait)
+    monkeypatch.setattr(drawn.time, "monotonic", lambda: clock[0])
+    assert images.missing() == [1]  # a signal does not wait
+    assert images.lost() == [] and len(waited) == 3
+    (tmp_path / "b.png").unlink()
+    assert images.lost() == [1] and clock[0] > 60
+
+
 def test_what_is_not_given_is_the_runs_own(run: str, tmp_path: Path, counted: list[int]) -> None:
     """Its section `sample`: 2 steps and guidance 1.4. Giving the same values is the same command."""
     command = [run, "--n", "4", "--npz", str(tmp_path / "a.npz"), "--png-dir", str(tmp_path / "png")]
