@@ -3,9 +3,10 @@
 Nothing is computed: the network runs on tensors without data, and what it would keep and multiply is counted. What a step costs is
 taken from measurements (`--measured`), or, where there is none of a network, from an assumed speed (`--tflops`).
 
-    memory a GPU   (weights 4 + gradients 4 + AdamW 8 + average 4) bytes x parameters P, whole (ddp) or shared by n (fsdp with one
-                   block gathered; zero: gradients and AdamW only), + bytes kept by autograd: once (16-bit copies of weights), and
-                   for each image of a micro-step. FSDP keeps gradients whole between the parts of an accumulated batch
+    memory a GPU   (weights 4 + gradients 4 + AdamW 8 + 4 for each average, of which train.ema=power has two) bytes x parameters P,
+                   whole (ddp) or shared by n (fsdp with one block gathered; zero: gradients, AdamW and a second copy of the weights),
+                   + bytes kept by autograd: once (16-bit copies of weights), and for each image of a micro-step. FSDP keeps
+                   gradients whole between the parts of an accumulated batch
     s a step       measured: images a GPU x s an image (forward, backward, waiting for data) + s a step (optimiser and average; the
                    optimiser's shared by n with fsdp and zero) + exchange
                    assumed: FLOPs a step / (n x FLOP/s) + exchange, where a step takes 3 x the FLOPs of a forward x batch (forward 1,
@@ -45,7 +46,6 @@ from ldm_dcn.unet import build_unet
 from .environment import environment
 from .results import write
 
-STATE_BYTES = {"weights": 4, "gradients": 4, "AdamW": 8, "average": 4}  # a parameter; fp32 throughout
 FP32 = 4  # bytes
 BACKWARD = 2  # times a forward's FLOPs
 PROBES = 2, 4  # images the network is counted with: what is kept once falls out of the difference
@@ -84,7 +84,8 @@ class Measured:
         own, other = self.config, config.resolved()
         keys = [("model", key) for key in ("preset", "unet", "swap", "pretrained")]
         keys += [
-            ("train", key) for key in ("precision", "tf32", "compile", "attention", "gradient_checkpointing")
+            ("train", key)
+            for key in ("precision", "tf32", "compile", "attention", "gradient_checkpointing", "ema")
         ]
         keys += [("data", "image_size"), ("data", "condition")]
         return [
@@ -300,15 +301,21 @@ def plan(
     )
 
 
+def _bytes_a_parameter(config: Config) -> dict[str, int]:
+    """What is kept of each parameter, fp32 throughout."""
+    averages = len(config.train.ema_widths) if config.train.ema == "power" else 1
+    return {"weights": FP32, "gradients": FP32, "AdamW": 2 * FP32, "averages": averages * FP32}
+
+
 def _state_bytes(counted: Counted, config: Config, gpus: int) -> int:
-    own = STATE_BYTES
+    own = _bytes_a_parameter(config)
     whole = sum(own.values()) * counted.parameters
     if gpus == 1 or config.train.parallel == "ddp":
         return whole
     if config.train.parallel == "zero":
-        return (own["weights"] + own["average"]) * counted.parameters + (
-            own["gradients"] + own["AdamW"]
-        ) * counted.parameters // gpus
+        # DeepSpeed steps a copy of its part of the weights, even where they are fp32
+        shared = own["gradients"] + own["AdamW"] + own["weights"]
+        return (own["weights"] + own["averages"]) * counted.parameters + shared * counted.parameters // gpus
     gradients = counted.parameters if config.train.gradient_accumulation > 1 else 0
     return whole // gpus + own["weights"] * counted.largest_block + own["gradients"] * gradients
 
@@ -349,8 +356,8 @@ def table(
         f"batch {train.batch_size}, {train.steps:,} steps, {train.precision}, {checkpointing} gradient checkpointing, "
         f"{train.parallel}",
     ]
-    for one, measured in zip(counts, measurements or [None] * len(counts), strict=True):
-        lines.append(f"{one.name}: {_basis(one, measured, tflops, train.gradient_checkpointing)}")
+    for one, config, measured in zip(counts, configs, measurements or [None] * len(counts), strict=True):
+        lines.append(f"{one.name}: {_basis(one, config, measured, tflops)}")
     lines.append(
         f"exchange: at {bandwidth:g} GB/s a GPU, nothing of it hidden"
         if bandwidth
@@ -363,12 +370,13 @@ def _giga(count: float) -> str:
     return f"{count / 1e9:.1f}" if count >= 1e9 else f"{count / 1e9:.2g}"
 
 
-def _basis(counted: Counted, measured: Measured | None, tflops: float | None, checkpointing: bool) -> str:
+def _basis(counted: Counted, config: Config, measured: Measured | None, tflops: float | None) -> str:
     """In words, where a network's times come from."""
     if measured is None:
         return (
             f"ASSUMED {tflops:g} TFLOP/s a GPU" if tflops else "no times; give --measured FILE or --tflops F"
         )
+    checkpointing = config.train.gradient_checkpointing
     achieved = (1 + BACKWARD + checkpointing) * counted.forward_flops / measured.an_image / 1e12
     text = (
         f"MEASURED {1e3 * measured.an_image:.3g} ms an image and {1e3 * (measured.optimizer + measured.rest):.3g} ms a step on "
@@ -376,7 +384,7 @@ def _basis(counted: Counted, measured: Measured | None, tflops: float | None, ch
     )
     if measured.peak_bytes is not None:
         an_image, once = counted.kept_checkpointed if checkpointing else counted.kept
-        foreseen = sum(STATE_BYTES.values()) * counted.parameters + an_image * measured.images + once
+        foreseen = _state_bytes(counted, config, 1) + an_image * measured.images + once
         text += f"; {measured.peak_bytes / 2**30:.1f} GiB of memory there, {foreseen / 2**30:.1f} GiB by the formula"
     return text
 

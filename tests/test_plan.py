@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,7 @@ COUNTED = Counted("x", 1_000_000, 50_000, 10**9, (4_000_000, 2_000_000), (500_00
 ZERO = "train.parallel=zero"
 FSDP = "train.parallel=fsdp"
 PARTS = "train.gradient_accumulation=4"
+POWER = "train.ema=power"  # two averages
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,10 @@ PARTS = "train.gradient_accumulation=4"
         ((), 8, 8, 20e6, 8 * 4e6 + 2e6, 3 * 64e9 / 8e14),
         ((FSDP,), 8, 8, 20e6 / 8 + 4 * 50e3, 8 * 4e6 + 2e6, 3 * 64e9 / 8e14),
         ((FSDP, PARTS), 8, 2, 20e6 / 8 + 4 * 50e3 + 4e6, 2 * 4e6 + 2e6, 3 * 64e9 / 8e14),
-        ((ZERO,), 8, 8, 8e6 + 12e6 / 8, 8 * 4e6 + 2e6, 3 * 64e9 / 8e14),
+        ((ZERO,), 8, 8, 8e6 + 16e6 / 8, 8 * 4e6 + 2e6, 3 * 64e9 / 8e14),
+        ((POWER,), 8, 8, 24e6, 8 * 4e6 + 2e6, 3 * 64e9 / 8e14),
+        ((POWER, FSDP), 8, 8, 24e6 / 8 + 4 * 50e3, 8 * 4e6 + 2e6, 3 * 64e9 / 8e14),
+        ((POWER, ZERO), 8, 8, 12e6 + 16e6 / 8, 8 * 4e6 + 2e6, 3 * 64e9 / 8e14),
         (("train.gradient_checkpointing=true",), 8, 8, 20e6, 8 * 5e5, 4 * 64e9 / 8e14),
         ((PARTS,), 8, 2, 20e6, 2 * 4e6 + 2e6, 3 * 64e9 / 8e14),
     ],
@@ -199,6 +204,18 @@ def test_measured_costs_make_the_time(
     got = plan.plan(COUNTED, config, gpus, tflops=1, measured=measured)
     assert got.basis == "measured"
     assert got.seconds_a_step == pytest.approx(seconds) and got.days == pytest.approx(seconds)
+
+
+def test_memory_is_compared_by_the_averages_there_are(tmp_path: Path) -> None:
+    counted = replace(COUNTED, parameters=10**9)
+    for overrides, state in (((), 20e9), ((POWER,), 24e9)):
+        config = tiny_config(tmp_path, "train.batch_size=64", *overrides)
+        measured = plan.read_measured(measurement(config, tmp_path, peak_bytes=2**30))
+        text = plan.table([counted], [plan.plan(counted, config, 1)], [config], None, [measured])
+        foreseen = state + 64 * 4e6 + 2e6
+        assert f"1.0 GiB of memory there, {foreseen / 2**30:.1f} GiB by the formula" in text
+    with pytest.raises(UserError, match=r"train\.ema: power -> constant"):
+        plan.matched([tiny_config(tmp_path, "train.batch_size=64")], [measured])
 
 
 def test_a_measurement_of_something_else_is_refused(tmp_path: Path) -> None:
