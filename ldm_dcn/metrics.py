@@ -6,13 +6,19 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from .errors import UserError
 from .files import naming, replace_file
+
+PROJECT = "ldm-dcn"  # at Weights & Biases, where WANDB_PROJECT names no other: what `wandb.init` is told would win over it
+LAYOUT = {"tensorboard": {"dataformats": "NHWC"}}  # of pictures, where a tracker has to be told
 
 
 class MetricsLog:
@@ -46,15 +52,36 @@ class MetricsLog:
         """Values that JSON has no number for (NaN, infinity) are written as null. Raises OSError or `UserError` where they cannot be."""
         known = {name: None if _is_no_number(value) else value for name, value in values.items()}
         self._waiting += json.dumps({"step": step, **known}).encode() + b"\n"
-        failed = None
-        for tracker in self._trackers:
-            try:
-                tracker.log(values, step=step)
-            except Exception as error:  # of a program that is not ours: its network, its disk
-                failed = UserError(f"{tracker.name} took no values: {error}")
+        failed = self._tell("values", lambda tracker: tracker.log(values, step=step))
         self._append()
         if failed is not None:
             raise failed
+
+    def show(self, step: int, name: str, picture: Path | Image.Image | np.ndarray) -> None:
+        """Give the trackers a picture: a file, Pillow's, or uint8 (H, W, 3) or (H, W). Raises `UserError` where one does not take it."""
+        if not self._trackers:
+            return
+        if isinstance(picture, np.ndarray):
+            picture = Image.fromarray(picture)
+        elif isinstance(picture, Path):
+            picture = Image.open(picture)
+        pixels = np.array(picture.convert("RGB"))[None]
+        failed = self._tell(
+            "picture",
+            lambda tracker: tracker.log_images({name: pixels}, step=step, **LAYOUT.get(tracker.name, {})),
+        )
+        if failed is not None:
+            raise failed
+
+    def _tell(self, what: str, tell: Callable[[Any], None]) -> UserError | None:
+        """`tell` each tracker; the last failure, which keeps nothing from the others."""
+        failed = None
+        for tracker in self._trackers:
+            try:
+                tell(tracker)
+            except Exception as error:  # of a program that is not ours: its network, its disk
+                failed = UserError(f"{tracker.name} took no {what}: {error}")
+        return failed
 
     def _append(self) -> None:
         size = os.fstat(self._file.fileno()).st_size
@@ -116,7 +143,7 @@ def _open_tracker(name: str, folder: Path, step: int, settings: Mapping[str, Any
         tracker = TensorBoardTracker("tensorboard", logging_dir=folder, purge_step=step + 1)
     else:
         own = {"name": folder.name, "dir": str(folder), "id": _wandb_id(folder), "resume": "allow"}
-        tracker = WandBTracker("ldm-dcn", **own)
+        tracker = WandBTracker(os.environ.get("WANDB_PROJECT") or PROJECT, **own)
     if hasattr(tracker, "start"):  # accelerate 1.8 and later; before, the constructor does it
         tracker.start()
     if name == "wandb":
