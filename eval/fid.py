@@ -175,6 +175,7 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
         )
         warning = _check_extractor(scorer, real, chosen=extractor is not None)
         opened = _Opened(scorer, [], real, statistics, warning)
+        names = [model.name for model in models.values()]  # exports of one run differ in their steps
         for path in inputs:
             if path not in models:
                 channels = real.shape[0] if real is not None else _channels(extractor)
@@ -182,14 +183,14 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
                     open_file_or_folder(path, image_channels=channels, image_size=image_size)
                 )
                 continue
-            count = num or min(opened.reference_size, MOST_IMAGES)
+            count, model = num or min(opened.reference_size, MOST_IMAGES), models[path]
             chosen = choose_labels(
-                labels, count, models[path].num_classes, None if real is None else real.labels, seed
+                labels, count, model.num_classes, None if real is None else real.labels, seed
             )
+            name = model.name if names.count(model.name) == 1 else f"{model.name} step {model.step}"
             opened.sources.extend(
-                SampleSource(models[path], f"{models[path].name} g={scale:g}", chosen, count, label_rule=labels,
-                             guidance=scale, guidance_interval=tuple(guidance_interval), sampler=sampler, steps=steps,
-                             seed=seed) for scale in guidance)  # fmt: skip
+                SampleSource(model, f"{name} g={scale:g}", chosen, count, label_rule=labels, guidance=scale,
+                             guidance_interval=tuple(guidance_interval), sampler=sampler, steps=steps, seed=seed) for scale in guidance)  # fmt: skip
         opened.check()
         return opened
 

@@ -52,8 +52,9 @@ def measure_loop(config: Config, steps: int, progress: bool = True) -> LoopCost:
     """Train `steps` steps of `config` after a warm-up, without saving or drawing, and time their parts."""
     cost = LoopCost()
     with tempfile.TemporaryDirectory() as folder:
+        never = ("save_every", "sample_every", "score_every", "validate_every", "export_every")
         train = config.train.model_copy(
-            update={"steps": WARM_UP + steps + 1, "save_every": 0, "sample_every": 0, "score_every": 0}
+            update={"steps": WARM_UP + steps + 1, **dict.fromkeys(never, 0)},
         )
         run_config = config.run.model_copy(update={"dir": folder, "name": "loop"})
         config = config.model_copy(update={"train": train, "run": run_config})

@@ -42,6 +42,7 @@ class Batches:
         self.order = randomness.Order(len(latents), config.train.seed)
         self.began = (0, 0)  # the step from which on batches have this size, and the samples before it
         self._settings = config.train
+        self.size, self.parts = config.train.batch_size, config.train.gradient_accumulation
         self._schedule = schedule
         self._latents = latents
         self._flips = latents.has_flips and config.data.flip is not False
@@ -59,13 +60,12 @@ class Batches:
     def first_of(self, step: int) -> int:
         """The global sample position at which `step` begins."""
         began, before = self.began
-        return before + (step - began) * self._settings.batch_size
+        return before + (step - began) * self.size
 
     def positions(self, step: int, micro: int) -> range:
         """The global sample positions of this process in micro-step `micro` of `step`."""
-        parts = self._settings.gradient_accumulation
-        share = self._settings.batch_size // (self._processes * parts)
-        first = self.first_of(step) + (self._rank * parts + micro) * share
+        share = self.size // (self._processes * self.parts)
+        first = self.first_of(step) + (self._rank * self.parts + micro) * share
         return range(first, first + share)
 
     def at(self, step: int, micro: int) -> Batch:
@@ -77,7 +77,7 @@ class Batches:
         ready = self._ahead.pop((step, micro), None)
         host = ready.result() if ready is not None else self.on_host(step, micro)
         micro += 1
-        following = (step, micro) if micro < self._settings.gradient_accumulation else (step + 1, 0)
+        following = (step, micro) if micro < self.parts else (step + 1, 0)
         if self._device.type != "cpu":
             self._ahead = {following: self._loader.submit(self.on_host, *following)}
         moments, noise, posterior_noise, times, condition = (
@@ -128,8 +128,8 @@ class Batches:
         share = randomness.uniform(settings.seed, "time", positions)
         if settings.stratified_times:
             # Kingma et al. (2021), appendix I, with a draw of its own in every share
-            place = (torch.arange(positions.start, positions.stop) - self.began[1]) % settings.batch_size
-            share = (place.numpy() + share) / settings.batch_size
+            place = (torch.arange(positions.start, positions.stop) - self.began[1]) % self.size
+            share = (place.numpy() + share) / self.size
         share = torch.from_numpy(share)
         if settings.times == "uniform":
             return diffusion.uniform_times(share, self._schedule.num_steps)

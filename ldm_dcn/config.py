@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -56,6 +57,14 @@ FileName = Annotated[Name, AfterValidator(_file_name)]
 Width = Annotated[float, Field(gt=0, lt=0.28)]  # of a power-function average
 
 
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}") from None
+    return text
+
+
 def _as_tuple(value: Any) -> Any:
     """YAML and JSON know lists only."""
     return tuple(value) if isinstance(value, list) else value
@@ -96,8 +105,7 @@ class DataConfig(_Section):
     """The images to learn from: a latent cache (`ldm_dcn.encode`), or what `ldm_dcn.data.open_dataset` opens.
 
     `num_classes` null takes the number the source has; 0 trains without labels. `max_bad` broken images (a
-    count, or a share below 1) are left out before it is an error. `text_encoder` is needed where prompts are
-    to be drawn whose tokens no cache holds; null takes the cache's.
+    count, or a share below 1) are left out before it is an error.
     """
 
     source: Name
@@ -130,6 +138,15 @@ class DiffusionConfig(_Section):
         return self
 
 
+class ParameterGroup(_Section):
+    """Parameters whose names hold `match`, a regular expression (`unet.mid_block.resnets.0.conv1.dcn.offset_mask.weight`): `lr_factor`
+    times `train.lr`, and a `weight_decay` of their own unless it is null."""
+
+    match: Annotated[str, AfterValidator(_regex)]
+    lr_factor: NonNegative = 1.0
+    weight_decay: NonNegative | None = None
+
+
 class TrainConfig(_Section):
     """The recipe. `batch_size` is the global batch, whatever the number of processes and of parts."""
 
@@ -141,6 +158,7 @@ class TrainConfig(_Section):
     warmup_steps: Every
     betas: Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)]
     weight_decay: NonNegative
+    parameter_groups: Annotated[tuple[ParameterGroup, ...], BeforeValidator(_as_tuple)]
     gradient_clip: Positive | None
     label_dropout: Fraction
     times: Literal["uniform", "lognormal"]
@@ -166,6 +184,9 @@ class TrainConfig(_Section):
     save_every: Every
     sample_every: Every
     score_every: Every
+    validate_every: Every
+    validation_images: Count
+    export_every: Every
     keep_checkpoints: Count
     trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_as_tuple)]
 

@@ -43,7 +43,8 @@ from .unet import load_verified_unet
 from .weights import DTYPES
 
 FORMAT = 2
-EXPORT = "export"
+EXPORT = "export"  # of a run: its newest
+EXPORTS = "exports"  # those of single steps
 INDEX = "model_index.json"
 CLASS_NAME = "LatentDiffusion"  # in the index
 CARD = "README.md"

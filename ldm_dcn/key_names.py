@@ -35,7 +35,7 @@ OTHER_NAMES = {
     "checkpoints_total_limit": "train.keep_checkpoints",
     "log_interval": "train.log_every",
     "logging_steps": "train.log_every",
-    "validation_steps": "train.sample_every",
+    "validation_steps": "train.validate_every",
     "eval_every": "train.score_every",
     "evaluate_every": "train.score_every",
     "report_to": "train.trackers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -19,7 +20,7 @@ from .autoencoder import Autoencoder, load_autoencoder
 from .batches import Batches
 from .cache import LatentCache
 from .changes import check_same_run
-from .config import Config, TrainConfig, check_keys, flat
+from .config import Config, ParameterGroup, TrainConfig, check_keys, flat
 from .data import check_source
 from .denoiser import Denoiser
 from .errors import UserError
@@ -77,7 +78,8 @@ def open_run(config: Config, allow_change: Sequence[str] = (), scorer: Score | N
             with set_attention(run.denoiser.unet, config.train.attention):
                 yield run
         finally:
-            run.batches.close()
+            for batches in filter(None, (run.batches, run.held_out)):
+                batches.close()
             if run.bar is not None:
                 with suppress(OSError):
                     run.bar.close()
@@ -114,6 +116,11 @@ def _check_settings(settings: TrainConfig, accelerator: Accelerator) -> None:
     if settings.parallel == "fsdp":
         check_sharding()
     if settings.parallel == "zero":
+        if settings.parameter_groups:
+            raise UserError(
+                "train.parallel=zero keeps all parameters in one group, and there are train.parameter_groups; set "
+                "train.parallel=fsdp"
+            )
         import_deepspeed(accelerator.device)
 
 
@@ -124,7 +131,8 @@ def _find_checkpoint(config: Config, accelerator: Accelerator) -> Path | None:
         run_folder.check_names(config.folder)
         root = config.folder / "checkpoints"
         check_folder_place(root, "mend its permissions, or choose another run.dir")
-        checkpoint.sweep(root)
+        for place in run_folder.STEPS:
+            checkpoint.sweep(config.folder / place)
         recover(config.folder / export.EXPORT)
         found = checkpoint.newest(root, lambda line: tqdm.write(line, file=sys.stderr))
         if found is None:
@@ -200,10 +208,9 @@ def _build(config: Config, accelerator: Accelerator, facts: dict[str, Any]) -> R
     else:
         rules = [ema.Power(width) for width in settings.ema_widths]
     optimizer = torch.optim.AdamW(
-        denoiser.parameters(),
+        _parameter_groups(denoiser, settings),
         lr=settings.lr,
         betas=settings.betas,
-        weight_decay=settings.weight_decay,
         fused=True,
     )
     schedule = diffusion.Schedule(**config.diffusion.model_dump())
@@ -220,11 +227,64 @@ def _build(config: Config, accelerator: Accelerator, facts: dict[str, Any]) -> R
         levels=tuple(level.to(device) for level in diffusion.levels(schedule)),
         state=State(loss_scale=FIRST_LOSS_SCALE if settings.precision == "fp16" else 1.0),
         originals=originals,
+        held_out=_held_out(config, schedule, autoencoder, denoiser, accelerator),
         identity=identity,
         embedding_is_new=embedding_is_new,
         condition_is_read=condition_is_read,
         notes=notes,
     )
+
+
+def _parameter_groups(denoiser: Denoiser, settings: TrainConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: each of `train.parameter_groups`, and first the parameters that are in none of them."""
+    rules = [ParameterGroup(match=""), *settings.parameter_groups]
+    groups = [
+        {
+            "params": [],
+            "lr_factor": rule.lr_factor,
+            "weight_decay": settings.weight_decay if rule.weight_decay is None else rule.weight_decay,
+        }
+        for rule in rules
+    ]
+    for name, p in denoiser.named_parameters():
+        found = (number for number, rule in enumerate(rules) if number and re.search(rule.match, name))
+        groups[next(found, 0)]["params"].append(p)
+    for rule, group in zip(rules[1:], groups[1:], strict=True):
+        if not group["params"]:
+            raise UserError(
+                f"train.parameter_groups: no parameter is left whose name holds {rule.match!r}; names are such as "
+                f"{next(iter(dict(denoiser.named_parameters())))}, and the first group that fits has them"
+            )
+    return [group for group in groups if group["params"]]
+
+
+def _held_out(
+    config: Config,
+    schedule: diffusion.Schedule,
+    autoencoder: Autoencoder,
+    denoiser: Denoiser,
+    accelerator: Accelerator,
+) -> Batches | None:
+    """The images that `train.validate_every` looks at, as one large batch in parts of the run's size."""
+    settings = config.train
+    if not settings.validate_every:
+        return None
+    if config.data.split != "train":
+        raise UserError(
+            f"train.validate_every is on and data.split={config.data.split} holds nothing out; set data.split=train, or "
+            "train.validate_every=0"
+        )
+    times = -(-settings.validation_images // settings.batch_size)
+    whole = {
+        "batch_size": times * settings.batch_size,
+        "gradient_accumulation": times * settings.gradient_accumulation,
+        "label_dropout": 0.0,
+        "stratified_times": True,
+    }
+    data = config.data.model_copy(update={"split": "held-out"})
+    config = config.model_copy(update={"data": data, "train": settings.model_copy(update=whole)})
+    latents, _ = open_latents(config, autoencoder, accelerator.is_main_process)
+    return Batches(config, schedule, latents, autoencoder, denoiser, accelerator)
 
 
 def _build_unet(
@@ -337,7 +397,7 @@ def _empty_denoiser(denoiser: Denoiser) -> Denoiser:
 
 
 def _write_down(run: Run, averaged: dict[str, torch.Tensor] | None) -> None:
-    """config.yaml, a line in provenance.jsonl for every start, and the export and averages of this step where others are there."""
+    """config.yaml, a line in provenance.jsonl for every start, and the export of this step where another is there."""
     folder = run.config.folder
     text, path = run.config.to_yaml(), folder / "config.yaml"
     if not path.exists() or path.read_bytes() != text.encode():
@@ -347,11 +407,10 @@ def _write_down(run: Run, averaged: dict[str, torch.Tensor] | None) -> None:
         file.write(json.dumps({"step": run.state.step, **provenance()}) + "\n")
     if run.state.step and export.exported_step(folder) != run.state.step:
         run.export(averaged)
-    for step in checkpoint.saved_steps(
-        folder / "averages"
-    ):  # of steps that are taken again, perhaps otherwise
-        if step > run.state.step:
-            discard(folder / "averages" / f"step-{step}")
+    for place in ("averages", export.EXPORTS):
+        for step in checkpoint.saved_steps(folder / place):
+            if step > run.state.step:  # these steps are taken again, perhaps otherwise
+                discard(folder / place / f"step-{step}")
 
 
 def _progress_bar(run: Run) -> tqdm:

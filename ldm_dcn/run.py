@@ -94,6 +94,7 @@ class Run:
     schedule: diffusion.Schedule
     levels: tuple[torch.Tensor, torch.Tensor]  # alpha and sigma at each time, on the device
     state: State
+    held_out: Batches | None = None  # where `train.validate_every` is on
     identity: str | None = None  # of the data: another one is refused at a resume
     originals: dict[str, torch.nn.Module] = field(default_factory=dict)  # the blocks that were swapped out
     embedding_is_new: bool = True  # that of the classes: not read from a pretrained network
@@ -220,6 +221,13 @@ class Run:
             self.bar.set_postfix(loss=f"{mean:.4f}", **{"images/s": f"{speed:.1f}"}, refresh=False)
         state.loss_sum, state.loss_count = 0.0, 0
         self.window_began, self.window_pause, self.window_steps = time.perf_counter(), 0.0, 0
+
+    def record_validation(self, loss: float) -> None:
+        if self.metrics is not None:
+            with self.spared("the line of metrics.jsonl"):
+                self.metrics.write(
+                    self.state.step, validation_loss=loss, validation_images=self.held_out.size
+                )
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -431,8 +439,18 @@ class Run:
         clips = self.config.train.gradient_clip is not None
         return ["lower train.lr"] if clips else ["lower train.lr", "set train.gradient_clip=1.0"]
 
-    def export(self, averaged: dict[str, torch.Tensor]) -> None:
-        folder = self.config.folder / export.EXPORT
+    def export_step(self) -> None:
+        """exports/step-N: what export/ will have of this step, to stay."""
+        if not self._draws:
+            return
+        with self.spared("the export of this step"), self.pause():
+            averaged = collected(self.averages[0].shadow.items(), self.accelerator.is_main_process)
+            if self.accelerator.is_main_process:
+                self.export(averaged, self.config.folder / export.EXPORTS / f"step-{self.state.step}")
+
+    def export(self, averaged: dict[str, torch.Tensor], folder: Path | None = None) -> None:
+        """The model of the `averaged` weights, whole, in `folder`; null is the run's export/."""
+        folder = folder or self.config.folder / export.EXPORT
         if not self._is_sharded:
             with self.averaged():
                 export.save_export(folder, self.averaged_model())

@@ -17,7 +17,8 @@ from .metrics import read
 from .places import existing_folder
 
 FILES = ("config.yaml", "provenance.jsonl", "metrics.jsonl")
-FOLDERS = ("checkpoints", "averages", "samples", export.EXPORT)
+STEPS = ("checkpoints", "averages", export.EXPORTS)  # folders of folders step-N
+FOLDERS = (*STEPS, "samples", export.EXPORT)
 # What file systems without locks answer: Lustre, unless mounted with flock, and some of NFS.
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -32,8 +33,8 @@ def check_names(folder: Path) -> None:
         place = folder / name
         if place.exists() and not place.is_dir():
             raise UserError(f"{place} is a file, and a run keeps a folder there; {mend}")
-    for place in (folder / "checkpoints", folder / "averages"):
-        for path in place.glob("step-*"):
+    for place in STEPS:
+        for path in (folder / place).glob("step-*"):
             if not path.is_dir():
                 raise UserError(f"{path} is a file, and a run keeps a folder there; {mend}")
 

@@ -44,7 +44,8 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
     """Two trained runs: with DCNv4 at every kind of site, and without."""
     folder = tmp_path_factory.mktemp("runs")
     found = []
-    for name, overrides in (("dcn", (SWAP, "train.lr=1e-2")), ("unet", ())):
+    validated = ("data.split=train", "train.validate_every=2", "train.validation_images=8")
+    for name, overrides in (("dcn", (SWAP, "train.lr=1e-2", *validated)), ("unet", ())):
         AcceleratorState._reset_state(reset_partial_state=True)
         config = tiny_config(
             folder, f"run.name={name}", "train.steps=4", "train.log_every=2", "train.save_every=0", *overrides
@@ -126,6 +127,7 @@ def test_the_page_is_whole_and_needs_nothing_else(report) -> None:
     anchors = [element.attrib["id"] for element in root.iter() if "id" in element.attrib]
     assert len(set(anchors)) == len(anchors)
     assert all(link[1:] in anchors for link in links if link.startswith("#"))
+    assert "dcn, held out" in text and "unet, held out" not in text
 
 
 def test_every_section_says_what_it_shows_and_how_it_was_made(report) -> None:

@@ -20,6 +20,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
+from eval import fid
 from ldm_dcn import checkpoint, latents, metrics, opening, posthoc_ema, trainer
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.errors import UserError
@@ -52,8 +53,8 @@ def lines(config: Config) -> list[dict]:
     return metrics.read(config.folder / "metrics.jsonl")
 
 
-def losses(config: Config) -> list[float]:
-    return [line["loss"] for line in lines(config)]
+def losses(config: Config, key: str = "loss") -> list[float]:
+    return [line[key] for line in lines(config) if key in line]
 
 
 # ------------------------------------------------------------------------------------------------ objectives
@@ -227,24 +228,47 @@ def test_a_second_average_is_not_made_up_at_a_resume(tmp_path: Path) -> None:
         train(power, ["train.ema"])
 
 
+def test_exports_of_single_steps_stay_and_are_scored_side_by_side(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "train.steps=6", "train.save_every=0", "train.export_every=2")
+    assert train(config) == 0
+    exports = [config.folder / "exports" / f"step-{step}" for step in (2, 4, 6)]
+    assert [load_model(folder).step for folder in exports] == [2, 4, 6]
+    newest = load_model(config.folder)
+    for p, kept in zip(
+        newest.denoiser.parameters(), load_model(exports[2]).denoiser.parameters(), strict=True
+    ):
+        assert torch.equal(p, kept)
+    table = fid.evaluate([str(folder) for folder in exports[:2]], num=20, steps=1, progress=False)
+    assert [column.name for column in table.columns[:2]] == ["tiny step 2 g=1", "tiny step 4 g=1"]
+
+    again = tiny_config(tmp_path, "train.steps=3", "train.save_every=3", "train.export_every=2", name="again")
+    assert train(again) == 0
+    shutil.copytree(exports[2], again.folder / "exports" / "step-6")  # of a life that is taken back
+    with open_run(again):
+        assert sorted(path.name for path in (again.folder / "exports").iterdir()) == ["step-2"]
+
+
 # ------------------------------------------------------------------------------------------------ processes
 
 
 def test_fsdp_goes_on_from_one_process_and_one_process_from_fsdp(tmp_path: Path) -> None:
     """Steps 1 to 3 in one process, 4 to 6 shared out on two, 7 and 8 in one again: the losses of eight in one."""
-    swap = "model.swap={sites: [resnet], group_channels: 4}"
-    one = tiny_config(tmp_path, swap, "train.sample_every=6", name="one")
+    swap = ("model.swap={sites: [resnet], group_channels: 4}", "data.split=train")
+    every = ("train.sample_every=6", "train.validate_every=6", "train.validation_images=50")
+    one = tiny_config(tmp_path, *swap, *every, name="one")
     assert train(one) == 0
 
     path = write_config(tmp_path, "shared")
-    assert train(load_config(path, [swap, "train.steps=3"])) == 0
-    settings = ("train.steps=6", "train.parallel=fsdp", "train.sample_every=6")
-    run_together("train.py", str(path), swap, *settings)
-    shared = load_config(path, [swap, "train.steps=6"])
-    assert load_model(shared.folder).step == 6
+    assert train(load_config(path, [*swap, "train.steps=3"])) == 0
+    settings = ("train.steps=6", "train.parallel=fsdp", "train.export_every=6", *every)
+    run_together("train.py", str(path), *swap, *settings)
+    shared = load_config(path, [*swap, "train.steps=6"])
+    assert load_model(shared.folder).step == load_model(shared.folder / "exports" / "step-6").step == 6
     grids = [Image.open(config.folder / "samples" / "step-6.png") for config in (shared, one)]
     assert np.abs(np.array(grids[0]).astype(int) - np.array(grids[1])).max() <= 2  # the averaged weights
-    assert train(load_config(path, [swap])) == 0
+    validated = losses(shared, "validation_loss")
+    assert len(validated) == 1 and validated == pytest.approx(losses(one, "validation_loss"), rel=1e-4)
+    assert train(load_config(path, swap)) == 0
     assert losses(shared) == pytest.approx(losses(one), rel=1e-4)
 
 

@@ -182,11 +182,16 @@ def test_a_swapped_text_to_image_network_fine_tunes_exports_and_draws_elsewhere(
         "train.save_every=25",
         "train.sample_every=60",
         "sample.prompts=[day, night]",
+        "data.split=train",
+        "train.validate_every=20",
+        "train.validation_images=8",
     )
     assert train(config) == 0
     lines = metrics.read(config.folder / "metrics.jsonl")
+    validated = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    assert list(validated) == [40, 60] and validated[60] < validated[40]  # none while blocks match
     by_phase = {
-        phase: [line["loss"] for line in lines if line.get("phase") == phase]
+        phase: [line["loss"] for line in lines if "loss" in line and line.get("phase") == phase]
         for phase in ("match", "new", None)
     }
     assert by_phase["match"][-1] < 0.6 * by_phase["match"][0]

@@ -4,6 +4,7 @@ not matter."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,10 +20,11 @@ from safetensors.torch import load_file
 
 import sample
 import train as train_program
-from ldm_dcn import checkpoint, metrics, trainer
+from ldm_dcn import checkpoint, diffusion, metrics, trainer
 from ldm_dcn.autoencoder import IdentityAutoencoder
 from ldm_dcn.batches import Batches
 from ldm_dcn.config import Config, load_config
+from ldm_dcn.data import open_dataset
 from ldm_dcn.diffusion import Schedule
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import load_model
@@ -32,7 +34,7 @@ from ldm_dcn.opening import open_run
 from ldm_dcn.run import phases
 from ldm_dcn.sampling import generate
 from ldm_dcn.signals import StopSignals
-from ldm_dcn.trainer import learning_rate, train
+from ldm_dcn.trainer import learning_rate, train, training_step
 from programs import torchrun
 from tiny import tiny_config, write_config
 
@@ -47,7 +49,7 @@ def one_thread_and_a_fresh_accelerator() -> Iterator[None]:
 
 
 def losses(config: Config) -> list[float]:
-    return [line["loss"] for line in metrics.read(config.folder / "metrics.jsonl")]
+    return [line["loss"] for line in metrics.read(config.folder / "metrics.jsonl") if "loss" in line]
 
 
 def weights(config: Config, group: str = "model") -> dict[str, torch.Tensor]:
@@ -351,6 +353,41 @@ def test_the_warm_up_comes_again_where_others_begin_to_learn(
     assert learning_rate(20, settings) == 1
 
 
+def test_named_parameters_learn_at_rates_and_decays_of_their_own(tmp_path: Path) -> None:
+    groups = "train.parameter_groups=[{match: offset_mask, lr_factor: 0.1}, {match: 'norm|bias$', weight_decay: 0}]"
+    settings = (
+        "model.swap={sites: [resnet], group_channels: 4}",
+        "train.warmup_steps=0",
+        "train.weight_decay=0.5",
+    )
+    config = tiny_config(tmp_path, groups, *settings, "train.lr=1e-3")
+    with open_run(config) as run:
+        names = {p: name for name, p in run.denoiser.named_parameters()}
+        found = {
+            names[p]: (group["lr_factor"], group["weight_decay"])
+            for group in run.optimizer.param_groups
+            for p in group["params"]
+        }
+        assert found.keys() == set(names.values())
+        for name, own in found.items():
+            offsets, no_decay = "offset_mask" in name, "norm" in name or name.endswith("bias")
+            assert own == ((0.1, 0.5) if offsets else (1.0, 0.0 if no_decay else 0.5)), name
+        before = {p: p.detach().clone() for p in names}
+        training_step(run, StopSignals())
+        for p, name in names.items():  # AdamW's first step is lr * (sign of the gradient + decay * weight)
+            if re.search(r"transformer_blocks.*(attn2.to_[qk]|norm2)", name):
+                continue  # of one token there is nothing to choose, so no gradient
+            factor, decay = found[name]
+            moved = ((p.detach() - before[p]) / -(1e-3 * factor) - decay * before[p]).abs()
+            assert float(moved.max()) == pytest.approx(1, abs=0.01), name
+    with pytest.raises(UserError, match=r"no parameter is left whose name holds 'offsets'"):
+        train(tiny_config(tmp_path, "train.parameter_groups=[{match: offsets}]", name="none"))
+    with pytest.raises(UserError, match=r"is no regular expression"):
+        tiny_config(tmp_path, "train.parameter_groups=[{match: '('}]")
+    with pytest.raises(UserError, match=r"train.parallel=zero keeps all parameters in one group"):
+        train(tiny_config(tmp_path, "train.parallel=zero", groups, name="zero"))
+
+
 def test_a_batch_holds_what_the_recipe_says(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "train.batch_size=4000", "train.label_dropout=0.25")
     with open_run(config) as run:
@@ -372,6 +409,38 @@ def test_a_batch_holds_what_the_recipe_says(tmp_path: Path) -> None:
             for k in ("latents", "noise", "times", "condition")
         )
         assert not torch.equal(batch.noise, next_one.noise)
+
+
+def test_validation_is_the_averaged_models_loss_on_images_held_out(tmp_path: Path) -> None:
+    settings = ("data.split=train", "train.steps=4", "train.label_dropout=0.5", "train.batch_size=20")
+    quiet = tiny_config(tmp_path, *settings, name="quiet")
+    config = tiny_config(tmp_path, *settings, "train.validate_every=2", "train.validation_images=90")
+    assert [train(quiet), train(config)] == [0, 0]
+    assert losses(config) == losses(quiet)  # looking changes nothing
+    lines = [line for line in metrics.read(config.folder / "metrics.jsonl") if "validation_loss" in line]
+    assert [(line["step"], line["validation_images"]) for line in lines] == [(2, 100), (4, 100)]
+
+    digits = open_dataset("digits", image_size=8, image_channels=1, split="held-out")
+    with open_run(config) as run:
+        batches = [run.held_out.at(0, part) for part in range(run.held_out.parts)]
+        everyone, times = run.held_out.of_everyone(0)
+        assert not set(digits.labels[everyone].tolist()) - set(range(10)) and len(everyone) == 100
+        condition = torch.cat([batch.condition for batch in batches])
+        assert torch.equal(condition, digits.labels[everyone])  # no label is dropped
+        pixels = torch.cat([batch.latents for batch in batches])
+        torch.testing.assert_close(pixels, digits.images(torch.tensor(everyone)))
+        assert (torch.tensor(times) * 100 // 1000).tolist() == list(range(100))
+        model = load_model(config.folder).denoiser.eval()
+        errors = []
+        for batch in batches:
+            alpha, sigma = diffusion.at(run.levels, batch.times)
+            noised = diffusion.add_noise(batch.latents, batch.noise, alpha, sigma)
+            with torch.no_grad():
+                errors.append((model(noised, batch.times, batch.condition) - batch.noise).square().mean())
+    assert lines[1]["validation_loss"] == pytest.approx(float(torch.stack(errors).mean()), rel=1e-5)
+
+    with pytest.raises(UserError, match=r"data.split=all holds nothing out; set data.split=train"):
+        train(tiny_config(tmp_path, "train.validate_every=2", name="all"))
 
 
 def test_without_classes_every_label_is_the_null_one(tmp_path: Path) -> None:

@@ -33,6 +33,13 @@ def _losses(runs: Sequence[Run]) -> Markup:
         if window > 1:
             series.append(plots.Series(run.name, known, faint=True))
         series.append(plots.Series(run.name, plots.smoothed(known, window)))
+        held_out = [
+            (line["step"], float(line["validation_loss"]))
+            for line in run.lines
+            if is_number(line.get("validation_loss"))
+        ]
+        if held_out:
+            series.append(plots.Series(f"{run.name}, held out", held_out))
     if not series:
         return joined(*absent)
     predictions = {run.model.schedule.prediction for run in runs}
@@ -40,7 +47,7 @@ def _losses(runs: Sequence[Run]) -> Markup:
         f" The runs predict different things ({', '.join(sorted(predictions))}): their losses do not compare."
     )  # fmt: skip
     chart = plots.lines(series, x="training step", y="loss", title="Loss over training steps")
-    caption = f"Training loss: means over up to {SMOOTH} logged values around each, fewer in short runs; the values stand faint behind them.{comparable}"
+    caption = f"Training loss: means over up to {SMOOTH} logged values around each, fewer in short runs; the values stand faint behind them. Held out: the averaged weights' loss on images that were not trained on, where train.validate_every was on.{comparable}"
     return joined(figure(chart, caption, _training_commands(runs)), *absent)
 
 
