@@ -57,15 +57,12 @@ class MetricsLog:
         if failed is not None:
             raise failed
 
-    def show(self, step: int, name: str, picture: Path | Image.Image | np.ndarray) -> None:
-        """Give the trackers a picture: a file, Pillow's, or uint8 (H, W, 3) or (H, W). Raises `UserError` where one does not take it."""
+    def show(self, step: int, name: str, picture: Path) -> None:
+        """Give the trackers a picture file, grey or RGB. Raises `UserError` where one does not take it."""
         if not self._trackers:
             return
-        if isinstance(picture, np.ndarray):
-            picture = Image.fromarray(picture)
-        elif isinstance(picture, Path):
-            picture = Image.open(picture)
-        pixels = np.array(picture.convert("RGB"))[None]
+        with Image.open(picture) as opened:
+            pixels = np.array(opened.convert("RGB"))[None]
         failed = self._tell(
             "picture",
             lambda tracker: tracker.log_images({name: pixels}, step=step, **LAYOUT.get(tracker.name, {})),

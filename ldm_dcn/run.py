@@ -357,9 +357,9 @@ class Run:
                 batch_size=settings.batch_size,
             )
             if self.accelerator.is_main_process:
-                pictures.save_grid(
-                    images, columns, self.config.folder / "samples" / f"step-{self.state.step}.png"
-                )
+                path = self.config.folder / "samples" / f"step-{self.state.step}.png"
+                pictures.save_grid(images, columns, path)
+                self.metrics.show(self.state.step, "samples", path)
 
     def _grid_tokens(self) -> torch.Tensor:
         """(rows, T, D): the prompts asked for, or the captions of the first samples of the data."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -18,29 +17,22 @@ COLOUR = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 GREY = COLOUR[:, :, 0].copy()
 
 
-def saved(folder: Path) -> Path:
-    Image.fromarray(COLOUR).save(folder / "step-3.png")
+PICTURES = [(COLOUR, COLOUR), (GREY, np.repeat(GREY[:, :, None], 3, 2))]
+
+
+def saved(pixels: np.ndarray, folder: Path) -> Path:
+    Image.fromarray(pixels).save(folder / "step-3.png")
     return folder / "step-3.png"
 
 
-PICTURES: list[tuple[Callable[[Path], object], np.ndarray]] = [
-    (lambda _: COLOUR, COLOUR),
-    (lambda _: GREY, np.repeat(GREY[:, :, None], 3, 2)),
-    (lambda _: Image.fromarray(GREY), np.repeat(GREY[:, :, None], 3, 2)),
-    (saved, COLOUR),
-]
-
-
-@pytest.mark.parametrize(("make", "expected"), PICTURES)
-def test_tensorboard_gets_pictures(
-    tmp_path: Path, make: Callable[[Path], object], expected: np.ndarray
-) -> None:
+@pytest.mark.parametrize(("pixels", "expected"), PICTURES)
+def test_tensorboard_gets_pictures(tmp_path: Path, pixels: np.ndarray, expected: np.ndarray) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = MetricsLog(tmp_path, 0, ["tensorboard"])
     log.write(3, loss=0.5)
-    log.show(3, "samples", make(tmp_path))
+    log.show(3, "samples", saved(pixels, tmp_path))
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -81,12 +73,12 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
     return module
 
 
-@pytest.mark.parametrize(("make", "expected"), PICTURES)
+@pytest.mark.parametrize(("pixels", "expected"), PICTURES)
 def test_weights_and_biases_gets_pictures(
-    tmp_path: Path, wandb: Wandb, make: Callable[[Path], object], expected: np.ndarray
+    tmp_path: Path, wandb: Wandb, pixels: np.ndarray, expected: np.ndarray
 ) -> None:
     log = MetricsLog(tmp_path, 0, ["wandb"])
-    log.show(3, "samples", make(tmp_path))
+    log.show(3, "samples", saved(pixels, tmp_path))
     log.close()
     ((step, values),) = wandb.logged
     (sent,) = values["samples"]
@@ -113,6 +105,6 @@ def test_a_tracker_that_takes_no_picture_is_named(
     log = MetricsLog(tmp_path, 0, ["wandb"])
     monkeypatch.setattr(wandb, "log", fail)
     with pytest.raises(UserError, match="wandb took no picture: no network"):
-        log.show(3, "samples", COLOUR)
+        log.show(3, "samples", saved(COLOUR, tmp_path))
     log.close()
     MetricsLog(tmp_path, 0).show(3, "samples", tmp_path / "nowhere.png")  # nobody is there to be shown it
