@@ -284,7 +284,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="this many images in all: labels or prompts in turn, a new seed each; under torchrun write --count",
     )
-    parser.add_argument("--sampler", help="dpm++, ddim or euler (default: sample.sampler of the run)")
+    parser.add_argument(
+        "--sampler", help="dpm++, ddim, euler, ddpm or heun (default: sample.sampler of the run)"
+    )
     parser.add_argument("--steps", type=int, help="default: sample.steps of the run")
     parser.add_argument(
         "--guidance",

@@ -19,6 +19,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     SchedulerMixin,
 )
 
@@ -45,7 +46,10 @@ Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # All end at sigma = 0 exactly. DPM-Solver++ takes its last step at first order, because the second order's
 # difference quotient in log(alpha / sigma) is infinite there. DDIM is DPM-Solver++ of order 1 (Lu et al.
 # 2022, section 4.2); diffusers' DDIMScheduler steps by num_steps // steps whatever its times are, and so
-# misses them and the data where steps does not divide num_steps.
+# misses them and the data where steps does not divide num_steps. DDPM, a draw from q(x_s | x_t, x_0) (Ho et al.
+# 2020, eq. 6-7, for any s < t), is SDE-DPM-Solver++ of order 1, which takes noise from us where diffusers'
+# DDPMScheduler draws its own. Heun's method evaluates the network twice a step, but for the last, which goes to
+# sigma = 0 (Karras et al. 2022, algorithm 1).
 _DPM = {
     "algorithm_type": "dpmsolver++",
     "final_sigmas_type": "zero",
@@ -56,6 +60,11 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     "dpm++": (DPMSolverMultistepScheduler, {**_DPM, "solver_order": 2}),
     "ddim": (DPMSolverMultistepScheduler, {**_DPM, "solver_order": 1}),
     "euler": (EulerDiscreteScheduler, {"final_sigmas_type": "zero"}),
+    "ddpm": (
+        DPMSolverMultistepScheduler,
+        {**_DPM, "algorithm_type": "sde-dpmsolver++", "solver_order": 1},
+    ),
+    "heun": (HeunDiscreteScheduler, {}),
 }
 
 
@@ -83,11 +92,11 @@ def build_scheduler(sampler: str, schedule: Schedule, **options: Any) -> Schedul
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; it knows {', '.join(known)}"
             raise UserError(f"sampler '{sampler}' has no setting '{name}'{hint}")
-    if options.get("thresholding"):
-        raise UserError(
-            f"sampler '{sampler}': thresholding would cut off latents, which have no fixed range; "
-            "leave it out"
-        )
+    for name in ("thresholding", "clip_sample"):
+        if options.get(name):
+            raise UserError(
+                f"sampler '{sampler}': {name} would cut off latents, which have no fixed range; leave it out"
+            )
     built = scheduler(
         num_train_timesteps=schedule.num_steps,
         prediction_type="sample",
@@ -95,7 +104,16 @@ def build_scheduler(sampler: str, schedule: Schedule, **options: Any) -> Schedul
         **{**defaults, **options},
     )
     built.alphas_cumprod = alpha_bars(schedule)  # in fp64, and for paths that have no betas
+    if _goes_straight(sampler, schedule):
+        built.alphas_cumprod = 1 / (1 + levels(schedule)[1].double().square())
     return built
+
+
+def _goes_straight(sampler: str, schedule: Schedule) -> bool:
+    """Whether `sampler` takes the straight path as it is: dx / dsigma = (x - x_0) / sigma there as well as in x / alpha, which
+    the schedulers follow otherwise. To the first order it is all one, but Heun's mean of two slopes does not bear the long
+    first step in sigma / alpha, from 1,999 to 19 of 20 steps."""
+    return sampler == "heun" and schedule.prediction == "flow"
 
 
 def published_scheduler(schedule: Schedule) -> SchedulerMixin:
@@ -134,7 +152,8 @@ def sample_latents(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> torch.Tensor:
-    """(len(seeds), *shape) latents: latent i starts from the noise of seeds[i] alone.
+    """(len(seeds), *shape) latents: latent i comes from the noise of seeds[i] alone, at the start and, of samplers that add some,
+    at each time.
 
     `predict(x, t)` gives what `schedule.prediction` says, for x = alpha x_0 + sigma eps at the times t; it already
     contains the guidance.
@@ -143,14 +162,20 @@ def sample_latents(
     check_steps(steps, schedule)
     scheduler.set_timesteps(timesteps=sampling_times(schedule.num_steps, steps))
     table = levels(schedule)
+    straight = _goes_straight(sampler, schedule)
+    adds_noise = scheduler.config.get("algorithm_type", "").startswith("sde-")
     x = randomness.normal(shape, 0, "image", seeds).to(device) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         alpha, sigma = (level[t.long()].to(x.device) for level in table)
         # the schedulers know variance-preserving paths; every other is one of those, scaled
-        noised = scheduler.scale_model_input(x, t) * torch.hypot(alpha, sigma)
+        scale = torch.hypot(torch.ones_like(alpha) if straight else alpha, sigma)
+        noised = scheduler.scale_model_input(x, t) * scale
         output = predict(noised, t.to(x.device).expand(len(x)))
         x0 = denoised(schedule.prediction, output, noised, alpha, sigma)
-        x = scheduler.step(x0, t, x, return_dict=False)[0]
+        noise = {}
+        if adds_noise:  # else diffusers would draw it from torch's global generator
+            noise["variance_noise"] = randomness.normal(shape, int(t), "step of an image", seeds)
+        x = scheduler.step(x0, t, x, return_dict=False, **noise)[0]
     return x
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 
 from ldm_dcn import randomness
 from ldm_dcn.autoencoder import load_autoencoder
@@ -16,12 +16,21 @@ from ldm_dcn.diffusion import PREDICTIONS, Schedule, levels, target
 from ldm_dcn.diffusion import at as level_at
 from ldm_dcn.errors import UserError
 from ldm_dcn.model import Model
-from ldm_dcn.sampling import SAMPLERS, build_scheduler, generate, guided, sample_latents, sampling_times
+from ldm_dcn.sampling import (
+    SAMPLERS,
+    Predict,
+    build_scheduler,
+    generate,
+    guided,
+    sample_latents,
+    sampling_times,
+)
 from ldm_dcn.unet import build_unet
 from tiny import UNET
 
 SCHEDULE = Schedule()
 SHAPE = (4, 6, 5)
+ODES = [name for name in SAMPLERS if name != "ddpm"]
 
 
 def at(t: torch.Tensor, schedule: Schedule = SCHEDULE) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,23 +56,81 @@ def test_the_truth_leads_back_to_the_data(prediction: str, sampler: str, steps: 
     torch.testing.assert_close(got, data, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+def of_a_gaussian(mean: float, std: float, schedule: Schedule) -> Predict:
+    """What x_0 ~ N(mean, std^2) is predicted as: E[x_0 | x_t] = mean + alpha std^2 (x_t - alpha mean) / (alpha^2 std^2 + sigma^2)."""
+
+    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        alpha, sigma = at(t, schedule)
+        x0 = mean + alpha * std**2 * (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
+        return target(schedule.prediction, x0, (x - alpha * x0) / sigma, alpha, sigma)
+
+    return predict
+
+
+@pytest.mark.parametrize("sampler", ODES)
 def test_flow_goes_the_way_of_its_ode(sampler: str) -> None:
     """x_0 ~ N(mean, std^2) on the straight path: the exact flow is x(sigma) = (1 - sigma) mean + s(sigma) z, s^2 = (1 -
     sigma)^2 std^2 + sigma^2."""
     mean, std, schedule = 1.5, 0.6, Schedule(prediction="flow")
-
-    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        alpha, sigma = at(t, schedule)
-        share = (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
-        return sigma * share - (mean + alpha * std**2 * share)
-
+    predict = of_a_gaussian(mean, std, schedule)
     got = sample_latents(predict, SHAPE, range(40), schedule=schedule, sampler=sampler, steps=400)
     noise = randomness.normal(SHAPE, 0, "image", range(40))
     torch.testing.assert_close(got, mean + std * noise, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize(("sampler", "tolerance"), [("dpm++", 0.03), ("ddim", 0.06), ("euler", 0.06)])
+def test_heun_is_of_second_order_on_the_straight_path() -> None:
+    """Twice the steps leave a quarter of the error; ten already less than thirty of Euler's do."""
+    mean, std, schedule = 1.5, 0.6, Schedule(prediction="flow")
+    predict = of_a_gaussian(mean, std, schedule)
+    alpha, sigma = at(torch.tensor([999]), schedule)  # where it starts, which is not quite noise
+    start = sigma * randomness.normal(SHAPE, 0, "image", range(40))
+    exact = mean + std * (start - alpha * mean) / (alpha**2 * std**2 + sigma**2) ** 0.5
+    calls: list[int] = []
+
+    def error(sampler: str, steps: int) -> float:
+        def counting(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            calls.append(int(t[0]))
+            return predict(x, t)
+
+        got = sample_latents(counting, SHAPE, range(40), schedule=schedule, sampler=sampler, steps=steps)
+        return float((got - exact).square().mean().sqrt())
+
+    errors = [error("heun", steps) for steps in (10, 20, 40)]
+    assert len(calls) == 19 + 39 + 79  # two evaluations a step, one for the last
+    assert errors[0] / errors[1] > 3.5 and errors[1] / errors[2] > 3.5
+    assert error("heun", 10) < error("euler", 30)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("steps", "short"), [(50, 0.09), (250, 0.03), (1000, 0.01)])
+def test_ddpm_draws_from_the_gaussian_as_its_equations_do(prediction: str, steps: int, short: float) -> None:
+    """q(x_s | x_t, x_0) of Ho et al. (2020, eq. 6-7) at x_0 = E[x_0 | x_t], which is affine in x_t: mean and variance of x_s
+    follow from those of x_t. What is `short` of std is the posterior's own variance, which fewer and longer steps lose more of.
+    """
+    mean, std, schedule = 1.5, 0.6, Schedule(prediction=prediction)
+    alpha, sigma = (level.double() for level in levels(schedule))
+    bars = [float(bar) for bar in alpha**2 / (alpha**2 + sigma**2)]
+    times = sampling_times(1000, steps)
+    expected, variance = 0.0, 1.0
+    for now, after in zip([bars[t] for t in times], [*(bars[t] for t in times[1:]), 1.0], strict=True):
+        step = now / after
+        gain = now**0.5 * std**2 / (now * std**2 + 1 - now)
+        of_data, of_x = after**0.5 * (1 - step) / (1 - now), step**0.5 * (1 - after) / (1 - now)
+        slope = of_data * gain + of_x
+        expected = slope * expected + of_data * mean * (1 - gain * now**0.5)
+        variance = slope**2 * variance + (1 - after) / (1 - now) * (1 - step)
+    got = sample_latents(
+        of_a_gaussian(mean, std, schedule), SHAPE, range(200), schedule=schedule, sampler="ddpm", steps=steps
+    )
+    count = got.numel()
+    assert abs(float(got.mean()) - expected) < 4 * std / count**0.5
+    assert float(got.std()) == pytest.approx(variance**0.5, rel=4 / (2 * count) ** 0.5)
+    assert (1 - short) * std < variance**0.5 < std and expected == pytest.approx(mean, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "tolerance"), [("dpm++", 0.03), ("ddim", 0.06), ("euler", 0.06), ("heun", 0.03)]
+)
 def test_the_posterior_mean_of_a_gaussian_leads_to_that_gaussian(sampler: str, tolerance: float) -> None:
     """x_0 ~ N(mean, std^2) has E[eps | x_t] in closed form; every sampler must give back mean and std.
 
@@ -75,11 +142,7 @@ def test_the_posterior_mean_of_a_gaussian_leads_to_that_gaussian(sampler: str, t
     mean, std = 1.5, 0.6
     alpha, sigma = (float(c) for c in at(torch.tensor([999])))
     expected = mean - alpha * mean * std / (alpha**2 * std**2 + sigma**2) ** 0.5
-
-    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        alpha, sigma = at(t)
-        return sigma * (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
-
+    denoise = of_a_gaussian(mean, std, SCHEDULE)
     got = sample_latents(denoise, SHAPE, range(400), schedule=SCHEDULE, sampler=sampler, steps=50)
     assert float(got.mean()) == pytest.approx(expected, abs=tolerance)
     assert float(got.std()) == pytest.approx(std, rel=tolerance)
@@ -104,6 +167,50 @@ def test_ddim_is_diffusers_ddim_where_that_one_meets_its_own_times() -> None:
     torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
 
 
+def test_ddpm_is_diffusers_ddpm_with_noise_of_image_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its noise is a function of (seed, time): of no batch, of no step before, of no generator of torch's."""
+    seen: dict[tuple[int, int], torch.Tensor] = {}
+    normal = randomness.normal
+
+    def recording(shape: tuple[int, ...], key: int, stream: str, seeds: list[int]) -> torch.Tensor:
+        rows = normal(shape, key, stream, seeds)
+        if stream != "image":
+            for seed, row in zip(seeds, rows, strict=True):
+                assert torch.equal(seen.setdefault((seed, key), row), row)
+        return rows
+
+    monkeypatch.setattr(randomness, "normal", recording)
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x) * (t / 1000).reshape(-1, 1, 1, 1)
+
+    state = torch.get_rng_state()
+    ours = sample_latents(denoise, SHAPE, [3, 9], schedule=SCHEDULE, sampler="ddpm", steps=250)
+    sample_latents(denoise, SHAPE, [9, 2], schedule=SCHEDULE, sampler="ddpm", steps=50)
+    sample_latents(
+        denoise, SHAPE, [9], schedule=SCHEDULE, sampler="dpm++", steps=50, algorithm_type="sde-dpmsolver++"
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(seen) == 2 * 250 + 50 and len({row.sum().item() for row in seen.values()}) == len(seen)
+
+    theirs = DDPMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.0120,
+        clip_sample=False,
+        variance_type="fixed_small",
+    )
+    theirs.set_timesteps(timesteps=sampling_times(1000, 250))
+    x = normal(SHAPE, 0, "image", [3, 9])
+    for t in theirs.timesteps:
+        noise = torch.stack([seen[seed, int(t)] for seed in (3, 9)])
+        monkeypatch.setattr(
+            "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, own=noise, **__: own
+        )
+        x = theirs.step(denoise(x, t.expand(2)), t, x).prev_sample
+    torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)
+
+
 def test_times_begin_where_training_ends_for_every_number_of_steps() -> None:
     for steps in range(1, 1001):
         times = sampling_times(1000, steps)
@@ -126,12 +233,14 @@ def test_nothing_may_clip_latents() -> None:
         build_scheduler("ddim", SCHEDULE, clip_sample=True)
     with pytest.raises(UserError, match="thresholding would cut off latents"):
         build_scheduler("dpm++", SCHEDULE, thresholding=True)
+    with pytest.raises(UserError, match="clip_sample would cut off latents"):
+        build_scheduler("heun", SCHEDULE, clip_sample=True)
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"sampler": "dpm"}, "sampler 'dpm' is unknown; use one of dpm[+][+], ddim, euler"),
+        ({"sampler": "dpm"}, "sampler 'dpm' is unknown; use one of dpm[+][+], ddim, euler, ddpm, heun"),
         ({"steps": 0}, "0 sampling steps were asked for; use 1 to 1000"),
         ({"steps": 1001}, "1001 sampling steps"),
     ],
