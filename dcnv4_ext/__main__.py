@@ -30,11 +30,11 @@ def _cpu_lines() -> tuple[list[str], bool]:
 def _cuda_lines() -> list[str]:
     if native.library_file("cuda") is None:
         nvcc = shutil.which("nvcc")
-        if nvcc is None:
-            mend = "install the CUDA toolkit so that nvcc is on PATH, then run"
-        else:
-            mend = f"nvcc is at {nvcc}; run"
-        return [f"CUDA library   not built: {mend} `{native.BUILD_COMMAND}`"]
+        here = f"nvcc is at {nvcc} now" if nvcc else "put nvcc (of the CUDA toolkit) on PATH"
+        return [
+            "CUDA library   not built: the build found no nvcc, or was given DCNV4_CUDA=OFF",
+            f"  to build it  {here}; run `{native.BUILD_COMMAND}` in the project's folder, without DCNV4_CUDA=OFF",
+        ]
     try:
         library = native.cuda()
     except native.MissingLibrary as error:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
@@ -14,6 +16,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from dcnv4_ext import native
+from dcnv4_ext.__main__ import main
 from tiny import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -35,6 +39,23 @@ def test_the_oldest_python_is_the_same_everywhere() -> None:
     assert f'target-version = "py{OLDEST.replace(".", "")}"' in project
     assert f"({OLDEST.replace('.', ', ')})" in MAKEFILE
     assert f"Python {OLDEST} or newer" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "mend"),
+    [(None, "put nvcc (of the CUDA toolkit) on PATH; run"), ("/cuda/nvcc", "nvcc is at /cuda/nvcc now; run")],
+)
+def test_why_there_is_no_cuda_library_is_told(
+    nvcc: str | None, mend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = native.library_file
+    monkeypatch.setattr(native, "library_file", lambda device: None if device == "cuda" else found(device))
+    monkeypatch.setattr(shutil, "which", lambda _: nvcc)
+    monkeypatch.setattr(sys, "argv", ["dcnv4_ext"])
+    assert main() == 0
+    printed = capsys.readouterr().out
+    assert "not built: the build found no nvcc, or was given DCNV4_CUDA=OFF" in printed
+    assert f"{mend} `{native.BUILD_COMMAND}` in the project's folder, without DCNV4_CUDA=OFF" in printed
 
 
 @pytest.mark.parametrize("python", [OLDEST, "3.11", "3.12", "3.13"])
