@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ldm_dcn.archives import find_tars, is_saved_dataset
 from ldm_dcn.data import list_pictures, open_dataset
-from ldm_dcn.errors import UserError
-from ldm_dcn.images import Images
+from ldm_dcn.errors import UserError, one_line
+from ldm_dcn.images import UNREADABLE, BadImage, Images, broken, complaint
 from ldm_dcn.sampling import generate
 
 from .moments import Statistics, read_statistics
@@ -75,8 +75,7 @@ class DatasetSource(Source):
                 raise
         if self._images.bad:
             # a set with holes would pair the wrong labels with the images
-            bad = next(iter(self._images.bad.values()))
-            raise UserError(f"{bad.path} cannot be read ({bad.reason}); delete or repair it")
+            raise UserError(complaint(self._images.bad, len(self), self._images.source))
         assert len(kept) == len(pixels)
         return pixels
 
@@ -185,7 +184,7 @@ class SampleSource(Source):
             images = generate(self._model, labels, range(self._seed + start, self._seed + stop), batch_size=batch_size,
                               **self._settings)  # fmt: skip
         except ValueError as error:  # pixels that are NaN or infinite
-            raise UserError(f"{self.name}, images {start} to {stop - 1}: {_one_line(error)}") from error
+            raise UserError(f"{self.name}, images {start} to {stop - 1}: {one_line(error)}") from error
         # generate ends with the images on the CPU: nothing is left running
         self.seconds = (self.seconds or 0) + time.perf_counter() - began
         return images
@@ -203,7 +202,9 @@ def open_file_or_folder(path: str, *, image_channels: int, image_size: int | Non
     if path.endswith(".npz"):
         return NpzSource(path)
     size = image_size or (32 if path == "digits" else _common_size(path))
-    return DatasetSource(open_dataset(path, image_size=size, image_channels=image_channels), Path(path).name)
+    # Whatever is compared with grey images is grey.
+    images = open_dataset(path, image_size=size, image_channels=image_channels, say_grey=False)
+    return DatasetSource(images, Path(path).name)
 
 
 def open_reference(
@@ -273,12 +274,14 @@ def _common_size(folder: str) -> int:
         )
     files, _, _ = list_pictures(folder)
     first: tuple[str, tuple[int, int]] | None = None
-    for file in files:
+    bad: dict[int, BadImage] = {}
+    for number, file in enumerate(files):
         try:
             with Image.open(file) as picture:
                 size = picture.size
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{file} cannot be read ({_one_line(error)}); delete or repair it") from error
+        except UNREADABLE as error:
+            bad[number] = broken(file, error)
+            continue
         if size[0] != size[1]:
             raise UserError(
                 f"{file} is {size[0]}x{size[1]}, not square; give --image-size to crop all images alike"
@@ -291,9 +294,7 @@ def _common_size(folder: str) -> int:
                 f"{first[1][0]}x{first[1][1]}, {os.path.basename(file)} {size[0]}x{size[1]}); "
                 "score one size at a time, or give --image-size to crop them alike"
             )
+    if bad:
+        raise UserError(complaint(bad, len(files), folder))
     assert first is not None  # list_pictures refuses an empty folder
     return first[1][0]
-
-
-def _one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:160]

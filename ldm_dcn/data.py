@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import archives
 from .autoencoder import to_uint8
-from .errors import UserError
+from .errors import UserError, warn
 from .images import (
     CAPTION_FIELDS,
     SUFFIXES,
@@ -43,11 +43,13 @@ def open_dataset(
     image_channels: int = 3,
     split: str = "all",
     max_bad: float = 0,
+    say_grey: bool = True,
 ) -> Images:
     """Open `"digits"`, a folder of pictures, a tar shard or a folder of them, or a Hugging Face data set on disk.
 
     `split` is "all", "train" or "held-out": of each class every fourth image is held out. `max_bad` is how many broken pictures are left out
-    before it is an error: a count, or a share of all when below 1.
+    before it is an error: a count, or a share of all when below 1. With `say_grey` a line on standard error names the first picture in
+    colour, of a few, where grey is read.
 
     Raises `UserError` for a source that is none of these, holds no pictures, or mixes layouts.
     """
@@ -63,10 +65,16 @@ def open_dataset(
         return split_indices(labels, split)
 
     if archives.is_saved_dataset(source):
-        return archives.SavedDataset(source, image_size, image_channels, choose, max_bad)
-    if tars := archives.find_tars(source):
-        return archives.Tars(source, tars, image_size, image_channels, choose, max_bad)
-    return _Folder(source, image_size, image_channels, split, max_bad)
+        images: Images = archives.SavedDataset(source, image_size, image_channels, choose, max_bad)
+    elif tars := archives.find_tars(source):
+        images = archives.Tars(source, tars, image_size, image_channels, choose, max_bad)
+    else:
+        images = _Folder(source, image_size, image_channels, split, max_bad)
+    if say_grey and image_channels == 1 and (coloured := images.find_colour()) is not None:
+        warn(
+            f"{source} is read as grey, and {coloured} is in colour; an autoencoder that takes 3 channels keeps it so"
+        )
+    return images
 
 
 class _Digits(Images):

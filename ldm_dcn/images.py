@@ -30,10 +30,12 @@ PREPROCESSING = "upright, 8 bit, ADM centre crop, version 1"
 CAPTION_FIELDS = ("text", "caption", "captions")  # where captions stand, if the user names no field
 CLASS_NAMES = "class-names"  # in the place of a field: an image's caption is the name of its class
 BAD_NAMED = 3  # broken files that an error names; the rest are counted
+LOOKED_AT = 16  # pictures, spread over all, that are looked at for colour where grey is read
+GREY_ENOUGH = 16  # levels between the channels of a grey picture: more than JPEG's rounding, less than any colour that is meant
 LOOK_ON = 2000  # files still looked at after one too many was broken, so that one run finds them all in a small folder
 
 # Pillow raises SyntaxError for a broken PNG chunk, ValueError for some truncated headers, struct.error for damaged EXIF.
-_UNREADABLE = (
+UNREADABLE = (
     OSError,
     ValueError,
     SyntaxError,
@@ -140,9 +142,8 @@ class Images(ABC):
             return decode_picture(
                 io.BytesIO(file) if isinstance(file, bytes) else file, self.image_size, self.image_channels
             )
-        except _UNREADABLE as error:
-            empty = os.path.exists(path) and not os.path.getsize(path)
-            return BadImage(path, "empty file" if empty else _reason(error, path))
+        except UNREADABLE as error:
+            return broken(path, error)
 
     # ------------------------------------------------------------------------------------------ many
 
@@ -186,10 +187,19 @@ class Images(ABC):
 
     def _complaint(self) -> str:
         count = len(self.bad)
-        return (
-            f"{count} of {len(self)} images of {self.source} cannot be read: {name_bad(self.bad)}; delete or "
-            f"repair {'it' if count == 1 else 'them'}, or allow {count} with data.max_bad={count}"
-        )
+        return f"{complaint(self.bad, len(self), self.source)}, or allow {count} with data.max_bad={count}"
+
+    def find_colour(self) -> str | None:
+        """Where the first picture in colour lies, among `LOOKED_AT` of them; None where all are grey."""
+        for index in range(0, len(self), max(1, -(-len(self) // LOOKED_AT))):
+            try:
+                file = self._file(index)
+                with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as picture:
+                    if _is_coloured(picture):
+                        return self.place(index)
+            except UNREADABLE:
+                pass  # what reads it says so
+        return None
 
     # ------------------------------------------------------------------------------------------ captions
 
@@ -222,6 +232,12 @@ class Images(ABC):
         )
 
 
+def broken(path: str, error: BaseException) -> BadImage:
+    """What is noted of the picture at `path`, whose reading raised `error`."""
+    empty = os.path.exists(path) and not os.path.getsize(path)
+    return BadImage(path, "empty file" if empty else _reason(error, path))
+
+
 def _reason(error: BaseException, path: str) -> str:
     """Why the picture at `path` cannot be read; the path itself stands beside it."""
     if isinstance(error, UnidentifiedImageError):  # its text is the name of the file, or an address in memory
@@ -237,6 +253,14 @@ def name_bad(bad: dict[int, BadImage]) -> str:
     first = [bad[index] for index in sorted(bad)[:BAD_NAMED]]
     named = "; ".join(f"{one.path} ({one.reason})" for one in first)
     return named + (f"; and {len(bad) - len(first)} more" if len(bad) > len(first) else "")
+
+
+def complaint(bad: dict[int, BadImage], count: int, source: str) -> str:
+    """That so many of `count` images cannot be read, and the mend that there is always."""
+    them = "it" if len(bad) == 1 else "them"
+    return (
+        f"{len(bad)} of {count} images of {source} cannot be read: {name_bad(bad)}; delete or repair {them}"
+    )
 
 
 def as_captions(value: object, where: str) -> list[str]:
@@ -293,6 +317,15 @@ def _to_8_bit(picture: Image.Image, mode: str) -> Image.Image:
         seen = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
     return picture.convert(mode)
+
+
+def _is_coloured(picture: Image.Image) -> bool:
+    if picture.mode[0] in "1LIF":
+        return False
+    _check_pixels(picture, 1.0)
+    picture.draft("RGB", (64, 64))  # of a JPEG a fraction of the pixels is decoded
+    levels = np.asarray(_to_8_bit(picture, "RGB")).astype(np.int16)
+    return int((levels.max(2) - levels.min(2)).max()) > GREY_ENOUGH
 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:

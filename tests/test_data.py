@@ -132,6 +132,32 @@ def test_grey_and_colour_come_as_asked(tmp_path):
     )
 
 
+def test_colour_that_turns_grey_is_told(tmp_path, capsys):
+    grey = picture(mode="L")
+    grey.save(tmp_path / "0.png")
+    for number, mode in enumerate(("RGB", "RGBA", "P", "LA", "1"), start=1):
+        grey.convert(mode).save(tmp_path / f"{number}.png")
+    grey.convert("RGB").save(tmp_path / "6.jpg")
+    (tmp_path / "7.png").write_text("no picture")
+    open_dataset(tmp_path, image_channels=1)
+    assert capsys.readouterr().err == ""
+    for kind in ("jpg", "png"):
+        picture().save(tmp_path / f"8.{kind}")
+        open_dataset(tmp_path, image_channels=3)
+        assert capsys.readouterr().err == ""
+        images = open_dataset(tmp_path, image_channels=1)
+        assert images.find_colour() == str(tmp_path / f"8.{kind}")
+        told = f"warning: {tmp_path} is read as grey, and {tmp_path / f'8.{kind}'} is in colour; "
+        assert capsys.readouterr().err == f"{told}an autoencoder that takes 3 channels keeps it so\n"
+        (tmp_path / f"8.{kind}").unlink()
+    for number in range(100):
+        picture(4, 4).save(tmp_path / f"many-{number}.png")
+    looked: list[int] = []
+    images = open_dataset(tmp_path, image_channels=1)
+    images._file = lambda index: looked.append(index) or str(tmp_path / "0.png")  # type: ignore[method-assign]
+    assert images.find_colour() is None and len(looked) <= 16 and max(looked) > 90
+
+
 def test_crop_is_central_and_keeps_proportions():
     image = Image.new("L", (90, 30))
     ImageDraw.Draw(image).rectangle([30, 0, 59, 29], fill=255)  # the middle third

@@ -82,8 +82,16 @@ def test_inputs_that_cannot_be_scored_are_refused(tmp_path, digits):
     cut = folder("cut_png", *[(32, 32)] * 20)
     Image.fromarray(images[0, 0].numpy()).save(Path(cut, "7.png"))
     Path(cut, "7.png").write_bytes(Path(cut, "7.png").read_bytes()[:200])
-    with pytest.raises(UserError, match=r"7\.png cannot be read \(.*\); delete or repair it$"):
+    with pytest.raises(UserError, match=r"^1 of 20 images .*/7\.png \(.*\); delete or repair it$"):
         fid.evaluate([cut], extractor="digits", reference=cut, progress=False)
+    for number in (3, 5, 11):  # of these not even the headers can be read
+        Path(cut, f"{number}.png").write_text("no picture")
+    told = r"^3 of 20 images of .*cut_png cannot be read: .*/11\.png \(not an image.*/3\.png .*/5\.png .*; delete or repair them$"
+    with pytest.raises(UserError, match=told):
+        fid.evaluate([cut], extractor="digits", reference=cut, progress=False)
+    told = r"^4 of 20 images .*/11\.png .*/3\.png .*/5\.png .*; and 1 more; delete or repair them$"
+    with pytest.raises(UserError, match=told):
+        fid.evaluate([cut], extractor="digits", reference=cut, image_size=32, progress=False)
     cases = {
         folder("eight", *[(32, 32)] * 8): "8 images, too few",
         str(tmp_path / "cut.npz"): "cannot be read",
