@@ -44,13 +44,23 @@ FREE = (
 )
 
 
+# Settings that came later, and the value that means what runs before them did.
+LATER = {
+    "diffusion.zero_terminal_snr": False,
+    "train.parameter_groups": [],
+    "train.validate_every": 0,
+    "train.validation_images": 4096,
+    "train.export_every": 0,
+}
+
+
 def check_same_run(old: Mapping[str, Any], new: Config, where: str, allowed: Sequence[str] = ()) -> list[str]:
     """Refuse to go on with the run of settings `old` under `new` where they differ in what matters.
 
     Returns the harmless or `allowed` (dotted keys) differences, as "key: old -> new". Raises `UserError`
-    listing the others. A key that one side lacks counts as null there.
+    listing the others. A key that one side lacks counts as null there, or as `LATER` says.
     """
-    before, after = flat(old), flat(new.resolved())
+    before, after = LATER | flat(old), flat(new.resolved())
     constant = new.train.lr_schedule == "constant"
     fatal, asked, harmless = [], [], []
     for key in sorted(before.keys() | after.keys()):

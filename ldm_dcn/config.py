@@ -127,6 +127,7 @@ class DiffusionConfig(_Section):
     beta_start: Annotated[float, Field(gt=0, lt=1)]
     beta_end: Annotated[float, Field(gt=0, lt=1)]
     prediction: Literal["noise", "v", "x0", "flow"]
+    zero_terminal_snr: bool = False  # which exports from before there was one do not say
 
     @model_validator(mode="after")
     def _noise_grows(self) -> DiffusionConfig:
@@ -134,6 +135,11 @@ class DiffusionConfig(_Section):
             raise ValueError(
                 f"diffusion.beta_start={self.beta_start} is more than diffusion.beta_end={self.beta_end}; noise grows "
                 "from the first to the second, so give the smaller one first"
+            )
+        if self.zero_terminal_snr and self.prediction not in ("v", "x0"):
+            raise ValueError(
+                f"diffusion.zero_terminal_snr is on and diffusion.prediction={self.prediction}; set it to v or x0, which can be "
+                "learnt where there is noise alone"
             )
         return self
 

@@ -20,6 +20,9 @@ from dataclasses import dataclass
 import torch
 
 PREDICTIONS = ("noise", "v", "x0", "flow")
+LEAST_SIGNAL = (
+    2.0**-24
+)  # of the last time's variance, for zero: ratios stay finite. diffusers' schedulers take the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,8 @@ class Schedule:
     prediction     noise | v | x0 on the variance-preserving path of the betas, or flow on the straight path from data to
                    noise, which has no betas
     beta_schedule  scaled_linear (linear in sqrt(beta)) | linear
+    zero_terminal_snr  the betas scaled so that nothing of the data is left at the last time (Lin et al. 2024, algorithm 1),
+                   where noise says nothing about x_0 and cannot be predicted
     """
 
     num_steps: int = 1000
@@ -36,12 +41,17 @@ class Schedule:
     beta_start: float = 0.00085
     beta_end: float = 0.0120
     prediction: str = "noise"
+    zero_terminal_snr: bool = False
 
     def __post_init__(self) -> None:
         if self.beta_schedule not in ("scaled_linear", "linear"):
             raise ValueError(f"beta_schedule is '{self.beta_schedule}'; use 'scaled_linear' or 'linear'")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction is '{self.prediction}'; use one of {', '.join(PREDICTIONS)}")
+        if self.zero_terminal_snr and self.prediction not in ("v", "x0"):
+            raise ValueError(
+                f"zero_terminal_snr is on and prediction is '{self.prediction}'; use 'v' or 'x0', or leave it off"
+            )
 
 
 def levels(schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +78,12 @@ def alpha_bars(schedule: Schedule) -> torch.Tensor:
     power = 0.5 if schedule.beta_schedule == "scaled_linear" else 1.0
     ends = schedule.beta_start**power, schedule.beta_end**power
     betas = torch.linspace(*ends, schedule.num_steps, dtype=torch.float64) ** (1 / power)
-    return torch.cumprod(1 - betas, 0)
+    bars = torch.cumprod(1 - betas, 0)
+    if schedule.zero_terminal_snr:
+        root = bars.sqrt()
+        bars = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+        bars[-1] = LEAST_SIGNAL
+    return bars
 
 
 def at(table: tuple[torch.Tensor, torch.Tensor], times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -36,6 +36,7 @@ NOISE_LEVELS = {
     "beta_schedule": "beta_schedule",
     "beta_start": "beta_start",
     "beta_end": "beta_end",
+    "zero_terminal_snr": "rescale_betas_zero_snr",
 }
 # Entries of an autoencoder's fingerprint that give other latents of the same image; `factor` stands in no config.json.
 LATENT_SCALE = (

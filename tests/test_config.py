@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from ldm_dcn.changes import check_same_run
+from ldm_dcn.changes import LATER, check_same_run
 from ldm_dcn.config import (
     Config,
     check_keys,
@@ -399,6 +399,18 @@ def test_more_steps_are_free_under_a_constant_rate_only() -> None:
     assert check_same_run(constant.resolved(), longer, "runs/x") == [
         f"train.steps: {constant.train.steps} -> 9000"
     ]
+
+
+def test_a_run_from_before_a_setting_goes_on_with_what_it_meant_then() -> None:
+    old = load().resolved()
+    for key in LATER:
+        section, name = key.split(".")
+        del old[section][name]
+    assert check_same_run(old, load(), "runs/x") == []
+    with pytest.raises(UserError, match=r"train.parameter_groups: \[\] -> "):
+        check_same_run(old, load("train.parameter_groups=[{match: norm}]"), "runs/x")
+    with pytest.raises(UserError, match=r"diffusion.zero_terminal_snr: False -> True"):
+        check_same_run(old, load("diffusion.prediction=v", "diffusion.zero_terminal_snr=true"), "runs/x")
 
 
 def test_settings_given_in_code_meet_the_same_rules() -> None:

@@ -29,6 +29,8 @@ SCHEDULES = [
     Schedule(),
     Schedule(beta_schedule="linear", beta_start=1e-4, beta_end=0.02),
     Schedule(num_steps=50),
+    Schedule(prediction="v", zero_terminal_snr=True),
+    Schedule(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, prediction="x0", zero_terminal_snr=True),
 ]
 TIMES = torch.tensor([0, 1, 200, 500, 998, 999])
 
@@ -48,6 +50,7 @@ def test_the_schedule_is_diffusers(schedule: Schedule) -> None:
         beta_schedule=schedule.beta_schedule,
         beta_start=schedule.beta_start,
         beta_end=schedule.beta_end,
+        rescale_betas_zero_snr=schedule.zero_terminal_snr,
     )
     torch.testing.assert_close(alpha_bars(schedule).float(), theirs.alphas_cumprod, rtol=1e-5, atol=1e-7)
     x0, noise, times = torch.randn(6, 4, 5, 3), torch.randn(6, 4, 5, 3), torch.tensor([0, 1, 7, 20, 48, 49])
@@ -181,6 +184,19 @@ def test_guidance_is_on_every_channel() -> None:
     torch.testing.assert_close(guide(u, c, 1), c)
     torch.testing.assert_close(guide(u, c, 1.5), u + 1.5 * (c - u))
     torch.testing.assert_close(guide(u, c, 1.4), c + 0.4 * (c - u))  # U-ViT's convention
+
+
+def test_without_terminal_signal_the_last_time_is_noise_alone() -> None:
+    """And the others keep the variance they began with; every ratio stays finite."""
+    schedule = Schedule(prediction="v", zero_terminal_snr=True)
+    alpha, sigma = levels(schedule)
+    assert float(alpha[-1]) < 3e-4 and float(sigma[-1]) > 1 - 1e-6
+    assert alpha[0] == pytest.approx(levels(Schedule())[0][0], rel=1e-6)
+    assert bool((alpha[1:] < alpha[:-1]).all())
+    assert torch.isfinite(lognormal_edges((alpha, sigma))).all()
+    for prediction in ("noise", "flow"):
+        with pytest.raises(ValueError, match=f"prediction is '{prediction}'; use 'v' or 'x0'"):
+            Schedule(prediction=prediction, zero_terminal_snr=True)
 
 
 @pytest.mark.parametrize("wrong", [{"beta_schedule": "cosine"}, {"prediction": "epsilon"}])
