@@ -72,7 +72,7 @@ def open_dataset(
         images = _Folder(source, image_size, image_channels, split, max_bad)
     if say_grey and image_channels == 1 and (coloured := images.find_colour()) is not None:
         warn(
-            f"{source} is read as grey, and {coloured} is in colour; an autoencoder that takes 3 channels keeps it so"
+            f"{source} is read as grey, and {coloured} is in colour; an autoencoder of 3 channels would keep its colours"
         )
     return images
 

@@ -148,7 +148,7 @@ def test_colour_that_turns_grey_is_told(tmp_path, capsys):
         images = open_dataset(tmp_path, image_channels=1)
         assert images.find_colour() == str(tmp_path / f"8.{kind}")
         told = f"warning: {tmp_path} is read as grey, and {tmp_path / f'8.{kind}'} is in colour; "
-        assert capsys.readouterr().err == f"{told}an autoencoder that takes 3 channels keeps it so\n"
+        assert capsys.readouterr().err == f"{told}an autoencoder of 3 channels would keep its colours\n"
         (tmp_path / f"8.{kind}").unlink()
     for number in range(100):
         picture(4, 4).save(tmp_path / f"many-{number}.png")
