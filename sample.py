@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     given = {name: getattr(arguments, name) for name in DEFAULTS if getattr(arguments, name) is not None}
     known = {**DEFAULTS, **given}
-    check_guidance(known["guidance"], known["guidance_interval"])
+    check_guidance(known["guidance"], known["guidance_interval"], known["guidance_rescale"])
     check_sampler(known["sampler"])
     with joined_processes() as processes:
         if processes.count > 1 and arguments.device:
@@ -158,6 +158,7 @@ def _made_with(arguments: argparse.Namespace, model: Model, task: Task) -> dict[
         "guidance_interval": [float(share) for share in arguments.guidance_interval],
         "precision": arguments.precision,
         "prompts": task.prompts,
+        "guidance_rescale": float(arguments.guidance_rescale) or None,
         "size": arguments.size and list(arguments.size),
     }
 
@@ -207,6 +208,7 @@ def _draw(
                     steps=arguments.steps,
                     guidance=arguments.guidance,
                     guidance_interval=tuple(arguments.guidance_interval),
+                    guidance_rescale=arguments.guidance_rescale,
                     size=arguments.size,
                     batch_size=arguments.batch_size,
                 )
@@ -300,6 +302,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("LOW", "HIGH"),
         help="shares of the times, 0 being the data's end, between which guidance works (default: sample.guidance_interval of the "
         "run)",
+    )
+    parser.add_argument(
+        "--guidance-rescale",
+        type=float,
+        metavar="SHARE",
+        help="0 to 1: how much of the contrast that guidance adds is taken back (default: sample.guidance_rescale of the run, or 0)",
     )
     parser.add_argument(
         "--size",

@@ -54,8 +54,8 @@ class LatentDiffusion:
         """One picture for each label or prompt, from the seeds seed, seed + 1, ...; or `count` without a condition.
 
         labels     classes; one alone needs no list, nor does a prompt
-        settings   of `ldm_dcn.sampling.generate`: sampler, steps, guidance and guidance_interval, by default the run's own (its
-                   `sample` section), size, batch_size, progress
+        settings   of `ldm_dcn.sampling.generate`: sampler, steps, guidance, guidance_interval and guidance_rescale, by default the
+                   run's own (its `sample` section), size, batch_size, progress
 
         Raises `UserError` for what the model does not know, and for arguments that mean nothing.
         """

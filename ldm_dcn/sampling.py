@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "steps": 50,
     "guidance": 1.5,
     "guidance_interval": (0.0, 1.0),
+    "guidance_rescale": 0.0,
 }
 
 # noised latents (N, C, h, w), times (N,) -> what `Schedule.prediction` says, (N, C, h, w)
@@ -185,12 +186,14 @@ def guided(
     scale: float,
     interval: tuple[float, float] = (0.0, 1.0),
     num_steps: int = 1000,
+    rescale: float = 0.0,
 ) -> Predict:
     """The `predict` of one batch of conditions, on their device; guidance runs both halves at once.
 
     condition   labels (N,) or text tokens (N, T, D)
     interval    guidance works at times t with low <= t / (num_steps - 1) <= high, 0 being the data's end (Kynkaanniemi
                 et al. 2024); outside, the condition alone decides
+    rescale     of `rescaled`
     """
     null = denoiser.null_condition(len(condition)).to(condition)
     dtype = next(denoiser.parameters()).dtype
@@ -202,9 +205,22 @@ def guided(
         if unguided or not low <= float(t[0]) / max(1, num_steps - 1) <= high:
             return denoiser(x, t, condition).float()
         both = denoiser(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, condition])).float()
-        return guide(*both.chunk(2), scale)
+        unconditional, conditional = both.chunk(2)
+        output = guide(unconditional, conditional, scale)
+        return rescaled(output, conditional, rescale) if rescale else output
 
     return predict
+
+
+def rescaled(output: torch.Tensor, conditional: torch.Tensor, share: float) -> torch.Tensor:
+    """The guided `output` (N, C, h, w), `share` of the way to the standard deviation of `conditional`, image by image.
+
+    Takes back the contrast that guidance adds with its scale (Lin et al. 2024, eq. 15-16, where `share` is phi = 0.7); as
+    there, in what the network predicts.
+    """
+    wanted, given = (x.flatten(1).std(1, correction=0).view(-1, 1, 1, 1) for x in (conditional, output))
+    factor = wanted / given.clamp(min=torch.finfo(given.dtype).tiny)  # nothing but zeros stays that
+    return share * factor * output + (1 - share) * output
 
 
 def resolved(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,7 +230,7 @@ def resolved(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
     section = section if isinstance(section, Mapping) else {}
     own = {name: section[name] for name in DEFAULTS if section.get(name) is not None}
     settings = {**DEFAULTS, **own, **given}
-    check_guidance(settings["guidance"], settings["guidance_interval"])
+    check_guidance(settings["guidance"], settings["guidance_interval"], settings["guidance_rescale"])
     check_sampler(settings["sampler"])
     check_steps(settings["steps"], model.schedule)
     return settings
@@ -229,6 +245,7 @@ def generate(
     steps: int = DEFAULTS["steps"],
     guidance: float = DEFAULTS["guidance"],
     guidance_interval: tuple[float, float] = DEFAULTS["guidance_interval"],
+    guidance_rescale: float = DEFAULTS["guidance_rescale"],
     size: tuple[int, int] | None = None,
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
@@ -238,13 +255,14 @@ def generate(
     conditions         (N,) classes, whole numbers, or (N, T, D) text tokens (`Model.encode_prompts`); None draws without a condition
     guidance           s in u + s (c - u); 1 is no guidance
     guidance_interval  shares of the times, 0 being the data's end, between which it works (`guided`)
+    guidance_rescale   0 to 1: how much of the contrast that guidance adds is taken back (`rescaled`)
     size               (height, width) in pixels, if not the one the model was trained at (`Model.latent_shape_at`)
     batch_size         images at once: changes memory and speed, not the images
     progress           called after each batch with the number of images it made
 
     Raises `UserError` for a label the model does not know, for settings that mean nothing, and where there is nothing to draw.
     """
-    check_guidance(guidance, guidance_interval)
+    check_guidance(guidance, guidance_interval, guidance_rescale)
     check_sampler(sampler)
     check_steps(steps, model.schedule)
     latent_shape = model.latent_shape_at(size)
@@ -274,6 +292,7 @@ def generate(
                     guidance,
                     guidance_interval,
                     model.schedule.num_steps,
+                    guidance_rescale,
                 ),
                 latent_shape,
                 some_seeds,
@@ -297,8 +316,8 @@ def generate(
     return torch.cat(images)
 
 
-def check_guidance(scale: float, interval: tuple[float, float]) -> None:
-    """Raise `UserError` for a guidance, or an interval of times for it, that means nothing."""
+def check_guidance(scale: float, interval: tuple[float, float], rescale: float = 0.0) -> None:
+    """Raise `UserError` for a guidance, an interval of times for it, or a share of rescaling, that means nothing."""
     if not _is_number(scale):
         raise UserError(f"guidance {scale!r} is no number; give such as 1.5; 1 is none")
     if not (math.isfinite(scale) and scale >= 0):
@@ -309,6 +328,8 @@ def check_guidance(scale: float, interval: tuple[float, float]) -> None:
     low, high = interval
     if not 0 <= low <= high <= 1:
         raise UserError(f"guidance interval {low} to {high}: {mend}")
+    if not _is_number(rescale) or not 0 <= rescale <= 1:
+        raise UserError(f"guidance rescale {rescale!r}: give a share, 0 to 1; 0 is none")
 
 
 def check_steps(steps: int, schedule: Schedule) -> None:

@@ -157,6 +157,7 @@ def test_what_is_not_given_is_the_runs_own(draw: LatentDiffusion, monkeypatch: p
 
     monkeypatch.setattr("ldm_dcn.pipeline.generate", generate)
     own = {"sampler": "euler", "steps": 7, "guidance": 3.0, "guidance_interval": [0.1, 0.9]}
+    own["guidance_rescale"] = 0.7
     theirs = LatentDiffusion(replace(draw.model, config={"sample": {**own, "batch_size": 5, "prompts": []}}))
     theirs(count=1)
     assert seen[-1].items() >= own.items() and not {"batch_size", "prompts"} & seen[-1].keys()

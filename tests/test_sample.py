@@ -156,6 +156,7 @@ def test_what_is_not_given_is_the_runs_own(run: str, tmp_path: Path, counted: li
     own = {"sampler": "dpm++", "steps": 2, "guidance": 1.4, "guidance_interval": [0.0, 1.0]}
     assert {name: note[name] for name in own} == own
     typed = ["--sampler", "dpm++", "--steps", "2", "--guidance", "1.4", "--guidance-interval", "0", "1"]
+    typed += ["--guidance-rescale", "0"]
     for options in (typed, typed[:4]):
         assert sample.main([*command, *options]) == 0
         assert sample.main([*command[:-2], *options]) == 0
@@ -171,12 +172,12 @@ def test_an_export_without_a_section_is_drawn_with_defaults(
     assert sample.main([str(export), "--n", "1", "--png-dir", str(tmp_path / "png")]) == 0
     note = json.loads((tmp_path / "png" / drawn.NOTE).read_text())
     defaults = json.loads(json.dumps(sampling.DEFAULTS))
-    assert {name: note.get(name) for name in defaults} == defaults
+    assert {name: note[name] or 0.0 for name in defaults} == defaults
     with pytest.raises(SystemExit):
         sample.main(["--help"])
     told = " ".join(capsys.readouterr().out.split())
     assert "{sampler}, {steps} steps, guidance {guidance}".format(**defaults) in told
-    for name in ("sampler", "steps", "guidance", "guidance_interval"):
+    for name in defaults:
         assert f"sample.{name} of the run" in told
 
 
@@ -222,7 +223,7 @@ def test_a_folder_from_before_there_were_sizes_is_gone_on_with(
     assert sample.main(command) == 0
     note = json.loads((folder / drawn.NOTE).read_text())
     later = {key for key, value in note.items() if value is None}
-    assert later == {"size"}
+    assert later == {"size", "guidance_rescale"}
     (folder / drawn.NOTE).write_text(
         json.dumps({key: value for key, value in note.items() if key not in later})
     )
@@ -268,6 +269,7 @@ def test_images_of_other_settings_are_never_mixed(run: str, tmp_path: Path) -> N
         (["--steps", "2"], r"steps: 1 -> 2"),
         (["--sampler", "ddim"], r"sampler: dpm\+\+ -> ddim"),
         (["--precision", "bf16"], "precision: fp32 -> bf16"),
+        (["--guidance-rescale", "0.7"], "guidance_rescale: None -> 0.7"),
     ):
         with pytest.raises(UserError, match=rf"drawn with other settings \({told}\); give another place"):
             sample.main([*command, *setting])

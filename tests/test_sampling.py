@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from ldm_dcn import randomness
 from ldm_dcn.autoencoder import load_autoencoder
@@ -22,6 +24,7 @@ from ldm_dcn.sampling import (
     build_scheduler,
     generate,
     guided,
+    rescaled,
     sample_latents,
     sampling_times,
 )
@@ -337,6 +340,32 @@ def test_guidance_works_within_its_interval_only(model: Model) -> None:
             assert torch.equal(predict(x, t), (everywhere if inside else nowhere)(x, t))
 
 
+def test_rescaled_guidance_has_the_contrast_of_the_condition(model: Model) -> None:
+    """As diffusers' `rescale_noise_cfg` has it, image by image; 0 changes not a bit, and outside of the interval nothing is guided."""
+    labels, x, t = torch.tensor([2, 7]), torch.randn(2, 1, 8, 8), torch.tensor([500, 500])
+
+    def predict(scale: float, rescale: float, **options: Any) -> torch.Tensor:
+        return guided(model.denoiser, labels, scale, rescale=rescale, **options)(x, t)
+
+    with torch.no_grad():
+        conditional, plain = predict(1.0, 0.0), predict(5.0, 0.0)
+        for share in (0.3, 0.7, 1.0):
+            expected = rescale_noise_cfg(plain, conditional, guidance_rescale=share)
+            torch.testing.assert_close(predict(5.0, share), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(predict(5.0, 1.0).std((1, 2, 3)), conditional.std((1, 2, 3)))
+        assert not torch.allclose(plain.std((1, 2, 3)), conditional.std((1, 2, 3)), rtol=0.01)
+        assert torch.equal(predict(5.0, 0.7, interval=(0.9, 1.0)), conditional)
+        assert torch.equal(predict(1.0, 0.7), conditional)
+    flat = torch.zeros(1, 1, 2, 2)  # has no contrast to bring anywhere
+    assert torch.equal(rescaled(flat, flat, 0.7), flat)
+    whole = generate(model, [3, 1], [5, 3], steps=3, guidance=4.0)
+    assert torch.equal(generate(model, [3, 1], [5, 3], steps=3, guidance=4.0, guidance_rescale=0.0), whole)
+    other = generate(model, [3, 1], [5, 3], steps=3, guidance=4.0, guidance_rescale=0.7)
+    assert not torch.equal(other, whole)
+    alone = generate(model, [1], [3], steps=3, guidance=4.0, guidance_rescale=0.7)
+    assert (alone[0].int() - other[1].int()).abs().max() <= 1
+
+
 def test_no_labels_draw_from_the_null_class(model: Model) -> None:
     free = generate(model, None, [0, 1], steps=3, guidance=3.0)
     null = Model(model.denoiser, model.autoencoder, model.schedule, model.latent_shape, "tiny", 0)
@@ -374,6 +403,11 @@ def test_labels_and_seeds_must_match(model: Model) -> None:
         ({"size": (8.0, 8)}, "size .8.0, 8.: give height and width in pixels"),
         ({"size": (8, 0)}, "size .8, 0.: give height and width in pixels"),
         ({"size": (8, 2**15)}, "16384 at most"),
+        ({"guidance_rescale": 1.1}, "guidance rescale 1.1: give a share, 0 to 1; 0 is none"),
+        ({"guidance_rescale": -0.1}, "guidance rescale -0.1: give a share"),
+        ({"guidance_rescale": float("nan")}, "guidance rescale nan: give a share"),
+        ({"guidance_rescale": "0.7"}, "guidance rescale '0.7': give a share"),
+        ({"guidance_rescale": None}, "guidance rescale None: give a share"),
         ({"batch_size": 0}, "batch size 0: draw at least one"),
         ({"conditions": [], "seeds": []}, "there is nothing to draw"),
         ({"conditions": [2**63]}, "every label must be a whole number of at most"),
