@@ -78,7 +78,7 @@ report: $(VENV)/installed
 
 # One process a core with one thread each: most of a test is Python, and two threads of two processes would wait for each other.
 test: $(VENV)/testable
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # Needs torch with CUDA, numpy, pytest, pillow, cmake and nvcc in $(PYTHON)'s environment, nothing else; the same command again resumes.
 gpu:

@@ -1,13 +1,33 @@
-"""Slow tests run where they are asked for, `pytest -m slow`; elsewhere they are skipped and say why."""
+"""Slow tests run where they are asked for, `pytest -m slow`; elsewhere they are skipped and say why. The longest files come first."""
 
 from __future__ import annotations
 
 import pytest
 
+# Those that take longest, in that order: of the files shared out among processes (`make test`), one that comes last would have
+# the others wait for it.
+LONGEST = (
+    "faults",
+    "operator",
+    "run",
+    "plan",
+    "cuda_emulated",
+    "trainer",
+    "cuda_build",
+    "operators_benchmark",
+    "fid",
+)
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=_place)  # stable: the rest stays as it is
     if "slow" in config.getoption("markexpr"):
         return
     for item in items:
         for mark in item.iter_markers("slow"):
             item.add_marker(pytest.mark.skip(reason=f"{mark.kwargs['why']}: run it with -m slow"))
+
+
+def _place(item: pytest.Item) -> int:
+    name = item.path.stem.removeprefix("test_")
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
