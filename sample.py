@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 
 if TYPE_CHECKING:
-    from eval.processes import Processes
     from ldm_dcn.drawn import Drawn
     from ldm_dcn.model import Model
+    from ldm_dcn.processes import Processes
     from ldm_dcn.signals import StopSignals
 
 COLUMNS = 8  # seeds a class where neither --seeds nor --n says how many
@@ -76,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.prompts_file:
         arguments.prompts = _read_prompts(arguments.prompts_file)
 
-    from eval.processes import joined_processes
     from ldm_dcn.device import choose_device
     from ldm_dcn.export import load_model
+    from ldm_dcn.processes import joined_processes
     from ldm_dcn.sampling import DEFAULTS, check_guidance, check_labels, check_sampler, resolved
 
     given = {name: getattr(arguments, name) for name in DEFAULTS if getattr(arguments, name) is not None}
@@ -228,7 +228,7 @@ def _finish(arguments: argparse.Namespace, task: Task, drawn: Drawn, mark: str, 
     if not drawn.folder.exists():
         print(f"{arguments.npz}: is there already, with these {len(task)} images")
         return
-    if lost := drawn.missing():
+    if lost := drawn.lost():
         raise UserError(
             f"{len(lost)} images that other processes drew are not in {drawn.folder}; write to a file system that all of "
             "them share"

@@ -27,6 +27,7 @@ from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.export import load_model
 from ldm_dcn.model import Model
 from ldm_dcn.places import check_file_place
+from ldm_dcn.processes import Processes, joined_processes
 
 from .columns import in_columns
 from .environment import environment
@@ -35,7 +36,6 @@ from .features import FeatureExtractor
 from .measurement import Measured, measure
 from .moments import Statistics
 from .moments import save_statistics as write_statistics
-from .processes import Processes, joined_processes
 from .results import write
 from .scores import (
     NEIGHBOURS,

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm_dcn.processes import Processes
+
 from .features import FeatureExtractor
 from .moments import Moments
 from .npz import AdmNpzWriter
-from .processes import Processes
 from .scores import Features, extract
 from .sources import Source
 

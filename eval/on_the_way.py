@@ -8,6 +8,7 @@ from ldm_dcn.cache_layout import is_cache
 from ldm_dcn.config import Config
 from ldm_dcn.errors import UserError
 from ldm_dcn.model import Model
+from ldm_dcn.processes import Processes
 
 from .extractors import load_extractor
 from .features import FeatureExtractor
@@ -50,12 +51,16 @@ class OnTheWay:
             self._statistics.check(self._scorer)
         self._real: Measured | Statistics | None = self._statistics
 
-    def __call__(self, model: Model, count: int) -> dict[str, Any]:
-        """The distance of `count` images, under its own name, and everything it depends on."""
+    def __call__(self, model: Model, count: int, processes: Processes) -> dict[str, Any]:
+        """The distance of `count` images, under its own name, and everything it depends on; on the first of `processes`."""
         settings, device = self._settings, str(model.denoiser.device)
         self._scorer.to(device)
-        if self._real is None:
-            self._real = measure(self._images, self._scorer, device=device)
+
+        def measure_reference() -> None:
+            if self._real is None and processes.is_first:
+                self._real = measure(self._images, self._scorer, device=device)
+
+        processes.together(measure_reference)
         labels = None if self._images is None else self._images.labels
         rule = "balanced" if labels is None else "reference"
         source = SampleSource(
@@ -70,7 +75,11 @@ class OnTheWay:
             steps=settings.steps,
             seed=0,
         )
-        measured = measure(source, self._scorer, batch_size=settings.batch_size, device=device)
+        measured = measure(
+            source, self._scorer, batch_size=settings.batch_size, device=device, processes=processes
+        )
+        if measured is None:
+            return {}
         distance = measured.moments.frechet_distance(self._real.moments)
         return {
             f"fd_{self._scorer.name}": distance,

@@ -32,6 +32,7 @@ from .metrics import MetricsLog, check_trackers
 from .parallel import check_sharding, shard
 from .places import check_folder_place
 from .pretrained import Pretrained, check_pretrained, check_text, load_pretrained, read_class_embedding
+from .processes import peers_of
 from .provenance import provenance
 from .run import ARITHMETIC, Run, Score, State
 from .run_folder import run_lock
@@ -60,6 +61,8 @@ def open_run(config: Config, allow_change: Sequence[str] = (), scorer: Score | N
         run = _build(config, accelerator, facts)
         _check_alike(run)
         run.scorer = scorer
+        if config.train.parallel != "fsdp":  # there no process draws alone
+            run.peers = peers_of(accelerator)
         if facts:
             run.restore(tensors, facts)
         elif main:

@@ -31,6 +31,7 @@ from .matching import Matching, new_parameters
 from .metrics import MetricsLog
 from .model import Model
 from .parallel import Optimizer, collected, in_shares_of, replicate, reshard, state_of
+from .processes import Processes
 from .sampling import generate
 from .signals import StopSignals
 from .swap import swapped_sites
@@ -46,7 +47,8 @@ EMA_GROUPS = ("ema", "ema_2")  # names in a checkpoint
 SPARED = (OSError, ValueError, UserError, torch.OutOfMemoryError)
 ARITHMETIC = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-Score = Callable[[Model, int], dict[str, Any]]  # a model, a number of images -> names and values
+# a model, a number of images, the processes that share the drawing -> names and values, on the first of them
+Score = Callable[[Model, int, Processes], dict[str, Any]]
 
 
 class NonFinite(UserError):
@@ -107,6 +109,9 @@ class Run:
     metrics: MetricsLog | None = None  # on the main process
     bar: tqdm | None = None  # on the main process
     scorer: Score | None = None
+    peers: Processes = field(
+        default_factory=Processes
+    )  # that share the drawing; with FSDP each takes part in all of it
     stop: StopSignals | None = None
     stopped_by: int = 0  # the signal that asked us to stop
     gradient_norm: float = 0.0  # of the last step, as the next
@@ -337,32 +342,35 @@ class Run:
 
     def draw_grid(self) -> None:
         """samples/step-N.png: one row a class or prompt, one column a seed, the same seeds every time."""
-        if not self._draws:
-            return
         settings, columns = self.config.sample, self.config.sample.images_per_class
         with self.spared("the grid of samples"), self.pause(), self.averaged():
-            if self.denoiser.takes_text:
-                rows = self._grid_tokens()
-            else:
-                rows = torch.arange(min(self.denoiser.num_classes, GRID_ROWS) or 1)
-            seeds = list(range(columns)) * len(rows)
-            images = generate(
-                self.averaged_model(),
-                rows.repeat_interleave(columns, 0) if self.denoiser.is_conditional else None,
-                seeds,
-                sampler=settings.sampler,
-                steps=settings.steps,
-                guidance=settings.guidance,
-                guidance_interval=settings.guidance_interval,
-                batch_size=settings.batch_size,
-            )
+            rows = self.peers.together(self._grid_rows)
+            seeds = torch.arange(columns).repeat(len(rows)).split(settings.batch_size)
+            conditions = rows.repeat_interleave(columns, 0).split(settings.batch_size)
+            model = self.averaged_model()
+
+            def draw(batch: int) -> torch.Tensor:
+                return generate(
+                    model,
+                    conditions[batch] if self.denoiser.is_conditional else None,
+                    seeds[batch],
+                    sampler=settings.sampler,
+                    steps=settings.steps,
+                    guidance=settings.guidance,
+                    guidance_interval=settings.guidance_interval,
+                    batch_size=settings.batch_size,
+                )
+
+            images = list(self.peers.in_order(draw, len(seeds)))
             if self.accelerator.is_main_process:
                 path = self.config.folder / "samples" / f"step-{self.state.step}.png"
-                pictures.save_grid(images, columns, path)
+                pictures.save_grid(torch.cat(images), columns, path)
                 self.metrics.show(self.state.step, "samples", path)
 
-    def _grid_tokens(self) -> torch.Tensor:
-        """(rows, T, D): the prompts asked for, or the captions of the first samples of the data."""
+    def _grid_rows(self) -> torch.Tensor:
+        """Classes (rows,), or tokens (rows, T, D) of the prompts asked for or of captions of the first samples of the data."""
+        if not self.denoiser.takes_text:
+            return torch.arange(min(self.denoiser.num_classes, GRID_ROWS) or 1)
         prompts = self.config.sample.prompts
         if prompts:
             return self.averaged_model().encode_prompts(prompts)
@@ -371,13 +379,13 @@ class Run:
 
     def score(self) -> None:
         """A small Frechet distance of the averaged model, in metrics.jsonl, with what it was measured with."""
-        if self.scorer is None or not self._draws:
+        if self.scorer is None:
             return
         with self.spared("the score"):
             if self.bar is not None:
                 self.bar.set_postfix_str(f"drawing {self.config.sample.score_images} images to score")
             with self.pause(), self.averaged():
-                values = self.scorer(self.averaged_model(), self.config.sample.score_images)
+                values = self.scorer(self.averaged_model(), self.config.sample.score_images, self.peers)
             if self.metrics is not None:
                 self.metrics.write(self.state.step, **values)
 

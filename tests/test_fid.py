@@ -492,7 +492,7 @@ def test_two_processes_make_the_numbers_of_one(export, scored_alone, tmp_path):
 
 def test_an_error_in_one_process_ends_all(tmp_path):
     program = (
-        "from eval.processes import joined_processes\n"
+        "from ldm_dcn.processes import joined_processes\n"
         "from ldm_dcn.errors import UserError\n"
         "def make(block):\n"
         "    if block == 5: raise UserError('block 5 is broken')\n"
@@ -501,8 +501,12 @@ def test_an_error_in_one_process_ends_all(tmp_path):
         "    made = list(processes.in_order(lambda block: -block, 5))\n"
         "    assert made == ([0, -1, -2, -3, -4] if processes.is_first else [])\n"
         "    try: list(processes.in_order(make, 9))\n"
-        "    except UserError as error:\n"
-        "        open(f'{processes.rank}.txt', 'w').write(str(error))\n"
+        "    except UserError as error: open(f'{processes.rank}.txt', 'w').write(str(error))\n"
+        "    def fail():\n"
+        "        if not processes.is_first: raise OSError(28, 'No space left')\n"
+        "    try: processes.together(fail)\n"
+        "    except OSError as error: assert error.errno == 28\n"
+        "    else: raise AssertionError\n"
     )
     (tmp_path / "program.py").write_text(program)
     run_together("program.py", folder=tmp_path)

@@ -30,6 +30,7 @@ from ldm_dcn.matching import Matching
 from ldm_dcn.model import Model
 from ldm_dcn.opening import open_run
 from ldm_dcn.pipeline import LatentDiffusion
+from ldm_dcn.processes import Processes
 from ldm_dcn.run import Run
 from ldm_dcn.sampling import generate
 from ldm_dcn.signals import StopSignals
@@ -272,6 +273,25 @@ def test_fsdp_goes_on_from_one_process_and_one_process_from_fsdp(tmp_path: Path)
     assert losses(shared) == pytest.approx(losses(one), rel=1e-4)
 
 
+def test_two_processes_share_the_drawing_of_grids_and_scores(tmp_path: Path) -> None:
+    settings = (
+        "train.steps=2",
+        "train.sample_every=2",
+        "train.score_every=2",
+        "sample.score_extractor=digits",
+    )
+    settings += ("sample.score_images=300", "sample.batch_size=8")
+    one = write_config(tmp_path, "one")
+    run_together("train.py", str(one), *settings, processes=1)
+    two = write_config(tmp_path, "two")
+    run_together("train.py", str(two), *settings)
+    ours, theirs = load_config(two, settings), load_config(one, settings)
+    grids = [Image.open(config.folder / "samples" / "step-2.png") for config in (ours, theirs)]
+    assert np.abs(np.array(grids[0]).astype(int) - np.array(grids[1])).max() <= 2
+    assert losses(ours, "fd_digits-v1") == pytest.approx(losses(theirs, "fd_digits-v1"), rel=1e-3)
+    assert losses(ours, "N") == [300]
+
+
 def test_sigusr1_saves_and_asks_to_be_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(tmp_path)
     real = trainer.training_step
@@ -304,7 +324,7 @@ def test_a_signal_ends_the_drawing_and_the_step_is_saved(
     )
     drawn = []
 
-    def score(model: Model, count: int) -> dict[str, object]:
+    def score(model: Model, count: int, _: Processes) -> dict[str, object]:
         generate(model, [0] * count, range(count), steps=1, batch_size=1, progress=count_and_signal)
         raise AssertionError("drawing should have ended")
 
@@ -467,7 +487,7 @@ def test_scores_on_the_way_carry_their_tags(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "train.steps=4", "train.score_every=2", "sample.score_images=20")
     asked = []
 
-    def score(model: object, count: int) -> dict[str, object]:
+    def score(model: object, count: int, _: Processes) -> dict[str, object]:
         asked.append((model.step, count))
         return {"fd": 1.5, "guidance": 1.0, "N": count}
 

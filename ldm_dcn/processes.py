@@ -6,6 +6,7 @@ A block is the same images whatever the number of processes, so that the numbers
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from accelerate import Accelerator
 
-from ldm_dcn.errors import UserError
-from ldm_dcn.launch import WORLD_SIZES, start_accelerator
+from .errors import UserError, one_line
+from .launch import WORLD_SIZES, start_accelerator
 
 T = TypeVar("T")
 # The first process computes scores while the others wait for it at the next block: half an hour at 50,000 images on a CPU.
@@ -40,15 +42,15 @@ class Processes:
         return self.rank == 0
 
     def together(self, make: Callable[[], T]) -> T:
-        """make() on each process. A `UserError` of one is raised on all, so that none waits for it in vain."""
+        """make() on each process. What one raises all raise, so that none waits for it in vain."""
         result, error = None, None
         try:
             result = make()
-        except UserError as caught:
+        except Exception as caught:
             error = caught
-        errors = self.everyones(None if error is None else str(error))
+        errors = self.everyones(None if error is None else _sent(error))
         if error is None:
-            error = next((UserError(text) for text in errors if text is not None), None)
+            error = next((sent for sent in errors if sent is not None), None)
         if error is not None:
             raise error
         return result
@@ -73,18 +75,31 @@ class Processes:
             yield from (results or [])[: blocks - start]
 
 
+def peers_of(accelerator: Accelerator) -> Processes:
+    """All processes of `accelerator`, which call this together."""
+    if accelerator.num_processes == 1:
+        return Processes()
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return Processes(accelerator.process_index, accelerator.num_processes, str(accelerator.device), group)
+
+
+def _sent(error: Exception) -> Exception:
+    """`error` as another process can have it: some exceptions cannot be put together again from their parts."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return UserError(one_line(error))
+
+
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
     """The processes of this launch. Raises `UserError` for launches that do not start what they seem to."""
     if not any(name in os.environ for name in (*WORLD_SIZES, "MASTER_ADDR")):
         yield Processes()  # plain `python -m`: nothing to join
         return
-    accelerator = start_accelerator()
-    if accelerator.num_processes == 1:
-        yield Processes()
-        return
+    peers = peers_of(start_accelerator())
     try:
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        yield Processes(accelerator.process_index, accelerator.num_processes, str(accelerator.device), group)
+        yield peers
     finally:
-        dist.destroy_process_group()
+        if peers.count > 1:
+            dist.destroy_process_group()
