@@ -105,16 +105,20 @@ def build_scheduler(sampler: str, schedule: Schedule, **options: Any) -> Schedul
         **{**defaults, **options},
     )
     built.alphas_cumprod = alpha_bars(schedule)  # in fp64, and for paths that have no betas
-    if _goes_straight(sampler, schedule):
-        built.alphas_cumprod = 1 / (1 + levels(schedule)[1].double().square())
+    if _goes_straight(built):
+        alpha, sigma = (level.double() for level in levels(schedule))
+        built.alphas_cumprod = 1 / (1 + (sigma / (alpha + sigma)).square())
     return built
 
 
-def _goes_straight(sampler: str, schedule: Schedule) -> bool:
-    """Whether `sampler` takes the straight path as it is: dx / dsigma = (x - x_0) / sigma there as well as in x / alpha, which
-    the schedulers follow otherwise. To the first order it is all one, but Heun's mean of two slopes does not bear the long
-    first step in sigma / alpha, from 1,999 to 19 of 20 steps."""
-    return sampler == "heun" and schedule.prediction == "flow"
+def _goes_straight(scheduler: SchedulerMixin) -> bool:
+    """Whether `scheduler` is to follow x / (alpha + sigma), which goes straight from data to noise, in place of x / alpha.
+
+    With s the noise level, du / ds = (u - x_0) / s for either u, and at first order both make the same step. Heun's mean of two
+    slopes does not bear the long first step of s = sigma / alpha: from 1,999 to 19 in 20 steps of `flow`, or from 4,096 without
+    terminal signal.
+    """
+    return isinstance(scheduler, HeunDiscreteScheduler)
 
 
 def published_scheduler(schedule: Schedule) -> SchedulerMixin:
@@ -163,13 +167,13 @@ def sample_latents(
     check_steps(steps, schedule)
     scheduler.set_timesteps(timesteps=sampling_times(schedule.num_steps, steps))
     table = levels(schedule)
-    straight = _goes_straight(sampler, schedule)
+    straight = _goes_straight(scheduler)
     adds_noise = scheduler.config.get("algorithm_type", "").startswith("sde-")
     x = randomness.normal(shape, 0, "image", seeds).to(device) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         alpha, sigma = (level[t.long()].to(x.device) for level in table)
         # the schedulers know variance-preserving paths; every other is one of those, scaled
-        scale = torch.hypot(torch.ones_like(alpha) if straight else alpha, sigma)
+        scale = torch.hypot(alpha + sigma if straight else alpha, sigma)
         noised = scheduler.scale_model_input(x, t) * scale
         output = predict(noised, t.to(x.device).expand(len(x)))
         x0 = denoised(schedule.prediction, output, noised, alpha, sigma)

@@ -104,6 +104,22 @@ def test_heun_is_of_second_order_on_the_straight_path() -> None:
     assert error("heun", 10) < error("euler", 30)
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [SCHEDULE, Schedule(prediction="v", zero_terminal_snr=True), Schedule(prediction="flow")],
+    ids=("betas", "betas to noise alone", "flow"),
+)
+def test_heun_bears_long_steps(schedule: Schedule) -> None:
+    """Five of them, the first from almost infinite sigma / alpha, end near the exact flow, whose own spread is 0.6."""
+    mean, std = 1.5, 0.6
+    alpha, sigma = at(torch.tensor([999]), schedule)
+    start = torch.hypot(alpha, sigma) * randomness.normal(SHAPE, 0, "image", range(40))
+    exact = mean + std * (start - alpha * mean) / (alpha**2 * std**2 + sigma**2) ** 0.5
+    predict = of_a_gaussian(mean, std, schedule)
+    got = sample_latents(predict, SHAPE, range(40), schedule=schedule, sampler="heun", steps=5)
+    assert float((got - exact).square().mean().sqrt()) < 0.2
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(("steps", "short"), [(50, 0.09), (250, 0.03), (1000, 0.01)])
 def test_ddpm_draws_from_the_gaussian_as_its_equations_do(prediction: str, steps: int, short: float) -> None:
