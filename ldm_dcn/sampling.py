@@ -131,6 +131,7 @@ def published_scheduler(schedule: Schedule) -> SchedulerMixin:
         beta_start=schedule.beta_start,
         beta_end=schedule.beta_end,
         prediction_type=PREDICTION_TYPES[schedule.prediction],
+        rescale_betas_zero_snr=schedule.zero_terminal_snr,
         timestep_spacing="trailing",
         **SAMPLERS["dpm++"][1],
     )

@@ -14,7 +14,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from ldm_dcn import randomness
 from ldm_dcn.autoencoder import load_autoencoder
 from ldm_dcn.denoiser import Denoiser
-from ldm_dcn.diffusion import PREDICTIONS, Schedule, levels, target
+from ldm_dcn.diffusion import PREDICTIONS, Schedule, alpha_bars, levels, target
 from ldm_dcn.diffusion import at as level_at
 from ldm_dcn.errors import UserError
 from ldm_dcn.model import Model
@@ -24,6 +24,7 @@ from ldm_dcn.sampling import (
     build_scheduler,
     generate,
     guided,
+    published_scheduler,
     rescaled,
     sample_latents,
     sampling_times,
@@ -245,6 +246,13 @@ def test_a_misspelt_setting_is_refused() -> None:
     with pytest.raises(UserError, match=r"no setting 'solver_ordr'; did you mean solver_order\?"):
         build_scheduler("dpm++", SCHEDULE, solver_ordr=3)
     assert build_scheduler("dpm++", SCHEDULE, solver_order=3).config.solver_order == 3
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_the_published_scheduler_has_the_noise_levels(zero_terminal_snr: bool) -> None:
+    schedule = Schedule(prediction="v", zero_terminal_snr=zero_terminal_snr)
+    theirs = published_scheduler(schedule).alphas_cumprod
+    torch.testing.assert_close(theirs, alpha_bars(schedule).float(), rtol=1e-4, atol=1e-7)
 
 
 def test_nothing_may_clip_latents() -> None:
