@@ -28,6 +28,7 @@ from ldm_dcn.export import load_model
 from ldm_dcn.model import Model
 from ldm_dcn.places import check_file_place
 from ldm_dcn.processes import Processes, joined_processes
+from ldm_dcn.sampling import SAMPLERS
 
 from .columns import in_columns
 from .environment import environment
@@ -387,7 +388,7 @@ def _parser() -> Parser:
         metavar=("LOW", "HIGH"),
         help="shares of the times, 0 being the data's end, between which guidance works (default: all)",
     )
-    parser.add_argument("--sampler", default="dpm++", help="dpm++, ddim or euler (default: %(default)s)")
+    parser.add_argument("--sampler", default="dpm++", help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps (default: %(default)s)")
     parser.add_argument(
         "--seed", type=int, default=0, help="image i is drawn from seed + i (default: %(default)s)"

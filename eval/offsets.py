@@ -207,19 +207,22 @@ def watch(
     predict = guided(denoiser, condition.to(denoiser.device), guidance, num_steps=model.schedule.num_steps)
     table = levels(model.schedule)
     moments: list[Moment] = []
-    number = 0
+    number, last = 0, None
 
     def picture(latents: Tensor) -> Tensor:
         return to_uint8(model.autoencoder.decode(latents)).cpu()[0]
 
     def watched(x: Tensor, t: Tensor) -> Tensor:
-        nonlocal number
-        number += 1
+        nonlocal number, last
+        time = int(t[0])
+        again, last = time == last, time  # Heun's method first asks at where the step before guesses to end
+        number += not again
         if number not in numbers:
             return predict(x, t)
         with recorded(layers, len(x), positions) as looks:
             output = predict(x, t)
-        time = int(t[0])
+        if again:
+            moments.pop()
         alpha, sigma = (level[time].to(x.device) for level in table)
         estimate = denoised(model.schedule.prediction, output, x, alpha, sigma)
         moments.append(Moment(number, time, picture(estimate), looks))

@@ -152,6 +152,7 @@ class SampleSource(Source):
         steps: int,
         seed: int,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
     ) -> None:
         if model.denoiser.takes_text:
             raise UserError(
@@ -166,10 +167,13 @@ class SampleSource(Source):
         # the run's own tags say "step" for its training step
         self.tags = {"guidance": guidance, "guidance_interval": list(guidance_interval), "sampler": sampler, "sampler_steps": steps, "seed": seed, "labels": label_rule,
                      "uint8": "round(127.5 x + 127.5)", "run": model.name, "step": model.step, **model.tags}  # fmt: skip
+        if guidance_rescale:
+            self.tags["guidance_rescale"] = guidance_rescale
         self._model, self._count, self._seed = model, count, seed
         self._settings = {
             "guidance": guidance,
             "guidance_interval": guidance_interval,
+            "guidance_rescale": guidance_rescale,
             "sampler": sampler,
             "steps": steps,
         }

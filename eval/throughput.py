@@ -35,7 +35,7 @@ from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.export import load_model
 from ldm_dcn.model import Model
 from ldm_dcn.places import check_file_place
-from ldm_dcn.sampling import generate, guided, sample_latents
+from ldm_dcn.sampling import SAMPLERS, generate, guided, sample_latents
 from ldm_dcn.unet import build_unet
 
 from . import profile
@@ -410,7 +410,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         "--only", nargs="+", choices=tuple(ACTIVITIES), default=list(ACTIVITIES), help="default: all of these"
     )
     parser.add_argument("--rounds", type=int, default=9, help="timed turns (default: %(default)s)")
-    parser.add_argument("--sampler", default="dpm++", help="dpm++, ddim or euler (default: %(default)s)")
+    parser.add_argument("--sampler", default="dpm++", help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=1.5, help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

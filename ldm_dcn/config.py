@@ -198,12 +198,13 @@ class TrainConfig(_Section):
 
 
 class SampleConfig(_Section):
-    """Defaults of the sample grids drawn on the way and of `sample.py`."""
+    """How the grids and scores on the way are drawn, and what `sample.py` and `LatentDiffusion` draw where they are told nothing else."""
 
-    sampler: Literal["dpm++", "ddim", "euler"]
+    sampler: Literal["dpm++", "ddim", "euler", "ddpm", "heun"]
     steps: Count
     guidance: NonNegative
     guidance_interval: Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_tuple)]
+    guidance_rescale: Fraction
     batch_size: Count
     images_per_class: Count
     prompts: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]

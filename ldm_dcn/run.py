@@ -32,7 +32,7 @@ from .metrics import MetricsLog
 from .model import Model
 from .parallel import Optimizer, collected, in_shares_of, replicate, reshard, state_of
 from .processes import Processes
-from .sampling import generate
+from .sampling import generate, resolved
 from .signals import StopSignals
 from .swap import swapped_sites
 from .unet import (
@@ -354,11 +354,8 @@ class Run:
                     model,
                     conditions[batch] if self.denoiser.is_conditional else None,
                     seeds[batch],
-                    sampler=settings.sampler,
-                    steps=settings.steps,
-                    guidance=settings.guidance,
-                    guidance_interval=settings.guidance_interval,
                     batch_size=settings.batch_size,
+                    **resolved(model, {}),
                 )
 
             images = list(self.peers.in_order(draw, len(seeds)))

@@ -223,7 +223,7 @@ def test_nonsense_has_no_suggestion() -> None:
         ("train.betas=[0.9, 1.5]", "train.betas.1: input should be less than 1 (got 1.5)"),
         ("train.precision=fp8", "train.precision: input should be 'fp32', 'bf16' or 'fp16' (got 'fp8')"),
         ("train.compile=1", "train.compile: input should be a valid boolean (got 1)"),
-        ("sample.sampler=ddpm", "sample.sampler: input should be 'dpm++', 'ddim' or 'euler' (got 'ddpm')"),
+        ("sample.sampler=plms", "'ddim', 'euler', 'ddpm' or 'heun' (got 'plms')"),
         ("data.image_channels=2", "data.image_channels: input should be 1 or 3 (got 2)"),
         ("train=3", "train: input should be"),
         ("train.steps=0x10", "train.steps: input should be a valid integer (got '0x10')"),

@@ -344,12 +344,12 @@ def test_a_shift_of_all_taps_appears_as_such(runs) -> None:
         assert still.spots[0].y[0].tolist() == [y + j for _ in range(3) for j in (-1, 0, 1)]
 
 
-def test_watching_changes_nothing_and_sees_the_image_come_about(runs) -> None:
-    model = load_model(runs[0])
-    image, moments = offsets.watch(
-        model, torch.tensor([4]), 11, numbers=(1, 2, 3), positions=(), steps=3, guidance=2.0
-    )
-    assert torch.equal(image, generate(model, [4], [11], steps=3, guidance=2.0)[0])
+@pytest.mark.parametrize("sampler", ["dpm++", "heun"])
+def test_watching_changes_nothing_and_sees_the_image_come_about(runs, sampler: str) -> None:
+    model, settings = load_model(runs[0]), {"steps": 3, "guidance": 2.0, "sampler": sampler}
+    image, moments = offsets.watch(model, torch.tensor([4]), 11, numbers=(1, 2, 3), positions=(), **settings)
+    assert [moment.number for moment in moments] == [1, 2, 3]
+    assert torch.equal(image, generate(model, [4], [11], **settings)[0])
     assert torch.equal(moments[-1].estimate, image)  # the last step ends at the estimate of x_0
     assert [moment.time for moment in moments] == sorted((moment.time for moment in moments), reverse=True)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in (layer.module for layer in offsets.find_layers(model.unet)))  # fmt: skip

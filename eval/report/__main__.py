@@ -182,7 +182,7 @@ def _parser() -> Parser:
         "--seeds", type=int, nargs="+", default=list(range(5)), metavar="S", help="columns (default: 0 to 4)"
     )
     parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="rows, for models trained on captions")
-    parser.add_argument("--sampler", default="dpm++", help="dpm++, ddim or euler (default: %(default)s)")
+    parser.add_argument("--sampler", default="dpm++", help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=1.5, help="1 is none (default: %(default)s)")
     parser.add_argument(
