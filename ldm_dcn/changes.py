@@ -51,6 +51,7 @@ LATER = {
     "train.validate_every": 0,
     "train.validation_images": 4096,
     "train.export_every": 0,
+    "sample.guidance_rescale": 0,
 }
 
 
