@@ -146,7 +146,7 @@ class _Opened:
 
 def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: str | None = None,
              guidance: Sequence[float] = (1.0,), guidance_interval: tuple[float, float] = (0.0, 1.0),
-             sampler: str = "dpm++", steps: int = 50, seed: int = 0, num: int | None = None, labels: str = "reference", image_size: int | None = None, batch_size: int = 128,
+             sampler: str = "dpm++", steps: int = 50, seed: int = 0, num: int | None = None, labels: str = "auto", image_size: int | None = None, batch_size: int = 128,
              device: str = "cpu", save_statistics: Path | None = None, save_npz: Path | None = None,
              processes: Processes | None = None, progress: bool = True) -> Table | None:  # fmt: skip
     """Score `inputs` (runs, exports, folders, npz files) against `reference`; a run gives one column for each guidance.
@@ -185,12 +185,13 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
                 )
                 continue
             count, model = num or min(opened.reference_size, MOST_IMAGES), models[path]
-            chosen = choose_labels(
-                labels, count, model.num_classes, None if real is None else real.labels, seed
+            learned_from = model.config.get("data", {}).get("source")
+            rule, chosen = choose_labels(
+                labels, count, model.num_classes, real, seed, learned_from=learned_from
             )
             name = model.name if names.count(model.name) == 1 else f"{model.name} step {model.step}"
             opened.sources.extend(
-                SampleSource(model, f"{name} g={scale:g}", chosen, count, label_rule=labels, guidance=scale,
+                SampleSource(model, f"{name} g={scale:g}", chosen, count, label_rule=rule, guidance=scale,
                              guidance_interval=tuple(guidance_interval), sampler=sampler, steps=steps, seed=seed) for scale in guidance)  # fmt: skip
         opened.check()
         return opened
@@ -402,7 +403,10 @@ def _parser() -> Parser:
         help="images to draw (default: as many as the reference has, at most 50000); under torchrun write --samples",
     )
     parser.add_argument(
-        "--labels", choices=LABEL_RULES, default="reference", help="classes to draw (default: %(default)s's)"
+        "--labels",
+        choices=LABEL_RULES,
+        default="auto",
+        help="classes to draw (default: the reference's, where it has some, else balanced)",
     )
     parser.add_argument("--image-size", type=int, help="crop and resize folders of images to this size")
     parser.add_argument(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ldm_dcn.cache_layout import is_cache
 from ldm_dcn.config import Config
 from ldm_dcn.errors import UserError
@@ -14,7 +16,7 @@ from .extractors import load_extractor
 from .features import FeatureExtractor
 from .measurement import Measured, measure
 from .moments import Statistics
-from .sources import SampleSource, choose_labels, open_reference
+from .sources import SampleSource, choose_labels, classes_of, open_reference
 
 
 class OnTheWay:
@@ -50,6 +52,22 @@ class OnTheWay:
         if self._statistics is not None:
             self._statistics.check(self._scorer)
         self._real: Measured | Statistics | None = self._statistics
+        self._learned_from = config.data.source
+        if self._images is not None and self._images.labels is not None:
+            self._labels(settings.score_images, classes_of(config, self._images))
+
+    def _labels(self, count: int, num_classes: int) -> tuple[str | None, Tensor | None]:
+        """Raises `UserError` where the reference has other classes."""
+        return choose_labels(
+            "auto",
+            count,
+            num_classes,
+            self._images,
+            0,
+            learned_from=self._learned_from,
+            mend="set sample.score_reference to images of the classes that are trained on, or to statistics (eval.fid "
+            "--save-statistics), against which each class is drawn alike",
+        )
 
     def __call__(self, model: Model, count: int, processes: Processes) -> dict[str, Any]:
         """The distance of `count` images, under its own name, and everything it depends on; on the first of `processes`."""
@@ -61,12 +79,11 @@ class OnTheWay:
                 self._real = measure(self._images, self._scorer, device=device)
 
         processes.together(measure_reference)
-        labels = None if self._images is None else self._images.labels
-        rule = "balanced" if labels is None else "reference"
+        rule, labels = self._labels(count, model.num_classes)
         source = SampleSource(
             model,
             model.name,
-            choose_labels(rule, count, model.num_classes, labels, 0),
+            labels,
             count,
             label_rule=rule,
             guidance=settings.guidance,

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_dcn.archives import find_tars, is_saved_dataset
+from ldm_dcn.cache_layout import is_cache, read_manifest
 from ldm_dcn.data import list_pictures, open_dataset
 from ldm_dcn.errors import UserError, one_line
 from ldm_dcn.images import UNREADABLE, BadImage, Images, broken, complaint
@@ -23,9 +24,12 @@ from .moments import Statistics, read_statistics
 from .npz import npz_names, read_npz
 
 if TYPE_CHECKING:
+    from ldm_dcn.config import Config
     from ldm_dcn.model import Model
 
-LABEL_RULES = ("reference", "balanced", "random")
+# The classes of what is drawn: as many of each as the reference has; of each alike; at random. "auto" is the first where the
+# reference has classes, else the second.
+LABEL_RULES = ("auto", "reference", "balanced", "random")
 RUN_MARKS = ("config.yaml", "checkpoints", "model_index.json")  # as ldm_dcn.export.load_model
 
 
@@ -146,7 +150,7 @@ class SampleSource(Source):
         labels: Tensor | None,
         count: int,
         *,
-        label_rule: str,
+        label_rule: str | None,
         guidance: float,
         sampler: str,
         steps: int,
@@ -223,33 +227,65 @@ def open_reference(
 
 
 def choose_labels(
-    rule: str, count: int, num_classes: int, reference: Tensor | None, seed: int
-) -> Tensor | None:
-    """Labels (count,) to draw for: the reference's own, repeated; each class alike; or random ones. None without classes.
+    rule: str,
+    count: int,
+    num_classes: int,
+    reference: Source | None,
+    seed: int,
+    *,
+    learned_from: str | None = None,
+    mend: str = "use --labels balanced, or the reference that it was trained on",
+) -> tuple[str | None, Tensor | None]:
+    """The rule that was used, "auto" being one of the others, and labels (count,) to draw for. None twice without classes.
 
-    Raises `UserError` where the reference has classes that the model does not know, or none.
+    learned_from  the data set of the model's classes; of another one with as many classes they are taken to be the same
+    mend          what to do about a reference of other classes
+
+    Raises `UserError` for labels of a reference that has none, or other classes than the model's `num_classes`.
     """
     if num_classes == 0:
-        return None
+        return None, None
+    labels = None if reference is None else reference.labels
+    if rule == "auto":
+        rule = "balanced" if labels is None else "reference"
     if rule == "balanced":
-        return torch.arange(count) % num_classes
+        return rule, torch.arange(count) % num_classes
     if rule == "random":
-        return torch.randint(num_classes, (count,), generator=torch.Generator().manual_seed(seed))
+        return rule, torch.randint(num_classes, (count,), generator=torch.Generator().manual_seed(seed))
     if rule != "reference":
         raise UserError(f"label rule {rule!r} is unknown; use one of {', '.join(LABEL_RULES)}")
-    if reference is None:
+    if labels is None:
         raise UserError("the reference has no classes to take labels from; use --labels balanced")
-    if int(reference.max()) >= num_classes:
+    source = reference.tags["source"]
+    # A folder's labels are the places of its class folders in their order: without all of them they mean other classes.
+    if reference.classes is not None and len(reference.classes) != num_classes and source != learned_from:
         raise UserError(
-            f"the reference has label {int(reference.max())}, the model {num_classes} classes; "
-            "use --labels balanced, or the reference it was trained on"
+            f"the reference {source} has {len(reference.classes)} classes, the model {num_classes}; {mend}"
         )
-    # for fewer images than the reference has: every k-th, so that sorted classes are all met
-    return (
-        reference[torch.arange(count) % len(reference)]
-        if count >= len(reference)
-        else reference[(torch.arange(count) * len(reference)) // count]
+    if int(labels.max()) >= num_classes:
+        raise UserError(
+            f"the reference {source} has label {int(labels.max())}, the model {num_classes} classes; {mend}"
+        )
+    # What is left beside the whole set, or there is of it, is every k-th image, so that sorted classes all have their share.
+    whole, rest = divmod(count, len(labels))
+    return rule, torch.cat([labels.repeat(whole), labels[torch.arange(rest) * len(labels) // max(rest, 1)]])
+
+
+def classes_of(config: Config, opened: Source | None = None) -> int:
+    """How many classes a run of `config` will know, as `ldm_dcn.latents.condition_of` has it; of `opened`, where that is its data."""
+    data = config.data
+    if data.condition == "text":
+        return 0
+    if data.num_classes is not None:
+        return data.num_classes
+    if opened is not None and opened.tags["source"] == data.source:
+        return len(opened.classes or ())
+    if is_cache(data.source):
+        return len(read_manifest(Path(data.source))["plan"]["class_names"])
+    images = open_dataset(
+        data.source, image_size=data.image_size, image_channels=data.image_channels, say_grey=False
     )
+    return images.num_classes
 
 
 def _check_pixels(path: str, array: np.ndarray) -> None:

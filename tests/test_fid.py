@@ -6,6 +6,7 @@ import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -41,19 +42,66 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 # --------------------------------------------------------------------------------------------------- inputs
 
 
+class Labelled(sources.Source):
+    """What labels are chosen by: those of a reference, and the names of its classes."""
+
+    tags: ClassVar[dict] = {"source": "photos"}
+
+    def __init__(self, labels: list[int] | None, classes: str | None = None) -> None:
+        self.labels = None if labels is None else torch.tensor(labels)
+        self.classes = None if classes is None else tuple(classes)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, *_) -> torch.Tensor:
+        raise AssertionError
+
+
 def test_labels_follow_the_rule():
-    reference = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
-    choose = sources.choose_labels
-    assert torch.equal(choose("reference", 8, 3, reference, 0), reference)
-    assert choose("reference", 4, 3, reference, 0).tolist() == [0, 0, 1, 2]  # thinned out, all classes met
-    assert choose("reference", 10, 3, reference, 0).tolist() == [*reference.tolist(), 0, 0]
-    assert choose("balanced", 5, 3, None, 0).tolist() == [0, 1, 2, 0, 1]
-    assert torch.equal(choose("random", 50, 3, None, 4), choose("random", 50, 3, None, 4))
-    assert choose("balanced", 5, 0, None, 0) is None
-    with pytest.raises(UserError, match=r"label 2.*2 classes"):
-        choose("reference", 8, 2, reference, 0)
-    with pytest.raises(UserError, match="no classes"):
-        choose("reference", 8, 2, None, 0)
+    reference = Labelled([0, 0, 0, 0, 1, 1, 2, 2], "abc")
+
+    def choose(rule, count, classes=3, reference=reference, **more) -> tuple[str | None, list[int]]:
+        used, labels = sources.choose_labels(rule, count, classes, reference, 4, **more)
+        return used, None if labels is None else labels.tolist()
+
+    for rule in ("reference", "auto"):
+        assert choose(rule, 8) == ("reference", reference.labels.tolist())
+        assert choose(rule, 16) == ("reference", 2 * reference.labels.tolist())
+        assert choose(rule, 4) == ("reference", [0, 0, 1, 2])  # thinned out, all classes met
+        # as is what a whole number of references leaves
+        assert choose(rule, 12) == ("reference", [*reference.labels.tolist(), 0, 0, 1, 2])
+    assert choose("balanced", 5) == ("balanced", [0, 1, 2, 0, 1])
+    assert choose("random", 50) == choose("random", 50) and choose("random", 50)[0] == "random"
+    for without in (None, Labelled(None)):  # statistics; images without classes
+        assert choose("auto", 5, 3, without) == ("balanced", [0, 1, 2, 0, 1])
+        with pytest.raises(UserError, match="no classes to take labels from; use --labels balanced"):
+            choose("reference", 8, 2, without)
+    assert choose("auto", 5, 0) == choose("balanced", 5, 0) == (None, None)
+
+
+def test_every_class_has_its_share_of_more_images_than_the_reference_has():
+    labels = torch.arange(1000).repeat_interleave(30).tolist()  # sorted, as of class folders
+    _, chosen = sources.choose_labels("auto", 50_000, 1000, Labelled(labels), 0)
+    assert chosen.bincount().unique().tolist() == [50]
+
+
+def test_labels_of_other_classes_are_refused():
+    """Those of a folder are its places in the order of its class folders; of an npz they are the model's."""
+    some = Labelled([0, 1, 1, 2], "abc")
+    for rule in ("reference", "auto"):
+        with pytest.raises(UserError, match=r"photos has 3 classes, the model 1000; use --labels balanced"):
+            sources.choose_labels(rule, 4, 1000, some, 0)
+        with pytest.raises(UserError, match=r"photos has 3 classes, the model 2; use --labels balanced"):
+            sources.choose_labels(rule, 4, 2, some, 0)
+        with pytest.raises(
+            UserError, match=r"photos has label 2, the model 2 classes; use --labels balanced"
+        ):
+            sources.choose_labels(rule, 4, 2, Labelled([0, 1, 1, 2]), 0)
+        assert sources.choose_labels(rule, 4, 1000, Labelled([0, 7, 7, 9]), 0)[1].tolist() == [0, 7, 7, 9]
+        # Of the data set it learned from (data.num_classes may leave room for more) they mean the same.
+        assert sources.choose_labels(rule, 4, 5, some, 0, learned_from="photos")[1].tolist() == [0, 1, 1, 2]
+    assert sources.choose_labels("balanced", 4, 1000, some, 0)[1].tolist() == [0, 1, 2, 3]
 
 
 def test_inputs_that_cannot_be_scored_are_refused(tmp_path, digits):
@@ -244,6 +292,16 @@ def export(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "untrained"
     save_export(folder, model)
     return folder
+
+
+def test_against_statistics_each_class_is_drawn_alike(export, tmp_path):
+    """They hold no labels. The headline of docs/training.md is of this kind."""
+    statistics = tmp_path / "digits.npz"
+    fid.evaluate([], save_statistics=statistics, progress=False)
+    table = fid.evaluate([str(export)], reference=str(statistics), num=20, steps=1, progress=False)
+    assert table.columns[0].tags["labels"] == "balanced"
+    table = fid.evaluate([str(export)], num=20, steps=1, progress=False)
+    assert table.columns[0].tags["labels"] == "reference"
 
 
 def test_a_run_is_drawn_from_once_for_each_guidance(export, capsys):

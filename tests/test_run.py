@@ -506,6 +506,10 @@ def test_scores_on_the_way_carry_their_tags(tmp_path: Path) -> None:
         (("data.source={cache}",), "is a latent cache.*set sample.score_reference to the images"),
         (("data.condition=text",), "data.condition=text; set train.score_every=0"),
         (("sample.score_extractor=null",), "sample.score_extractor is not set; set it to"),
+        (
+            ("sample.score_reference={two}",),
+            "two has 2 classes, the model 10; set sample.score_reference to images of the classes",
+        ),
     ],
 )
 def test_scores_that_cannot_be_had_are_refused_at_the_start(
@@ -516,7 +520,11 @@ def test_scores_that_cannot_be_had_are_refused_at_the_start(
     cache = tmp_path / "cache"
     (cache / "shards").mkdir(parents=True)
     (cache / "manifest.json").touch()
-    settings = ("sample.score_extractor=digits", *(text.format(cache=cache) for text in overrides))
+    two = tmp_path / "two"
+    for name in ("a", "b"):
+        (two / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(two / name / "0.png")
+    settings = ("sample.score_extractor=digits", *(text.format(cache=cache, two=two) for text in overrides))
     with pytest.raises(UserError, match=expected):
         OnTheWay(tiny_config(tmp_path, *settings))
 
