@@ -94,7 +94,8 @@ def ablations_speed(results: dict[str, Any]) -> str:
 
 def operators(results: dict[str, Any], dtypes: Sequence[str] = (), leave_out: Sequence[str] = ()) -> str:
     """How many times as long as dcnv4 the peers take, at the operator level; a dash where one was not measured."""
-    from eval.operator_tables import geometric_mean
+    from statistics import geometric_mean
+
     from eval.peers import PEERS
 
     records = [r for r in results["measurements"] if r["level"] == "op" and r["sigma"] == 2]

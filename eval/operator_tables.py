@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +53,9 @@ def _table(section: tuple, records: list[dict], known: set[tuple[str, str]]) -> 
             peer = record["times"].get(name)
             cells.append("-" if not peer else _multiple(peer, ours))
         lines.append(cells)
-    means = {name: geometric_mean(ratios(records, name)) for name in names}
-    lines.append(["geometric mean", "", "", "", *(f"{means[n]:.2f}x" if means[n] else "-" for n in names)])
+    found = [ratios(records, name) for name in names]
+    means = (f"{statistics.geometric_mean(known):.2f}x" if known else "-" for known in found)
+    lines.append(["geometric mean", "", "", "", *means])
     title = f"{level}, {dtype}, sigma {sigma:g}, {direction}: peers as multiples of dcnv4's time"
     return "\n".join([title, *in_columns([titles, *lines]), *_remarks(records, known)])
 
@@ -93,10 +93,6 @@ def ratios(records: Iterable[dict], name: str) -> list[float]:
     ]
 
 
-def geometric_mean(values: Sequence[float]) -> float | None:
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
-
-
 def summary(content: dict[str, Any]) -> str:
     """Geometric means over rows, a line a table, and where a peer is faster at the operator level."""
     sections: dict[tuple, list[dict]] = {}
@@ -114,7 +110,7 @@ def summary(content: dict[str, Any]) -> str:
         for name in PEERS:
             found = ratios(records, name)
             if name != OURS and found:
-                means.append(f"{PEERS[name].label} {geometric_mean(found):.2f} ({len(found)})")
+                means.append(f"{PEERS[name].label} {statistics.geometric_mean(found):.2f} ({len(found)})")
         lines.append(f"{level} {direction} {dtype} sigma {sigma:g}: {'; '.join(means) or 'no peer'}")
     for direction in DIRECTIONS:
         costs = _host_costs(content["measurements"], direction)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import geometric_mean
 
-from ..operator_tables import geometric_mean
 from ..peers import MAIN_SIGMA, OURS, PEERS
 from . import plots
 from .inputs import Measurement, Operators, command_of, environments
@@ -33,9 +33,9 @@ def _operator_bars(content: Operators, shown: Sequence[Measurement]) -> Markup:
              if name != OURS and any(name in m.times for m in shown)]  # fmt: skip
     rows = []
     for (dtype, direction), group in sections.items():
-        means = {_label(name): geometric_mean(_ratios(group, name)) for name in peers}
+        found = {_label(name): _ratios(group, name) for name in peers}
         rows.append(
-            (f"{dtype}, {direction}", {name: mean for name, mean in means.items() if mean is not None})
+            (f"{dtype}, {direction}", {name: geometric_mean(known) for name, known in found.items() if known})
         )
     chart = plots.bars(rows, title="Peers as multiples of dcnv4's time", form=lambda v: f"{v:.2f}x", reference=1.0,
                        about="time as a multiple of dcnv4's, logarithmic: to the right of the line slower") if peers else None  # fmt: skip
