@@ -34,7 +34,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.denoiser import Denoiser
@@ -44,6 +43,7 @@ from ldm_dcn.run import ARITHMETIC
 from ldm_dcn.unet import build_unet
 
 from .environment import environment
+from .flops import flop_counter
 from .results import write
 
 FP32 = 4  # bytes
@@ -140,7 +140,7 @@ def count(config: Config) -> Counted:
         unet.enable_gradient_checkpointing()
         kept_checkpointed = _kept(denoiser, own, config, shape)
         unet.disable_gradient_checkpointing()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), flop_counter() as counter:
             functional_call(denoiser, own, _inputs(1, shape, denoiser))
     blocks = [
         sum(p.numel() for p in block.parameters())

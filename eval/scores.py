@@ -7,7 +7,8 @@ it is kept from what kills it (a NaN feature ends the process inside its eigenva
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -86,11 +87,19 @@ def extract(
     return Features.joined(parts)
 
 
-def _full_precision(device: str | torch.device):
-    """No TF32 in convolutions: it moves Inception's features by a thousandth, and so the distances."""
-    if torch.device(device).type != "cuda":
-        return nullcontext()
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
+@contextmanager
+def _full_precision(device: str | torch.device) -> Iterator[None]:
+    """No autocast, and no TF32: it moves Inception's features by a thousandth, and so the distances."""
+    kind, products = torch.device(device).type, torch.backends.cuda.matmul
+    allowed, products.allow_tf32 = products.allow_tf32, False
+    try:
+        with (
+            torch.autocast(kind, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False),
+        ):
+            yield
+    finally:
+        products.allow_tf32 = allowed
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

@@ -181,7 +181,7 @@ def train_and_score(
 
 
 def time_networks(study: Study, path: Path, names: Sequence[str], rounds: int) -> dict[str, Any]:
-    """All networks in turns, with fresh weights: `eval.throughput`'s figures without sampling."""
+    """All networks in turns, with fresh weights, each in its own precision: `eval.throughput`'s figures without sampling."""
     from . import throughput
 
     device = "cuda" if torch.cuda.is_available() else "cpu"  # where train.py trains
@@ -191,11 +191,12 @@ def time_networks(study: Study, path: Path, names: Sequence[str], rounds: int) -
         subject = throughput.open_subject(
             str(path.parent / variant.config), [*study.set, *variant.set], device
         )
-        subjects.append(throughput.Subject(name, subject.model))
+        precision = subject.model.config["train"]["precision"]
+        subjects.append(throughput.Subject(name, subject.model, precision))
     train = subjects[0].model.config["train"]
     settings = throughput.Settings(
         batch_size=min(train["batch_size"], throughput.LARGEST_DEFAULT_BATCH), precision=train["precision"], device=device,
-        rounds=rounds, sampler=study.scoring.sampler, sampler_steps=study.scoring.steps, guidance=1.0,
+        rounds=rounds, sampler=study.scoring.sampler, sampler_steps=study.scoring.steps, guidance=1.0, tf32=train["tf32"],
     )  # fmt: skip
     figures = throughput.compare(subjects, settings, wanted=("forward", "training"))
     return {

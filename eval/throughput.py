@@ -17,7 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,15 @@ from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.export import load_model
 from ldm_dcn.model import Model
 from ldm_dcn.places import check_file_place
+from ldm_dcn.run import ARITHMETIC
 from ldm_dcn.sampling import SAMPLERS, generate, guided, sample_latents
 from ldm_dcn.unet import build_unet
 
 from . import profile
 from .columns import in_columns
 from .environment import environment
+from .flops import flop_counter
+from .plan import CLIP_TOKENS
 from .results import write
 from .stopwatch import Rounds
 
@@ -55,26 +58,31 @@ PIXELS_PER_LATENT = 8  # assumed where the autoencoder is not at hand: Stable Di
 @dataclass(frozen=True)
 class Settings:
     batch_size: int
-    precision: str  # fp32 | bf16, by autocast
+    precision: str  # fp32 | bf16 | fp16, by autocast
     device: str
     rounds: int
     sampler: str
     sampler_steps: int
     guidance: float
     compile: bool = False
+    tf32: bool = True  # on NVIDIA GPUs, for what is computed in fp32
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(
-            torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"
-        )
+        dtype = ARITHMETIC[self.precision]
+        return torch.autocast(torch.device(self.device).type, dtype, enabled=dtype is not None)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A network to be measured; `autoencoder` is None in `model` where it is not at hand."""
+    """A network to be measured, in `precision` where that is another than the settings'; `autoencoder` is None in `model` where it is not
+    at hand."""
 
     name: str
     model: Model
+    precision: str | None = None
+
+    def settings(self, common: Settings) -> Settings:
+        return replace(common, precision=self.precision or common.precision)
 
 
 @dataclass
@@ -111,20 +119,35 @@ ACTIVITIES = {
 def open_subject(path: str, overrides: Sequence[str] = (), device: str = "cpu") -> Subject:
     """A network from a config file (fresh weights) or from a run, export or hub id."""
     if not path.endswith((".yaml", ".yml")):
-        return Subject(Path(path).name, load_model(path, device=device))
+        return _as_trained(Subject(Path(path).name, load_model(path, device=device)))
     config = load_config(path, overrides)
     autoencoder = _autoencoder_if_at_hand(config)
     torch.manual_seed(0)
     unet = build_unet(config.model.preset or config.model.unet, swap=config.model.swap)
-    classes = config.data.num_classes
-    if classes is None:
+    classes, tokens = config.data.num_classes, None
+    if config.data.condition == "text":
+        classes, tokens = 0, torch.zeros(CLIP_TOKENS, unet.config.cross_attention_dim)
+    elif classes is None:
         classes = open_dataset(config.data.source, image_size=config.data.image_size,
                                image_channels=config.data.image_channels).num_classes  # fmt: skip
-    denoiser = Denoiser(unet, classes).to(device=device, memory_format=torch.channels_last)
+    denoiser = Denoiser(unet, classes, tokens).to(device=device, memory_format=torch.channels_last)
     side = config.data.image_size // (autoencoder.factor if autoencoder else PIXELS_PER_LATENT)
     model = Model(denoiser, autoencoder, Schedule(**config.diffusion.model_dump()), (unet.config.in_channels, side, side),
                   Path(path).stem, 0, config.resolved())  # fmt: skip
-    return Subject(Path(path).stem, model)
+    return _as_trained(Subject(Path(path).stem, model))
+
+
+def _as_trained(subject: Subject) -> Subject:
+    """With what the run's config says of a step beside its precision. Raises `UserError` for what is not measured here."""
+    train = subject.model.config.get("train", {})
+    if (attention := train.get("attention", "sdpa")) != "sdpa":
+        raise UserError(
+            f"{subject.name} trains with train.attention={attention}, and sdpa is what is timed here; --train times one config's own "
+            "steps, or give --set train.attention=sdpa"
+        )
+    if train.get("gradient_checkpointing"):
+        subject.model.unet.enable_gradient_checkpointing()
+    return subject
 
 
 def compare(
@@ -134,6 +157,7 @@ def compare(
     wanted: Sequence[str] = tuple(ACTIVITIES),
 ) -> list[Figures]:
     """Measure all subjects, in turns; of the activities, those `wanted`."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
     activities = [
         {name: activity for name, activity in _activities(subject, settings).items() if name in wanted}
         for subject in subjects
@@ -224,24 +248,24 @@ def _size(count: int) -> str:
 
 def _activities(subject: Subject, settings: Settings) -> dict[str, Callable[[], object]]:
     """What is timed, by name; inputs are made once, weights change as in training."""
-    model, denoiser = subject.model, subject.model.denoiser
-    x, _, times, labels = _inputs(model, settings)
+    model, denoiser, settings = subject.model, subject.model.denoiser, subject.settings(settings)
+    x, _, times, condition = _inputs(model, settings)
     seeds = range(settings.batch_size)
 
     def forward() -> None:
         denoiser.eval()
         with torch.no_grad(), settings.autocast():
-            denoiser(x, times, labels)
+            denoiser(x, times, condition)
 
     def sampling() -> None:
         denoiser.eval()
         with settings.autocast():
-            sample_latents(guided(denoiser, labels, settings.guidance), model.latent_shape, seeds, schedule=model.schedule,
+            sample_latents(guided(denoiser, condition, settings.guidance), model.latent_shape, seeds, schedule=model.schedule,
                            sampler=settings.sampler, steps=settings.sampler_steps, device=settings.device)  # fmt: skip
 
     def drawing() -> None:
         with settings.autocast():
-            generate(model, labels.cpu() if model.num_classes else None, seeds, sampler=settings.sampler,
+            generate(model, condition.cpu() if denoiser.is_conditional else None, seeds, sampler=settings.sampler,
                      steps=settings.sampler_steps, guidance=settings.guidance, batch_size=settings.batch_size)  # fmt: skip
 
     activities = {"forward": forward, "training": _training(subject, settings), "sampling": sampling}
@@ -268,8 +292,8 @@ def _training(subject: Subject, settings: Settings) -> Callable[[], None]:
 
 def _training_loss(subject: Subject, settings: Settings) -> Callable[[], Tensor]:
     """The forward pass of such a step."""
-    model, denoiser = subject.model, subject.model.denoiser
-    x, noise, times, labels = _inputs(model, settings)
+    model, denoiser, settings = subject.model, subject.model.denoiser, subject.settings(settings)
+    x, noise, times, condition = _inputs(model, settings)
     table = tuple(level.to(settings.device) for level in levels(model.schedule))
     prediction = model.schedule.prediction
     denoiser.requires_grad_(True)
@@ -278,13 +302,14 @@ def _training_loss(subject: Subject, settings: Settings) -> Callable[[], Tensor]
         denoiser.train()
         alpha, sigma = at(table, times)
         with settings.autocast():
-            output = denoiser(add_noise(x, noise, alpha, sigma), times, labels)
+            output = denoiser(add_noise(x, noise, alpha, sigma), times, condition)
         return loss(output, target(prediction, x, noise, alpha, sigma))
 
     return forward
 
 
 def _inputs(model: Model, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents and noise (N, C, h, w), times (N,), labels (N,) or tokens (N, T, D)."""
     generator = torch.Generator().manual_seed(0)
     shape = (settings.batch_size, *model.latent_shape)
     x, noise = (
@@ -292,14 +317,17 @@ def _inputs(model: Model, settings: Settings) -> tuple[Tensor, Tensor, Tensor, T
         for _ in range(2)
     )
     times = torch.randint(model.schedule.num_steps, shape[:1], generator=generator).to(settings.device)
-    labels = torch.randint(max(1, model.num_classes), shape[:1], generator=generator).to(settings.device)
-    return x, noise, times, labels
+    if model.denoiser.takes_text:
+        condition = torch.randn(*shape[:1], *model.denoiser.empty_tokens.shape, generator=generator)
+    else:
+        condition = torch.randint(max(1, model.num_classes), shape[:1], generator=generator)
+    return x, noise, times, condition.to(settings.device)
 
 
 def _count(subject: Subject, settings: Settings) -> dict[str, int]:
     """Everything that is counted, not timed; of the network as it is written, before it is compiled."""
-    model, denoiser = subject.model, subject.model.denoiser
-    x, _, times, labels = _inputs(model, settings)
+    model, denoiser, settings = subject.model, subject.model.denoiser, subject.settings(settings)
+    x, _, times, condition = _inputs(model, settings)
     parameters = list(denoiser.parameters())
     kept: dict[int, int] = {}  # storage address -> bytes: a tensor saved twice counts once
     own = {p.untyped_storage().data_ptr() for p in parameters}
@@ -312,11 +340,11 @@ def _count(subject: Subject, settings: Settings) -> dict[str, int]:
 
     denoiser.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), settings.autocast():
-        prediction = denoiser(x, times, labels)
+        prediction = denoiser(x, times, condition)
     del prediction
     return {
         "parameters": sum(p.numel() for p in parameters),
-        "macs": count_macs(denoiser, x[:1], times[:1], labels[:1]),
+        "macs": count_macs(denoiser, x[:1], times[:1], condition[:1]),
         "state_bytes": sum(5 * 4 * p.numel() for p in parameters),
         "activation_bytes": sum(kept.values()),
     }
@@ -347,7 +375,7 @@ def count_macs(denoiser: torch.nn.Module, *inputs: Tensor) -> int:
 
     Raises `UserError` where DCNv4 runs and has no formula, rather than leaving it out.
     """
-    from torch.utils.flop_counter import FlopCounterMode, flop_registry
+    from torch.utils.flop_counter import flop_registry
 
     from dcnv4_ext import DCNv4
 
@@ -356,7 +384,7 @@ def count_macs(denoiser: torch.nn.Module, *inputs: Tensor) -> int:
         raise UserError(
             "DCNv4 has no formula in torch.utils.flop_counter, its MACs would be left out; update dcnv4_ext"
         )
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         denoiser(*inputs)
     return counter.get_total_flops() // 2
 
@@ -402,7 +430,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument(
         "--batch-size", type=int, help=f"default: the first model's, at most {LARGEST_DEFAULT_BATCH}"
     )
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: the first model's")
+    parser.add_argument("--precision", choices=tuple(ARITHMETIC), help="default: the models'")
     parser.add_argument(
         "--compile", action="store_true", help="with torch.compile of the networks, as train.compile has it"
     )
@@ -449,17 +477,23 @@ def run(options: argparse.Namespace) -> None:
         time_the_loop(paths[0], options)
         return
     subjects = [open_subject(path, options.set, options.device) for path in paths]
-    train = subjects[0].model.config.get("train", {})
+    train, *others = (subject.model.config.get("train", {}) for subject in subjects)
+    precisions = list(dict.fromkeys(own.get("precision", "fp32") for own in (train, *others)))
+    if len(precisions) > 1 and options.precision is None:
+        raise UserError(
+            f"the models train in {' and '.join(precisions)}, and one table compares one; give --precision"
+        )
     settings = Settings(
         batch_size=options.batch_size
         or min(train.get("batch_size", LARGEST_DEFAULT_BATCH), LARGEST_DEFAULT_BATCH),
-        precision=options.precision or train.get("precision", "fp32"),
+        precision=options.precision or precisions[0],
         device=options.device,
         rounds=options.rounds,
         sampler=options.sampler,
         sampler_steps=options.steps,
         guidance=options.guidance,
         compile=options.compile,
+        tf32=train.get("tf32", True),
     )
     if options.profile:
         profiles = profile_modules(subjects, settings)

@@ -175,6 +175,21 @@ def test_the_digits_extractor_knows_digits(digits):
     assert not extractor.train().training  # torchmetrics cannot turn it over
 
 
+def test_features_are_full_precision_whatever_is_around(digits):
+    """Scores on the way are taken inside a run's bf16, and compare with statistics made outside."""
+    extractor, images = load_extractor("digits"), digits[0][:20]
+    expected, products = extract(extractor, images), torch.backends.cuda.matmul
+    before = products.allow_tf32
+    products.allow_tf32 = True
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = extract(extractor, images)
+        assert products.allow_tf32
+    finally:
+        products.allow_tf32 = before
+    assert torch.equal(found.values, expected.values) and torch.equal(found.logits, expected.logits)
+
+
 def test_extraction_refuses_what_is_no_image(digits):
     extractor = load_extractor("digits")
     with pytest.raises(ValueError, match="uint8"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,41 @@ def test_macs_are_those_of_the_textbook():
     convolution = nn.Conv2d(3, 5, 3, padding=1)
     assert count_macs(convolution, torch.zeros(1, 3, 8, 6)) == 8 * 6 * 5 * 3 * 9
     assert count_macs(nn.Linear(7, 11), torch.zeros(1, 13, 7)) == 13 * 7 * 11
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_counted_on_a_cpu_too(dtype: torch.dtype) -> None:
+    class Attention(nn.Module):
+        def forward(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(query, key, key)
+
+    query, key = torch.zeros(2, 3, 5, 8, dtype=dtype), torch.zeros(2, 3, 7, 8, dtype=dtype)
+    assert count_macs(Attention(), query, key) == 2 * 3 * 5 * 7 * 8 * 2  # scores, and the sum of values
+
+
+def test_a_model_of_text_is_measured_with_its_tokens(configs) -> None:
+    text, labels = ["data.condition=text", "model.swap=null"], ["model.swap=null"]
+    first, second = (throughput.open_subject(configs[0], overrides) for overrides in (text, labels))
+    assert first.model.denoiser.takes_text and not second.model.denoiser.takes_text
+    figures = throughput.compare([first, second], settings(rounds=1), progress=False)
+    assert figures[0].macs > figures[1].macs and set(figures[0].timings) == set(throughput.ACTIVITIES)
+
+
+def test_what_a_step_is_made_of_is_what_is_timed(configs, capsys) -> None:
+    dcn, unet = configs
+    subject = throughput.open_subject(dcn, ["train.gradient_checkpointing=true"])
+    assert all(block.gradient_checkpointing for block in subject.model.unet.down_blocks)
+    with pytest.raises(UserError, match=r"train.attention=xformers, and sdpa is what is timed here"):
+        throughput.open_subject(dcn, ["train.attention=xformers"])
+    assert settings(precision="fp16").autocast().fast_dtype == torch.float16
+    assert throughput.Subject("x", subject.model, "bf16").settings(settings()).precision == "bf16"
+    Path(unet).write_text(Path(unet).read_text().replace("precision: fp32", "precision: bf16"))
+    with pytest.raises(SystemExit):
+        throughput.main([dcn, "--baseline", unet])
+    assert (
+        "the models train in fp32 and bf16, and one table compares one; give --precision"
+        in capsys.readouterr().err
+    )
 
 
 def test_dcnv4_is_counted():
@@ -98,7 +134,7 @@ def test_models_take_turns_and_the_counts_are_exact(configs):
 
 def test_kept_activations_are_counted_once():
     class Twice(nn.Module):
-        num_classes = 0
+        num_classes, takes_text = 0, False
 
         def __init__(self):
             super().__init__()
