@@ -212,8 +212,7 @@ def _draw(
                     size=arguments.size,
                     batch_size=arguments.batch_size,
                 )
-            for number, image in zip(batch, images, strict=True):
-                drawn.save(number, image)
+            drawn.save_batch(batch, images)
             bar.update(len(batch))
     return stop.received
 

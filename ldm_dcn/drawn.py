@@ -8,7 +8,10 @@ import shutil
 import time
 import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -22,7 +25,9 @@ from .pictures import save_png
 
 NOTE = ".drawn.json"  # in the folder: what its images were drawn with
 PATIENCE = 75.0  # seconds; NFS shows an old listing of a folder for up to 60 (acdirmax)
+WRITERS = 8  # threads; compression, most of a PNG's time, runs outside Python's lock
 WAIT = 1.0  # seconds between two looks
+MOST_WORDS = 120  # letters of one setting in an error
 
 
 class Drawn:
@@ -33,6 +38,7 @@ class Drawn:
         self._names = names
         self._made_with = json.loads(json.dumps(made_with))
         self._has_note = False
+        self._noting = Lock()
 
     def begin(self) -> list[int]:
         """The numbers of the images that are not there yet. Nothing is written before the first `save`.
@@ -45,7 +51,9 @@ class Drawn:
             before = self._read_note(note, mend)
             other = [key for key in self._made_with if before.get(key) != self._made_with[key]]
             if other:
-                named = "; ".join(f"{key}: {before.get(key)} -> {self._made_with[key]}" for key in other)
+                named = "; ".join(
+                    f"{key}: {_difference(before.get(key), self._made_with[key])}" for key in other
+                )
                 raise UserError(
                     f"{self.folder} holds images that were drawn with other settings ({named}); {mend}"
                 )
@@ -81,12 +89,19 @@ class Drawn:
             time.sleep(WAIT)
         return missing
 
+    def save_batch(self, numbers: Sequence[int], images: torch.Tensor) -> None:
+        """Images `numbers`, uint8 (N, c, H, W). All of them are written, or an error is raised, when it returns."""
+        with ThreadPoolExecutor(WRITERS) as writers:
+            for _ in writers.map(self.save, numbers, images):  # raises what writing one of them raised
+                pass
+
     def save(self, number: int, image: torch.Tensor) -> None:
         """Image `number`, uint8 (c, H, W)."""
-        if not self._has_note:
-            with replacing(self.folder / NOTE) as file:
-                file.write(json.dumps(self._made_with, indent=1).encode() + b"\n")
-            self._has_note = True
+        with self._noting:
+            if not self._has_note:
+                with replacing(self.folder / NOTE) as file:
+                    file.write(json.dumps(self._made_with, indent=1).encode() + b"\n")
+                self._has_note = True
         save_png(image, self.folder / self._names[number])
 
     def read(self, number: int) -> torch.Tensor:
@@ -112,6 +127,26 @@ class Drawn:
         except ValueError as error:
             raise UserError(f"{note} cannot be read ({error}); {mend} and it") from None
         return content
+
+
+def _difference(before: Any, now: Any) -> str:
+    """What changed, in a few words: of long lists, such as prompts, how many there are and the first that differ."""
+    whole = f"{before} -> {now}"
+    if len(whole) <= MOST_WORDS:
+        return whole
+    if isinstance(before, list) and isinstance(now, list):
+        pairs = enumerate(zip_longest(before, now), start=1)
+        number, (old, new) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
+        return f"{len(before)} -> {len(now)} of them, number {number} from {_cut(old)} to {_cut(new)}"
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        return ", ".join(f"{key} from {_cut(before.get(key))} to {_cut(now.get(key))}" for key in keys)
+    return f"{_cut(before)} -> {_cut(now)}"
+
+
+def _cut(value: Any) -> str:
+    text = "none" if value is None else repr(value)
+    return text if len(text) <= MOST_WORDS // 2 else f"{text[: MOST_WORDS // 2 - 3]}..."
 
 
 def weights_hash(denoiser: Denoiser) -> str:

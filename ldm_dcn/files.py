@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import get_ident
 from typing import IO, Any
 
 
@@ -31,8 +32,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    # of its own length: `path.name` may be as long as names may be
-    temporary = path.with_name(f".tmp-{os.getpid()}-{zlib.crc32(os.fsencode(path.name)):08x}")
+    # of its own length: `path.name` may be as long as names may be; threads may write files whose names hash alike
+    writer = f"{os.getpid()}-{get_ident():x}"
+    temporary = path.with_name(f".tmp-{writer}-{zlib.crc32(os.fsencode(path.name)):08x}")
     try:
         with naming(path), temporary.open("wb") as file:
             yield file

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +147,53 @@ def test_what_other_machines_wrote_is_waited_for(tmp_path: Path, monkeypatch: py
     assert images.lost() == [] and len(waited) == 3
     (tmp_path / "b.png").unlink()
     assert images.lost() == [1] and clock[0] > 60
+
+
+def test_a_batch_is_written_by_threads_and_is_there_or_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, write = threading.Barrier(4), drawn.save_png
+    numbers = torch.arange(12, dtype=torch.uint8)
+
+    def meeting(image: torch.Tensor, path: Path) -> None:
+        together.wait(timeout=60)
+        write(image, path)
+
+    monkeypatch.setattr(drawn, "save_png", meeting)
+    images = drawn.Drawn(tmp_path / "a", [f"{number}.png" for number in range(12)], {})
+    images.save_batch(range(12), numbers[:, None, None, None].expand(-1, 1, 2, 2))
+    assert images.missing() == []
+    assert [int(images.read(number)[0, 0, 0]) for number in range(12)] == numbers.tolist()
+    assert len(list((tmp_path / "a").iterdir())) == 13  # with the note, and nothing unfinished
+
+    def full(image: torch.Tensor, path: Path) -> None:
+        if path.name == "7.png":
+            raise OSError(28, "No space left on device", str(path))
+        write(image, path)
+
+    monkeypatch.setattr(drawn, "save_png", full)
+    images = drawn.Drawn(tmp_path / "b", [f"{number}.png" for number in range(12)], {})
+    with pytest.raises(OSError, match=r"No space left.*7\.png"):
+        images.save_batch(range(12), numbers[:, None, None, None].expand(-1, 1, 2, 2))
+    assert 7 in images.missing() and all(file.stat().st_size for file in (tmp_path / "b").iterdir())
+
+
+def test_other_settings_are_told_in_few_words(tmp_path: Path) -> None:
+    """A data set's captions are thirty thousand lines."""
+    prompts = [f"caption {number}" for number in range(30_000)]
+    made_with = {"prompts": prompts, "autoencoder": {"spec": "a", "sha256": 64 * "a", "dtype": 64 * "b"}}
+    images = drawn.Drawn(tmp_path, ["a.png"], made_with)
+    images.save(0, torch.zeros(1, 2, 2, dtype=torch.uint8))
+    others = {**made_with, "prompts": [*prompts[:17], "a red bus " * 40, *prompts[18:]]}
+    with pytest.raises(
+        UserError, match=r"30000 -> 30000 of them, number 18 from 'caption 17' to 'a red"
+    ) as told:
+        drawn.Drawn(tmp_path, ["a.png"], others).begin()
+    assert len(str(told.value)) < 400
+    others = {"prompts": prompts[:-1], "autoencoder": {**made_with["autoencoder"], "sha256": 64 * "c"}}
+    told = r"30000 -> 29999 of them, number 30000 from 'caption 29999' to none; autoencoder: sha256 from 'aaa.* to 'ccc"
+    with pytest.raises(UserError, match=told):
+        drawn.Drawn(tmp_path, ["a.png"], others).begin()
 
 
 def test_what_is_not_given_is_the_runs_own(run: str, tmp_path: Path, counted: list[int]) -> None:
