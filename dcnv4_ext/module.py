@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,6 +23,34 @@ def default_groups(channels: int) -> int:
     """Groups of 32 channels, or of the widest width below 32 that divides `channels`."""
     width = next(width for width in range(min(32, channels), 0, -1) if channels % width == 0)
     return channels // width
+
+
+# A layer's own parameters are started by its own `reset_parameters`, as tools want that start what lay on the meta device (FSDP,
+# `for m in model.modules()`). These take its place in a layer that stays an nn.Linear: torch.ao's quantize_dynamic and torch.fx ask
+# for just that type. They hold the layer's dict of parameters, which copies and pickles share with it as well, and not the layer:
+# no cycle keeps its memory. A parameter that a parametrization has taken away is left alone.
+def _start_mask(own: dict[str, Tensor | None], groups: int, weights: tuple[float, ...]) -> None:
+    """The start of `offset_mask`: every group's offsets zero, its K weights `weights`."""
+    if (weight := own.get("weight")) is not None:
+        nn.init.zeros_(weight)
+    if (bias := own.get("bias")) is None:
+        return
+    group = torch.tensor((0.0,) * (2 * len(weights)) + weights, dtype=bias.dtype, device=bias.device)
+    start = nn.functional.pad(group.repeat(groups), (0, bias.shape[0] - groups * len(group)))
+    if hasattr(bias, "placements"):  # a DTensor, of which FSDP's are: views and slices would be copies
+        from torch.distributed.tensor import distribute_tensor
+
+        start = distribute_tensor(start, bias.device_mesh, bias.placements)
+    with torch.no_grad():
+        bias.copy_(start)
+
+
+def _start_projection(own: dict[str, Tensor | None]) -> None:
+    """The start of `value_proj` and `output_proj`, the official one."""
+    if (weight := own.get("weight")) is not None:
+        nn.init.xavier_uniform_(weight)
+    if (bias := own.get("bias")) is not None:
+        nn.init.zeros_(bias)
 
 
 class DCNv4(nn.Module):
@@ -141,32 +170,34 @@ class DCNv4(nn.Module):
         if center_feature_scale:
             self.center_feature_scale_proj_weight = nn.Parameter(torch.zeros(groups, channels, **made))
             self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(groups, **made))
+        self.offset_mask.reset_parameters = partial(
+            _start_mask, self.offset_mask._parameters, groups, self._mask_start()
+        )
+        if not without_pointwise:
+            for projection in (self.value_proj, self.output_proj):
+                projection.reset_parameters = partial(_start_projection, projection._parameters)
         self.reset_parameters()
 
+    def _mask_start(self) -> tuple[float, ...]:
+        """The K weights of a group that `mask_init` names."""
+        if self.mask_init == "uniform" and not self.softmax:
+            return (1.0 / self.taps,) * self.taps
+        weights = [0.0] * self.taps  # under softmax equal logits are the mean already
+        if self.mask_init == "center":
+            weights[(self.kernel_size[1] // 2) * self.kernel_size[0] + self.kernel_size[0] // 2] = 1.0
+        return tuple(weights)
+
     def reset_parameters(self) -> None:
-        """The official start, but for the mask, which follows `mask_init`."""
-        if isinstance(self.offset_mask_dw, nn.Conv2d):
-            self.offset_mask_dw.reset_parameters()
+        """The official start, but for the mask, which follows `mask_init`. Layers put in the place of ours start themselves."""
         if self.center_feature_scale:
             nn.init.zeros_(self.center_feature_scale_proj_weight)
             nn.init.zeros_(self.center_feature_scale_proj_bias)
-        nn.init.zeros_(self.offset_mask.weight)
-        nn.init.zeros_(self.offset_mask.bias)
-        if self.mask_init != "zero":
-            with torch.no_grad():
-                used = self.offset_mask.bias[: 3 * self.groups * self.taps].view(self.groups, 3 * self.taps)
-                weights = used[:, 2 * self.taps :]
-                if self.mask_init == "uniform":
-                    # Under softmax equal logits are the mean already.
-                    weights.fill_(0.0 if self.softmax else 1.0 / self.taps)
-                else:
-                    center = (self.kernel_size[1] // 2) * self.kernel_size[0] + self.kernel_size[0] // 2
-                    weights[:, center] = 1.0
-        if not self.without_pointwise:
-            for projection in (self.value_proj, self.output_proj):
-                nn.init.xavier_uniform_(projection.weight)
-                if projection.bias is not None:
-                    nn.init.zeros_(projection.bias)
+        for layer in self.children():
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+
+    # What FlashInternImage calls, the network of the official package, after an initialisation of its own.
+    _reset_parameters = reset_parameters
 
     def forward(self, x: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
         """

@@ -2,7 +2,8 @@
 
     python tests/distributed_worker.py RANK STORE_FILE
 
-Under DistributedDataParallel and under fully_shard (FSDP2) the gradients must be those of one process with the whole batch.
+Under DistributedDataParallel and under fully_shard (FSDP2) the gradients must be those of one process with the whole batch, and
+what is made on the meta device and sharded must start as a whole layer does.
 """
 
 from __future__ import annotations
@@ -58,6 +59,21 @@ def main(rank: int, store: str) -> None:
         assert factor in (1, 2), factor
         for got, want in zip(found, expected, strict=True):
             torch.testing.assert_close(got, factor * want)
+        for start in ("uniform", "center"):
+            # 56 rows for the mask: neither process holds whole groups of them.
+            whole = DCNv4(16, groups=2, mask_init=start)
+            layer = fully_shard(DCNv4(16, groups=2, mask_init=start, device="meta"), mesh=mesh)
+            layer.to_empty(device="cpu")
+            with torch.no_grad():
+                for parameter in layer.parameters():
+                    parameter.fill_(7)
+            layer.reset_parameters()
+            for name, parameter in layer.named_parameters():
+                found = parameter.full_tensor()
+                if name.endswith("proj.weight"):  # drawn: each process its own rows
+                    assert 0.5 < found.abs().max() / (6 / 32) ** 0.5 <= 1, (start, name)
+                else:
+                    assert torch.equal(found, whole.get_parameter(name)), (start, name)
     dist.destroy_process_group()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -340,3 +342,78 @@ def test_parameters_are_reset_all_of_them() -> None:
             parameter.fill_(7)
     made.reset_parameters()
     assert not [name for name, parameter in made.named_parameters() if (parameter == 7).any()]
+
+
+STARTS = [
+    dict(mask_init="uniform"),
+    dict(mask_init="center", softmax=True),
+    dict(mask_init="zero", kernel_size=(3, 1)),
+]
+
+
+def _started(made: DCNv4, settings: dict) -> None:
+    """`made` holds what a new layer does: the mask's start to the bit, projections drawn from Xavier's range, biases zero."""
+    fresh = DCNv4(32, **settings)
+    for name in ("offset_mask.weight", "offset_mask.bias", "value_proj.bias", "output_proj.bias"):
+        assert torch.equal(made.get_parameter(name), fresh.get_parameter(name)), name
+    for layer in (made.value_proj, made.output_proj):
+        assert 0.9 < layer.weight.abs().max() / (6 / sum(layer.weight.shape)) ** 0.5 <= 1
+
+
+@pytest.mark.parametrize("settings", STARTS, ids=str)
+@pytest.mark.parametrize(
+    "copied",
+    [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+    ids=["", "copy", "pickle"],
+)
+def test_each_layer_starts_its_own_parameters(settings: dict, copied) -> None:
+    """As torch's tools ask of modules that come from the meta device, whichever they ask first."""
+    original = DCNv4(32, device="meta", **settings)
+    for order in (list, lambda modules: reversed(list(modules))):
+        made = copied(original).to_empty(device="cpu")
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.fill_(7)
+        for part in order(made.modules()):
+            if any(True for _ in part.parameters(recurse=False)):
+                part.reset_parameters()
+        _started(made, settings)
+
+
+def test_layers_stay_linear_layers_for_tools_that_ask_for_just_those() -> None:
+    """And hold no cycle: a network's memory is free once it is gone."""
+    made = DCNv4(32)
+    assert all(
+        type(made.get_submodule(n)) is torch.nn.Linear for n in ("offset_mask", "value_proj", "output_proj")
+    )
+    layer = weakref.ref(made.offset_mask)
+    gc.disable()
+    try:
+        del made
+        assert layer() is None
+    finally:
+        gc.enable()
+
+
+def test_reset_leaves_layers_of_others_to_themselves() -> None:
+    made = DCNv4(32, mask_init="uniform")
+    made.offset_mask = _Wrapped(made.offset_mask)
+    torch.nn.utils.parametrizations.weight_norm(made.value_proj)
+    made.offset_mask.layer.bias.data.fill_(7)
+    made.reset_parameters()
+    assert (made.offset_mask.layer.bias == 7).all()
+
+
+@pytest.mark.parametrize("settings", STARTS, ids=str)
+def test_a_network_of_the_official_package_starts_as_it_does_there(settings: dict) -> None:
+    """FlashInternImage initialises every nn.Linear, then calls `_reset_parameters` of every core operator."""
+    network = torch.nn.Sequential(DCNv4(32, **settings), torch.nn.Linear(32, 32))
+
+    def linear_layers(layer: torch.nn.Module) -> None:
+        if isinstance(layer, torch.nn.Linear):
+            torch.nn.init.trunc_normal_(layer.weight, std=0.02)
+            torch.nn.init.zeros_(layer.bias)
+
+    network.apply(linear_layers)
+    network.apply(lambda part: part._reset_parameters() if isinstance(part, DCNv4) else None)
+    _started(network[0], settings)
