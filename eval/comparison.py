@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from .columns import in_columns
 from .protocol import Study, comparisons_of
 
 SIGNIFICANT = 0.05
+MOST_HANDS = 10**6
 # score -> (title, form, whether more is better; None where neither is, or where another row says the same)
 SCORES: dict[str, tuple[str, str, bool | None]] = {
     "fd": ("FD", "{:.4f}", False),
@@ -32,6 +35,7 @@ class Summary:
     values: tuple[float, ...]
     difference: float | None = None  # of the means
     p: float | None = None
+    least: float | None = None  # that p could be, with so many seeds
 
     @property
     def mean(self) -> float:
@@ -43,9 +47,10 @@ class Summary:
         return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
 
-def permutation_test(a: Sequence[float], b: Sequence[float]) -> float:
+@functools.cache
+def permutation_test(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     """Two-sided p value of the difference of means: the share of all ways to deal the values into two hands of these sizes that
-    differ at least as much (Fisher, 1935; exact). It cannot be below `least_p`."""
+    differ at least as much (Fisher, 1935; exact). It cannot be below `least_p`. Of more than `MOST_HANDS` ways so many are drawn."""
     pool = [*a, *b]
     total, count = math.fsum(pool), len(a)
 
@@ -54,8 +59,12 @@ def permutation_test(a: Sequence[float], b: Sequence[float]) -> float:
         return abs(part / count - (total - part) / (len(pool) - count))
 
     observed = gap(a) * (1 - 1e-12)
-    hands = [gap(hand) >= observed for hand in itertools.combinations(pool, count)]
-    return sum(hands) / len(hands)
+    ways = math.comb(len(pool), count)
+    if ways <= MOST_HANDS:
+        return sum(gap(hand) >= observed for hand in itertools.combinations(pool, count)) / ways
+    dice = random.Random(0)
+    drawn = sum(gap(dice.sample(pool, count)) >= observed for _ in range(MOST_HANDS - 1))
+    return (1 + drawn) / MOST_HANDS  # the hand that was dealt is one of them
 
 
 def least_p(a: int, b: int) -> float:
@@ -80,7 +89,9 @@ def summaries(
     for name, own in values.items():
         if own and name != names[0] and len(first) > 1 and len(own) > 1:
             difference = statistics.fmean(own) - statistics.fmean(first)
-            result[name] = Summary(own, difference, permutation_test(first, own))
+            result[name] = Summary(
+                own, difference, permutation_test(first, own), least_p(len(first), len(own))
+            )
         elif own:
             result[name] = Summary(own)
     return result
@@ -160,10 +171,9 @@ def verdicts(content: dict[str, Any]) -> list[str]:
                     if summary.p is None:
                         continue
                     better = (summary.difference > 0) == more_is_better
-                    base = summaries(records, names[:1], f"{scale:g}", score)[names[0]]
                     kind = (
                         "too few seeds to tell in"
-                        if least_p(len(base.values), len(summary.values)) >= SIGNIFICANT
+                        if summary.least >= SIGNIFICANT
                         else "no difference shown in"
                         if summary.p >= SIGNIFICANT
                         else "better in"
@@ -182,14 +192,19 @@ def in_all(content: dict[str, Any]) -> str:
     """How many tests the study makes, and what remains of its stars by Holm's rule (1979), which asks for them all together."""
     study, records = Study.model_validate(content["study"]), content["runs"]
     scores = [score for score in SCORES if score != "fd_of_noise"]  # the same test as of FD
-    found = (
-        summary.p
+    found = [
+        summary
         for names in comparisons_of(study).values()
         for scale in study.scoring.guidance
         for score in scores
         for summary in summaries(records, names, f"{scale:g}", score).values()
-    )
-    ps = sorted(p for p in found if p is not None)
+        if summary.p is not None
+    ]
+    ps = sorted(summary.p for summary in found)
     starred = sum(p < SIGNIFICANT for p in ps)
     remaining = next((i for i, p in enumerate(ps) if p * (len(ps) - i) >= SIGNIFICANT), len(ps))
-    return f"{len(ps)} tests, {starred} below {SIGNIFICANT}, {remaining} by Holm's rule over all"
+    said = f"{len(ps)} tests, {starred} below {SIGNIFICANT}, {remaining} by Holm's rule over all"
+    asked, least = SIGNIFICANT / max(1, len(ps)), min((summary.least for summary in found), default=0.0)
+    if least < asked:
+        return said
+    return f"{said}, as there must be with so few seeds: it asks for p below {asked:.2g}, and the least there can be is {least:.3f}"
