@@ -199,16 +199,24 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(dim=1) == labels).double().mean().item()
 
 
-def nearest_neighbour_distance(points: Tensor, reference: Tensor) -> float:
-    """Median over points (N, d) of the root-mean-square difference to the nearest of reference (M, d).
+def nearest_neighbour_distance(
+    points: Tensor, reference: Tensor, device: str | torch.device = "cpu"
+) -> float:
+    """Median over points (N, d) of the root-mean-square difference to the nearest of reference (M, d); of copies exactly 0.
 
-    Far below what unseen real images have to the same reference, it means that training images are being copied.
+    Far below what unseen real images have to the same reference, it means that training images are being copied. Distances are
+    held in tiles of 4096 x 4096; of whole numbers, as pixels are, they are exact.
     """
-    points, reference = points.flatten(1).double(), reference.flatten(1).double()
+    points, reference = points.flatten(1), reference.flatten(1)
     if points.shape[1] != reference.shape[1]:
         raise ValueError(f"points have {points.shape[1]} values, the reference has {reference.shape[1]}")
-    nearest = [torch.cdist(part, reference).amin(dim=1) for part in points.split(256)]
-    return (torch.cat(nearest) / points.shape[1] ** 0.5).median().item()
+    nearest = torch.full((len(points),), float("inf"), dtype=torch.float64, device=device)
+    for rows in _tiles(len(points)):
+        some = points[rows].to(device).double()
+        for columns in _tiles(len(reference)):
+            distances = _squared_distances(some, reference[columns].to(device).double(), device)
+            nearest[rows] = torch.minimum(nearest[rows], distances.amin(1))
+    return (nearest / points.shape[1]).sqrt().median().item()
 
 
 def _check_pair(a: Tensor, b: Tensor) -> None:

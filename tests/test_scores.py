@@ -156,6 +156,21 @@ def test_accuracy_and_neighbours_are_what_they_say():
         nearest_neighbour_distance(points[:, :3], reference)
 
 
+@pytest.mark.parametrize("tile", [4096, 7])
+def test_neighbours_are_those_of_brute_force_and_copies_are_found(tile, monkeypatch):
+    monkeypatch.setattr(scores, "TILE", tile)
+    seeds = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (60, 1, 6, 6), generator=seeds, dtype=torch.uint8)
+    for drawn, real in ((pixels[:40], pixels[40:]), (normal(40, 3) + 100, normal(50, 3, 1) + 100)):
+        a, b = drawn.flatten(1).double(), real.flatten(1).double()
+        nearest = (a[:, None] - b).square().mean(2).min(1).values.sqrt()
+        assert nearest_neighbour_distance(drawn, real) == pytest.approx(nearest.median().item(), rel=1e-9)
+        assert nearest_neighbour_distance(real[:30], real) == 0
+    nearly = pixels.clone()
+    nearly[:, 0, 0, 0] ^= 1  # one grey level of one pixel is no copy
+    assert nearest_neighbour_distance(nearly, pixels) == pytest.approx(1 / 6, rel=1e-12)
+
+
 # --------------------------------------------------------------------------------------------------- extractors
 
 
