@@ -34,6 +34,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -368,7 +369,7 @@ def networks(session: Session, limit: float) -> Outcome:
             continue
         if code == 0:
             known[name] = json.loads(part.read_text(encoding="utf-8"))
-            content = {"environment": made_with(), "sources": sources_hash(), "measurements": known}
+            content = {"environment": made_with(), "sources": networks_hash(), "measurements": known}
             file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         elif code is None:
             left += 1
@@ -388,7 +389,7 @@ def read_networks(files: Iterable[Path]) -> dict[str, dict]:
     for file in files:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            if content["sources"] == sources_hash():
+            if content["sources"] == networks_hash():
                 return dict(content["measurements"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
@@ -486,8 +487,15 @@ def results_name(device: str, suffix: str = ".json", kind: str = "operators") ->
     return f"{kind}_{slug}{suffix}"
 
 
-def sources_hash() -> str:
-    """Of everything the stages depend on."""
+def networks_hash() -> str:
+    """Of what the stage `networks` depends on besides: networks, their configs, the stopwatch, and the packages below them."""
+    folders = (ROOT / name for name in ("ldm_dcn", "eval", "configs"))
+    files = [file for folder in folders for kind in ("*.py", "*.yaml") for file in sorted(folder.rglob(kind))]
+    return sources_hash(files, "".join(f"{name} {version(name)}" for name in ("torch", "diffusers")))
+
+
+def sources_hash(more: Iterable[Path] = (), known: str = "") -> str:
+    """Of everything the other stages depend on, and of `more`."""
     files = [
         ROOT / "CMakeLists.txt",
         *sorted((ROOT / "dcnv4_ext").rglob("*.py")),
@@ -495,8 +503,9 @@ def sources_hash() -> str:
         *(ROOT / "tests" / name for name in ("problems.py", "test_operator.py", "test_cuda_device.py")),
         ROOT / "tests" / "emulation" / "library.py",
         ROOT / "benchmarks" / "sanitized.py",
+        *more,
     ]
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(known.encode())
     for file in files:
         if file.is_file():
             digest.update(file.read_bytes())

@@ -469,11 +469,27 @@ def test_networks_are_measured_once_each_and_go_on(gpu, monkeypatch, tmp_path, c
     assert len(commands) == 5 and commands[4] == commands[1]
     assert json.loads(file.read_text())["measurements"].keys() == set(names)
     # Another build of the operator is measured anew, and a missing package is said.
-    monkeypatch.setattr(gpu, "sources_hash", lambda: "another")
+    monkeypatch.setattr(gpu, "sources_hash", lambda *more: "another")
     assert gpu.main(["--stages", "networks"]) == 0 and len(commands) == 9
     monkeypatch.setattr(gpu, "why_not", lambda *modules: "ModuleNotFoundError: No module named 'diffusers'")
     assert gpu.main(["--stages", "networks"]) == 0
     assert "left out needs packages that are not there: ModuleNotFoundError" in capsys.readouterr().out
+
+
+def test_networks_are_known_by_what_they_are_made_of(gpu, monkeypatch, tmp_path) -> None:
+    """Other configs, other code around the operator or another torch: their times are no longer these."""
+    for name in ("configs/a.yaml", "ldm_dcn/swap.py", "eval/throughput.py", "eval/kept.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    operator, seen = gpu.sources_hash(), [gpu.networks_hash()]
+    for name in ("configs/a.yaml", "ldm_dcn/swap.py", "eval/throughput.py"):
+        (tmp_path / name).write_text("2")
+        seen.append(gpu.networks_hash())
+    monkeypatch.setattr(gpu, "version", lambda name: "another")
+    seen.append(gpu.networks_hash())
+    (tmp_path / "eval" / "kept.json").write_text("2")
+    assert len(set(seen)) == 5 and gpu.networks_hash() == seen[-1] and gpu.sources_hash() == operator
 
 
 def test_the_official_operators_build_goes_on(gpu, monkeypatch, tmp_path) -> None:
