@@ -28,6 +28,7 @@ from ldm_dcn.export import load_model
 from ldm_dcn.model import Model
 from ldm_dcn.places import check_file_place
 from ldm_dcn.processes import Processes, joined_processes
+from ldm_dcn.run import ARITHMETIC
 from ldm_dcn.sampling import SAMPLERS
 
 from .columns import in_columns
@@ -146,7 +147,8 @@ class _Opened:
 
 def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: str | None = None,
              guidance: Sequence[float] = (1.0,), guidance_interval: tuple[float, float] = (0.0, 1.0),
-             sampler: str = "dpm++", steps: int = 50, seed: int = 0, num: int | None = None, labels: str = "auto", image_size: int | None = None, batch_size: int = 128,
+             guidance_rescale: float = 0.0, sampler: str = "dpm++", steps: int = 50, precision: str = "fp32", seed: int = 0,
+             num: int | None = None, labels: str = "auto", image_size: int | None = None, batch_size: int = 128,
              device: str = "cpu", save_statistics: Path | None = None, save_npz: Path | None = None,
              processes: Processes | None = None, progress: bool = True) -> Table | None:  # fmt: skip
     """Score `inputs` (runs, exports, folders, npz files) against `reference`; a run gives one column for each guidance.
@@ -192,7 +194,8 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
             name = model.name if names.count(model.name) == 1 else f"{model.name} step {model.step}"
             opened.sources.extend(
                 SampleSource(model, f"{name} g={scale:g}", chosen, count, label_rule=rule, guidance=scale,
-                             guidance_interval=tuple(guidance_interval), sampler=sampler, steps=steps, seed=seed) for scale in guidance)  # fmt: skip
+                             guidance_interval=tuple(guidance_interval), guidance_rescale=guidance_rescale, sampler=sampler,
+                             steps=steps, seed=seed, precision=precision) for scale in guidance)  # fmt: skip
         opened.check()
         return opened
 
@@ -347,7 +350,8 @@ def _column(name: str, images: Measured, real: Measured, scorer: FeatureExtracto
 
 
 def _real_columns(real: Measured, scorer: FeatureExtractor, device: str) -> list[Column]:
-    """Held-out images against the rest, and half against half: what a perfect model of the same size could reach."""
+    """Held-out images against the rest, and half against half: what a perfect model could reach with so many images, which are fewer than a
+    model's: its own numbers would be lower with as few as it is drawn with."""
     if real.features is None:
         return []
     labels = real.labels if real.labels is not None else torch.zeros(len(real.features), dtype=torch.int64)
@@ -389,8 +393,21 @@ def _parser() -> Parser:
         metavar=("LOW", "HIGH"),
         help="shares of the times, 0 being the data's end, between which guidance works (default: all)",
     )
+    parser.add_argument(
+        "--guidance-rescale",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="0 to 1: how much of the contrast that guidance adds is taken back (default: 0)",
+    )
     parser.add_argument("--sampler", default="dpm++", help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps (default: %(default)s)")
+    parser.add_argument(
+        "--precision",
+        choices=tuple(ARITHMETIC),
+        default="fp32",
+        help="what the network draws in (default: %(default)s)",
+    )
     parser.add_argument(
         "--seed", type=int, default=0, help="image i is drawn from seed + i (default: %(default)s)"
     )

@@ -92,6 +92,7 @@ class OnTheWay:
             sampler=settings.sampler,
             steps=settings.steps,
             seed=0,
+            precision=None,  # the run's own
         )
         measured = measure(
             source, self._scorer, batch_size=settings.batch_size, device=device, processes=processes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,11 @@ from ldm_dcn.cache_layout import is_cache, read_manifest
 from ldm_dcn.data import list_pictures, open_dataset
 from ldm_dcn.errors import UserError, one_line
 from ldm_dcn.images import UNREADABLE, BadImage, Images, broken, complaint
+from ldm_dcn.run import ARITHMETIC
 from ldm_dcn.sampling import generate
 
 from .moments import Statistics, read_statistics
-from .npz import npz_names, read_npz
+from .npz import map_npz, npz_names, read_npz
 
 if TYPE_CHECKING:
     from ldm_dcn.config import Config
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 # The classes of what is drawn: as many of each as the reference has; of each alike; at random. "auto" is the first where the
 # reference has classes, else the second.
 LABEL_RULES = ("auto", "reference", "balanced", "random")
+AT_ONCE = 256  # images of a file that are looked at together
 RUN_MARKS = ("config.yaml", "checkpoints", "model_index.json")  # as ldm_dcn.export.load_model
 
 
@@ -88,15 +91,15 @@ class NpzSource(Source):
     """`arr_0`: uint8 (N, H, W, 3 or 1), and perhaps labels `arr_1` (N,): the layout of ADM's evaluator."""
 
     def __init__(self, path: str) -> None:
-        arrays = read_npz(path, ("arr_0", "arr_1", "mu"))
-        if "arr_0" not in arrays:
-            if "mu" in arrays:
+        names = npz_names(path)
+        if "arr_0" not in names:
+            if "mu" in names:
                 raise UserError(f"{path} holds statistics and no images; give it as --reference")
             raise UserError(
-                f"{path} holds {', '.join(npz_names(path)) or 'nothing'} and no arr_0; "
+                f"{path} holds {', '.join(names) or 'nothing'} and no arr_0; "
                 "give an npz with images (N, H, W, 3) as arr_0"
             )
-        array, labels = arrays["arr_0"], arrays.get("arr_1")
+        array, labels = map_npz(path, "arr_0"), read_npz(path, ("arr_1",)).get("arr_1")
         _check_pixels(path, array)
         self.name = Path(path).stem
         self.tags = {"source": path}
@@ -110,7 +113,8 @@ class NpzSource(Source):
         return len(self._array)
 
     def read(self, start: int, stop: int, batch_size: int) -> Tensor:
-        return torch.from_numpy(self._array[start:stop]).permute(0, 3, 1, 2).contiguous()
+        # a copy of its own: what is mapped must not be written to
+        return torch.from_numpy(np.array(self._array[start:stop])).permute(0, 3, 1, 2).contiguous()
 
 
 class NoiseSource(Source):
@@ -141,7 +145,10 @@ class NoiseSource(Source):
 
 
 class SampleSource(Source):
-    """Images that a model draws when asked: image i from seed + i and labels[i]."""
+    """Images that a model draws when asked: image i from seed + i and labels[i].
+
+    precision  a key of `ARITHMETIC`, by autocast; None leaves it to the caller
+    """
 
     def __init__(
         self,
@@ -157,7 +164,10 @@ class SampleSource(Source):
         seed: int,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
+        precision: str | None = "fp32",
     ) -> None:
+        if precision is not None and precision not in ARITHMETIC:
+            raise UserError(f"precision {precision!r} is unknown; use one of {', '.join(ARITHMETIC)}")
         if model.denoiser.takes_text:
             raise UserError(
                 f"{model.name} draws from prompts, and eval.fid knows classes; draw with sample.py --npz and score that file"
@@ -173,7 +183,10 @@ class SampleSource(Source):
                      "uint8": "round(127.5 x + 127.5)", "run": model.name, "step": model.step, **model.tags}  # fmt: skip
         if guidance_rescale:
             self.tags["guidance_rescale"] = guidance_rescale
+        if precision is not None:
+            self.tags["precision"] = precision
         self._model, self._count, self._seed = model, count, seed
+        self._dtype = None if precision is None else ARITHMETIC[precision]
         self._settings = {
             "guidance": guidance,
             "guidance_interval": guidance_interval,
@@ -187,10 +200,13 @@ class SampleSource(Source):
 
     def read(self, start: int, stop: int, batch_size: int) -> Tensor:
         labels = None if self.labels is None else self.labels[start:stop]
+        device = self._model.denoiser.device.type
+        arithmetic = nullcontext() if self._dtype is None else torch.autocast(device, self._dtype)
         began = time.perf_counter()
         try:
-            images = generate(self._model, labels, range(self._seed + start, self._seed + stop), batch_size=batch_size,
-                              **self._settings)  # fmt: skip
+            with arithmetic:
+                images = generate(self._model, labels, range(self._seed + start, self._seed + stop), batch_size=batch_size,
+                                  **self._settings)  # fmt: skip
         except ValueError as error:  # pixels that are NaN or infinite
             raise UserError(f"{self.name}, images {start} to {stop - 1}: {one_line(error)}") from error
         # generate ends with the images on the CPU: nothing is left running
@@ -301,7 +317,8 @@ def _check_pixels(path: str, array: np.ndarray) -> None:
         raise UserError(
             f"{path}: arr_0 is {array.dtype} in [{array.min():g}, {array.max():g}]; it must be uint8 (N, H, W, 3) in 0..255"
         )
-    if array.max() <= 1:
+    some = (array[start : start + AT_ONCE] for start in range(0, len(array), AT_ONCE))
+    if all(images.max() <= 1 for images in some):  # of images: the first of them tell
         raise UserError(
             f"{path}: no value of arr_0 is above 1, as of images in [0, 1] cast to bytes; write 0..255"
         )

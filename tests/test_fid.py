@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,6 +22,8 @@ from eval.npz import AdmNpzWriter
 from eval.scores import extract, frechet_distance
 from ldm_dcn.data import open_dataset
 from ldm_dcn.errors import UserError
+from ldm_dcn.export import load_model
+from ldm_dcn.sampling import generate
 from programs import run, run_together
 
 
@@ -257,7 +260,7 @@ def test_the_digits_extractor_is_not_taken_for_other_images_unasked(tmp_path, ca
 
 
 def test_a_run_from_a_latent_cache_is_told_to_name_its_images(export, tmp_path, capsys):
-    from ldm_dcn.export import load_model, save_export
+    from ldm_dcn.export import save_export
 
     cache, run = tmp_path / "cache", tmp_path / "from_cache"
     (cache / "shards").mkdir(parents=True)
@@ -335,6 +338,31 @@ def test_a_run_is_drawn_from_once_for_each_guidance(export, capsys):
     assert again.columns[0].scores["fd"] == pytest.approx(
         first["scores"]["fd"], rel=1e-3
     )  # whatever the batch
+
+
+def test_a_run_may_be_drawn_in_fewer_bits_and_with_less_contrast(export, tmp_path, capsys):
+    """As sample.py's --precision and --guidance-rescale draw; the tags of a column say both."""
+    given = [str(export), "--num", "20", "--steps", "2", "--guidance", "3", "--json", str(tmp_path / "fid.json"),
+             "--save-npz", str(tmp_path)]  # fmt: skip
+    model, labels = load_model(str(export)), open_dataset("digits", image_size=32).labels
+    labels = labels[torch.arange(20) * len(labels) // 20]
+    for options, dtype, said in (
+        ([], None, {"precision": "fp32"}),
+        (["--precision", "bf16"], torch.bfloat16, {"precision": "bf16"}),
+        (["--guidance-rescale", "0.7"], None, {"precision": "fp32", "guidance_rescale": 0.7}),
+    ):
+        fid.main([*given, *options, "--device", "cpu"])
+        tags = json.loads((tmp_path / "fid.json").read_text())["columns"][0]["tags"]
+        assert {key: tags.get(key) for key in ("precision", "guidance_rescale")} == {
+            "guidance_rescale": None,
+            **said,
+        }
+        with nullcontext() if dtype is None else torch.autocast("cpu", dtype):
+            drawn = generate(model, labels, range(20), steps=2, guidance=3.0, guidance_rescale=said.get("guidance_rescale", 0.0))  # fmt: skip
+        kept = np.load(tmp_path / "untrained_g=3.npz")["arr_0"][..., 0]
+        assert np.array_equal(kept, drawn[:, 0].numpy()), options
+    with pytest.raises(UserError, match="precision 'int8' is unknown; use one of fp32, bf16, fp16"):
+        fid.evaluate([str(export)], num=20, precision="int8", progress=False)
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,26 @@ def test_scores_stand_beside_their_eight_tags(report) -> None:
     ] in rows["dcn"]
 
 
+@pytest.mark.parametrize(
+    ("own", "guidance", "sampler"),
+    [
+        ({}, "1.5", "dpm++, 20 steps"),
+        ({"precision": "fp32", "guidance_interval": [0.0, 1.0]}, "1.5", "dpm++, 20 steps"),
+        ({"precision": "bf16", "guidance_rescale": 0.7}, "1.5, rescaled by 0.7", "dpm++, 20 steps, bf16"),
+        (
+            {"guidance_interval": [0.2, 1.0], "guidance_rescale": 0.7},
+            "1.5, at 0.2 to 1 of the times, rescaled by 0.7",
+            "dpm++, 20 steps",
+        ),
+    ],
+)
+def test_tags_tell_what_is_not_usual(own, guidance, sampler) -> None:
+    """Files from before there was a choice state neither."""
+    column = {"tags": {"guidance": 1.5, "sampler": "dpm++", "sampler_steps": 20, **own}}
+    found = tags.tags_of_column({}, column)
+    assert (found["guidance"], found["sampler and steps"]) == (guidance, sampler)
+
+
 def test_pictures_lie_beside_the_page_and_are_those_in_it(report, runs) -> None:
     assert sorted(file.name for file in report.glob("*.png")) == [
         "offsets_dcn.png",

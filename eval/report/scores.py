@@ -9,7 +9,7 @@ from . import plots
 from .inputs import Column, Run, Scores, command_of, is_number, machine_of
 from .markup import Markup, joined, tag
 from .page import NOT_MEASURED, NOT_STATED, figure, missing, table
-from .tags import DOES_NOT_APPLY, TAGS, tag_cells, tags_of_column
+from .tags import DOES_NOT_APPLY, TAGS, in_precision, tag_cells, tags_of_column
 
 SCORES = (
     ("sfd", "{:.4g}"),
@@ -102,9 +102,8 @@ def quality(files: Sequence[Scores]) -> Markup:
             )
             key = (content.metric, *same, machine_of(content.environment))
             run = str(column.tags.get("run") or column.name)
-            name = (
-                f"{run}, guidance {tags['guidance'] or NOT_STATED}, {column.tags.get('sampler', NOT_STATED)}"
-            )
+            sampler = f"{column.tags.get('sampler', NOT_STATED)}{in_precision(column.tags)}"
+            name = f"{run}, guidance {tags['guidance'] or NOT_STATED}, {sampler}"
             steps = column.tags.get("sampler_steps")
             about = NOT_STATED if steps is None else f"{steps} steps"
             charts.setdefault(key, {}).setdefault(name, []).append((speed, distance, about))

@@ -13,6 +13,7 @@ from . import plots
 from .inputs import command_of, environments, machine_of
 from .markup import Markup, joined, tag
 from .page import LIGHT, data_uri, figure, missing, table
+from .tags import beside_guidance, in_precision
 
 Runs = dict[str, list[dict[str, Any]]]  # of variants, by their labels
 
@@ -74,12 +75,14 @@ def _speed_settings(content: dict[str, Any]) -> str:
 
 
 def _tags(study: Study, content: dict[str, Any]) -> str:
-    """What all distances of the study depend on, beside the guidance."""
+    """What all distances of the study depend on, beside the scale of guidance."""
     run, scoring = content["runs"][0], study.scoring
+    guidance = beside_guidance(run["tags"])
     return (
         f"{run['metric']}, extractor {run['extractor']['name']} (weights {run['extractor']['weights']}, resize "
         f"{run['extractor']['resize']}), N {run['tags']['N']}, reference {run['reference'].get('source')}, {scoring.sampler} "
-        f"{scoring.steps} steps, sampling seed {scoring.seed}, {run['tags']['weights']}"
+        f"{scoring.steps} steps{in_precision(run['tags'])}, sampling seed {scoring.seed}, {run['tags']['weights']}"
+        f"{f', guidance{guidance[1:]}' if guidance else ''}"
     )
 
 

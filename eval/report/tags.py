@@ -76,12 +76,15 @@ def tag_cells(tags: Mapping[str, str | None]) -> list[object]:
 
 
 def _guidance(tags: Mapping[str, Any]) -> str | None:
-    scale, interval = tags.get("guidance"), tags.get("guidance_interval")
-    if scale is None:
-        return None
-    if not isinstance(interval, list) or len(interval) != 2 or interval == [0, 1]:
-        return _short(scale)
-    return f"{_short(scale)}, at {_short(interval[0])} to {_short(interval[1])} of the times"
+    return None if tags.get("guidance") is None else f"{_short(tags['guidance'])}{beside_guidance(tags)}"
+
+
+def beside_guidance(tags: Mapping[str, Any]) -> str:
+    """Where guidance works and what is taken back of it, as far as that is not everywhere and nothing."""
+    interval, rescale = tags.get("guidance_interval"), tags.get("guidance_rescale")
+    partial = isinstance(interval, list) and len(interval) == 2 and interval != [0, 1]
+    times = f", at {_short(interval[0])} to {_short(interval[1])} of the times" if partial else ""
+    return f"{times}, rescaled by {_short(rescale)}" if rescale else times
 
 
 def _short(value: Any) -> str:
@@ -91,7 +94,13 @@ def _short(value: Any) -> str:
 def _sampler(tags: Mapping[str, Any]) -> str | None:
     if tags.get("sampler") is None or tags.get("sampler_steps") is None:
         return None
-    return f"{tags['sampler']}, {tags['sampler_steps']} steps"
+    return f"{tags['sampler']}, {tags['sampler_steps']} steps{in_precision(tags)}"
+
+
+def in_precision(tags: Mapping[str, Any]) -> str:
+    """What images were drawn in, where it is not fp32: files from before there was a choice do not state it."""
+    precision = tags.get("precision") or "fp32"
+    return "" if precision == "fp32" else f", {precision}"
 
 
 def _reference(about: Mapping[str, Any]) -> str | None:
