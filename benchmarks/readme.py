@@ -33,6 +33,7 @@ def scores(results: dict[str, Any]) -> str:
     """The table of `eval.fid`: a column each set of images."""
     columns = results["columns"]
     rows = [["", *(column["name"] for column in columns)]]
+    rows.append(["images", *(f"{column['tags']['N']:,}" for column in columns)])
     for title, key, form in SCORES:
         cells = (form.format(c["scores"][key]) if key in c["scores"] else "-" for c in columns)
         rows.append([title.format(metric=results["metric"], kid=results["names"]["kid_x1000"]), *cells])

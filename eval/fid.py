@@ -350,8 +350,8 @@ def _column(name: str, images: Measured, real: Measured, scorer: FeatureExtracto
 
 
 def _real_columns(real: Measured, scorer: FeatureExtractor, device: str) -> list[Column]:
-    """Held-out images against the rest, and half against half: what a perfect model could reach with so many images, which are fewer than a
-    model's: its own numbers would be lower with as few as it is drawn with."""
+    """Held-out images against the rest, and half against half: what a perfect model would reach with so few images on either side.
+    Distances fall as images are added: a model that is drawn more often may score below them."""
     if real.features is None:
         return []
     labels = real.labels if real.labels is not None else torch.zeros(len(real.features), dtype=torch.int64)
