@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import re
 import shutil
 import sys
 
@@ -58,16 +59,25 @@ def _cuda_lines() -> list[str]:
 
 
 def _fit(built: str, major: int, minor: int) -> str:
-    """Whether code of the architectures in `built` ("80-real 90-virtual") runs on a GPU of this capability."""
+    """Whether code of the architectures in `built` ("sm_80 sm_90a compute_90") runs on a GPU of this capability."""
+    entries = re.findall(r"(sm|compute)_(\d+)([af]?)", built)
+    if len(entries) < len(built.split()):  # CMake's "native" or "all"
+        return "what the build chose; a call tells whether it runs"
     wanted = 10 * major + minor
-    entries = [entry.partition("-") for entry in built.split()]
-    binary = [int(number) for number, _, kind in entries if kind != "virtual" and number.isdigit()]
-    portable = [int(number) for number, _, kind in entries if kind != "real" and number.isdigit()]
-    if any(number // 10 == major and number <= wanted for number in binary):
+    fitting = {kind for kind, number, suffix in entries if _runs(kind, int(number), suffix, wanted)}
+    if "sm" in fitting:
         return "runs this build's code"
-    if any(number <= wanted for number in portable):
+    if "compute" in fitting:
         return "runs this build's PTX, compiled by the driver at first use"
     return f"no code for it; rebuild with `CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES={major}{minor} {native.BUILD_COMMAND}`"
+
+
+def _runs(kind: str, number: int, suffix: str, wanted: int) -> bool:
+    """Machine code runs on its own and later minor versions, PTX on later major ones too; "a" runs on its own alone, "f" as machine
+    code does (CUDA C++ Programming Guide, compute capabilities)."""
+    if suffix == "a" or number > wanted:
+        return number == wanted
+    return number // 10 == wanted // 10 or (kind, suffix) == ("compute", "")
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from dcnv4_ext import native
-from dcnv4_ext.__main__ import main
+from dcnv4_ext.__main__ import _fit, main
 from tiny import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -56,6 +56,40 @@ def test_why_there_is_no_cuda_library_is_told(
     printed = capsys.readouterr().out
     assert "not built: the build found no nvcc, or was given DCNV4_CUDA=OFF" in printed
     assert f"{mend} `{native.BUILD_COMMAND}` in the project's folder, without DCNV4_CUDA=OFF" in printed
+
+
+CODE, PTX, NONE = "runs this build's code", "runs this build's PTX", "no code for it; rebuild with"
+
+
+@pytest.mark.parametrize(
+    ("built", "gpu", "told"),
+    [
+        ("sm_80 sm_90 compute_90", (8, 0), CODE),
+        ("sm_80 sm_90 compute_90", (8, 9), CODE),
+        ("sm_80 sm_90 compute_90", (9, 0), CODE),
+        ("sm_80 sm_90 compute_90", (12, 0), PTX),
+        ("sm_80 sm_90 compute_90", (7, 5), NONE),
+        ("sm_90a", (9, 0), CODE),
+        ("sm_100a compute_100a", (10, 0), CODE),
+        ("sm_100a compute_100a", (10, 3), NONE),
+        ("sm_100f compute_100f", (10, 3), CODE),
+        ("sm_100f compute_100f", (12, 0), NONE),
+        ("sm_89", (8, 6), NONE),
+        ("compute_75", (8, 6), PTX),
+        ("sm_native compute_native", (8, 6), "what the build chose"),
+    ],
+)
+def test_which_gpus_a_build_has_code_for(built: str, gpu: tuple[int, int], told: str) -> None:
+    assert _fit(built, *gpu).startswith(told)
+
+
+def test_the_library_names_architectures_as_they_are_read() -> None:
+    if native.library_file("cuda") is None:
+        pytest.skip("no CUDA library is built here")
+    built = native.cuda().dcnv4_cuda_architectures().decode()
+    assert built
+    for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", built):
+        assert _fit(built, int(major), int(minor)).startswith(CODE if kind == "sm" else (CODE, PTX)), built
 
 
 @pytest.mark.parametrize("python", [OLDEST, "3.11", "3.12", "3.13"])
