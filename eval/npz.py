@@ -6,8 +6,11 @@ ADM's layout is `arr_0`: uint8 (N, H, W, 3), `arr_1`: labels (N,), uncompressed.
 
 from __future__ import annotations
 
+import math
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +20,45 @@ from torch import Tensor
 
 from ldm_dcn.errors import UserError
 
+CHUNK = 2**24  # bytes read at once
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
 
 def read_npz(path: str, wanted: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Those of the `wanted` arrays that an npz holds, and no code. Raises `UserError` for what is not a whole npz."""
     with _opened(path) as file:
         return {name: file[name] for name in wanted if name in file.files}
+
+
+def map_npz(path: str, name: str) -> np.ndarray:
+    """The array `name` of an npz, which has it, for reading: in a memory map where it is stored as it is, as ADM's are; else in memory.
+
+    Raises `UserError` as `read_npz` does: the file is read through once, so that its checksum is looked at.
+    """
+    with _opened(path) as file:
+        member = file.zip.getinfo(f"{name}.npy" if f"{name}.npy" in file.zip.namelist() else name)
+        if member.compress_type != zipfile.ZIP_STORED:
+            return file[name]
+        with file.zip.open(member) as bytes_:
+            version = np.lib.format.read_magic(bytes_)
+            if version not in HEADERS:
+                return file[name]
+            shape, fortran, dtype = HEADERS[version](bytes_)
+            header = bytes_.tell()
+            while bytes_.read(CHUNK):  # raises BadZipFile where the checksum differs
+                pass
+        if dtype.hasobject or header + math.prod(shape) * dtype.itemsize != member.file_size or 0 in shape:
+            return file[name]  # or the error that it is
+        start = _data_start(path, member) + header
+        return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
+
+
+def _data_start(path: str, member: zipfile.ZipInfo) -> int:
+    """Where in the file the bytes of `member` begin: after its local header, 30 bytes, a name and extra fields (APPNOTE 4.3.7)."""
+    with open(path, "rb") as file:
+        file.seek(member.header_offset + 26)
+        lengths = struct.unpack("<HH", file.read(4))
+    return member.header_offset + 30 + sum(lengths)
 
 
 def npz_names(path: str) -> list[str]:
@@ -40,7 +77,7 @@ def _opened(path: str) -> Iterator[np.lib.npyio.NpzFile]:
             yield file
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give an npz, a folder of images, or a run") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:160]
         raise UserError(f"{path} cannot be read as npz ({reason}); write it again") from error
 

@@ -317,8 +317,8 @@ def _check_pixels(path: str, array: np.ndarray) -> None:
         raise UserError(
             f"{path}: arr_0 is {array.dtype} in [{array.min():g}, {array.max():g}]; it must be uint8 (N, H, W, 3) in 0..255"
         )
-    some = (array[start : start + AT_ONCE] for start in range(0, len(array), AT_ONCE))
-    if all(images.max() <= 1 for images in some):  # of images: the first of them tell
+    parts = (array[start : start + AT_ONCE] for start in range(0, len(array), AT_ONCE))
+    if all(part.max() <= 1 for part in parts):  # where all is well, the first one says so
         raise UserError(
             f"{path}: no value of arr_0 is above 1, as of images in [0, 1] cast to bytes; write 0..255"
         )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import fid, measurement, sources
+from eval import fid, measurement, npz, sources
 from eval.extractors import load_extractor
 from eval.features import FeatureExtractor
 from eval.moments import Moments
@@ -655,6 +655,32 @@ def test_written_npz_is_read_as_adm_reads(tmp_path, digits):
     with pytest.raises(RuntimeError), AdmNpzWriter(tmp_path / "broken.npz", 20, 32, 32):
         raise RuntimeError("stopped")
     assert not list(tmp_path.glob("broken*"))
+
+
+def test_images_that_are_stored_as_they_are_stay_on_disk(tmp_path):
+    """50,000 images of 256x256 are 9.8 GB, for each process."""
+    images = colours(300, 0).permute(0, 2, 3, 1).numpy()
+    stored, compressed, turned = (
+        str(tmp_path / f"{name}.npz") for name in ("stored", "compressed", "turned")
+    )
+    np.savez(stored, arr_0=images, arr_1=np.arange(300))
+    np.savez_compressed(compressed, arr_0=images, arr_1=np.arange(300))
+    np.savez(turned, arr_0=np.asfortranarray(images))
+    for path, mapped in ((stored, True), (turned, True), (compressed, False)):
+        array = npz.map_npz(path, "arr_0")
+        assert isinstance(array, np.memmap) == mapped and np.array_equal(array, images), path
+        source = sources.NpzSource(path)
+        part = source.read(290, 300, 5)
+        assert np.array_equal(part.permute(0, 2, 3, 1), images[290:])
+        part.zero_()  # the reader's own
+        assert np.array_equal(source.read(290, 300, 5).permute(0, 2, 3, 1), images[290:])
+        whole = Path(path).read_bytes()
+        for place in (2_000, len(whole) // 2):  # in what is read at once, and later
+            Path(path).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            with pytest.raises(UserError, match=rf"{path} cannot be read as npz"):
+                sources.NpzSource(path)
+        Path(path).write_bytes(whole)
+    assert sources.NpzSource(stored).labels.tolist() == list(range(300))
 
 
 @pytest.mark.parametrize("option", ["--json", "--save-statistics"])
