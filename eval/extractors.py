@@ -3,6 +3,7 @@
     digits                        the shipped classifier of handwritten digits, 64 features
     classifier:FILE               a classifier that `eval.make_photographs_classifier` wrote, 64 features
     inception:WEIGHTS             the standard FID Inception, 2048 features, from its well-known weights file
+    pytorch-fid:WEIGHTS           the same network, to which images come as in pytorch-fid and U-ViT: resized by torch's rule
     import:PACKAGE.MODULE:FACTORY what FACTORY() returns: a module, or a callable, from uint8 (N, c, H, W) to (N, d)
     torchscript:FILE              a TorchScript module, the same contract
 
@@ -28,7 +29,7 @@ from ldm_dcn.files import hash_file
 from .classifiers import DIGITS_FILE, DigitsClassifier, SmallClassifier
 from .features import FeatureExtractor
 
-KINDS = "digits, classifier:FILE, inception:WEIGHTS, import:PACKAGE.MODULE:FACTORY or torchscript:FILE"
+KINDS = "digits, classifier:FILE, inception:WEIGHTS, pytorch-fid:WEIGHTS, import:PACKAGE.MODULE:FACTORY or torchscript:FILE"
 
 
 class ForeignExtractor(FeatureExtractor):
@@ -75,10 +76,10 @@ def load_extractor(spec: str, device: str | torch.device = "cpu") -> FeatureExtr
         extractor = _load_digits(DIGITS_FILE)
     elif kind == "classifier" and rest:
         extractor = _load_classifier(rest)
-    elif kind == "inception" and rest:
+    elif kind in ("inception", "pytorch-fid") and rest:
         from .inception import load_inception
 
-        extractor = load_inception(rest)
+        extractor = load_inception(rest, by_torch=kind == "pytorch-fid")
     elif kind == "import" and rest.count(":") == 1:
         extractor = _load_import(*rest.split(":"))
     elif kind == "torchscript" and rest:

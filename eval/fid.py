@@ -26,7 +26,7 @@ from ldm_dcn.data import rank_in_class, split_indices
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.export import load_model
 from ldm_dcn.model import Model
-from ldm_dcn.places import check_file_place
+from ldm_dcn.places import check_file_place, check_folder_place
 from ldm_dcn.processes import Processes, joined_processes
 from ldm_dcn.run import ARITHMETIC
 from ldm_dcn.sampling import SAMPLERS
@@ -166,6 +166,11 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
     device = processes.device or device
     if not inputs and save_statistics is None:
         raise UserError("there is nothing to score; give a run, a folder of images or an npz file")
+    if save_statistics is not None and not save_statistics.name.endswith(".npz"):
+        raise UserError(
+            f"--save-statistics {save_statistics} does not end in .npz, by which --reference knows statistics from folders; give "
+            f"{save_statistics}.npz"
+        )
     for option, value, least in (("--samples", num, FEWEST), ("--batch-size", batch_size, 1)):
         if value is not None and value < least:
             raise UserError(f"{option} is {value}, too few; give at least {least}")
@@ -197,6 +202,9 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
                              guidance_interval=tuple(guidance_interval), guidance_rescale=guidance_rescale, sampler=sampler,
                              steps=steps, seed=seed, precision=precision) for scale in guidance)  # fmt: skip
         opened.check()
+        for file in _file_names(save_npz, opened.sources) if processes.is_first else ():
+            if file is not None:
+                check_file_place(file, "choose another folder with --save-npz")
         return opened
 
     opened = processes.together(open_all)
@@ -310,6 +318,7 @@ def _about_reference(opened: _Opened, real: Measured, nearest_in_pixels: bool) -
         said = opened.statistics.said
         about = {"statistics": opened.statistics.path, "of": said.get("source"), "images": said.get("n", "not stated"),
                  "made with": said.get("extractor", "an extractor that the file does not state"),
+                 "resize": said.get("resize", "not stated"),
                  "dataset_hash": said.get("dataset_hash")}  # fmt: skip
     if opened.reference is not None:
         channels, height, width = opened.reference.shape
@@ -456,6 +465,8 @@ def main(arguments: list[str] | None = None) -> None:
                 ):
                     if place:
                         check_file_place(Path(place), f"choose another place with {option}")
+                if options["save_npz"]:
+                    check_folder_place(options["save_npz"], "choose another place with --save-npz")
             table = evaluate(**options, processes=processes)
         except UserError:
             if processes.is_first:

@@ -6,6 +6,8 @@ Sources: Szegedy et al. 2015 (arXiv 1512.00567) for the blocks; pytorch-fid and 
 
 The file is `weights-inception-2015-12-05-6726825d.pth` (torch-fidelity) or `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid):
 the same bytes under two names. `tests/peers/inception_equality.py` compares the network with torch-fidelity's.
+
+pytorch-fid, and U-ViT's protocol with it, brings images to the network by torch's rule and range instead: `Inception(by_torch=True)`.
 """
 
 from __future__ import annotations
@@ -37,11 +39,12 @@ class Inception(FeatureExtractor):
     name = "inception-2015-12-05"
     num_features = 2048
     num_spatial = SPATIAL_SIDE**2 * SPATIAL_CHANNELS
-    resize = "TF1 bilinear to 299x299"
     at_once = 32  # 299x299 maps of a larger batch would take GBs
 
-    def __init__(self) -> None:
+    def __init__(self, by_torch: bool = False) -> None:
         super().__init__()
+        self.by_torch = by_torch
+        self.resize = "torch bilinear to 299x299" if by_torch else "TF1 bilinear to 299x299"
         self.fingerprint = "untrained"
         self.Conv2d_1a_3x3 = _Unit(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = _Unit(32, 32, 3)
@@ -80,7 +83,10 @@ class Inception(FeatureExtractor):
 
     def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = images.to(self.fc.weight.dtype).expand(-1, 3, -1, -1)
-        x = (tf1_bilinear(x, SIDE) - 128) / 128
+        if self.by_torch:
+            x = 2 * F.interpolate(x / 255, size=(SIDE, SIDE), mode="bilinear", align_corners=False) - 1
+        else:
+            x = (tf1_bilinear(x, SIDE) - 128) / 128
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
@@ -92,7 +98,7 @@ class Inception(FeatureExtractor):
         return x.mean(dim=(2, 3)), spatial
 
 
-def load_inception(path: str | os.PathLike[str], sha256: str = SHA256) -> Inception:
+def load_inception(path: str | os.PathLike[str], sha256: str = SHA256, by_torch: bool = False) -> Inception:
     """The network with the weights of file `path`, whose sha256 must be `sha256` or start with it.
 
     Raises `UserError` for a file that is missing, damaged or another one; it is read as data only.
@@ -109,7 +115,7 @@ def load_inception(path: str | os.PathLike[str], sha256: str = SHA256) -> Incept
             f"{path} is not the FID Inception: its sha256 starts with {digest[:8]}, not {sha256[:8]}; "
             "download weights-inception-2015-12-05-6726825d.pth again"
         )
-    network = Inception()
+    network = Inception(by_torch)
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:

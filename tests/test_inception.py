@@ -57,6 +57,23 @@ def test_features_do_not_depend_on_batch_or_colour_layout(weights):
         network(grey.float())
 
 
+def test_images_come_as_in_pytorch_fid_where_that_is_asked_for(weights):
+    """Half-pixel centres and [-1, 1] instead of TensorFlow's corners and (v - 128) / 128; the features differ, and the tag says why."""
+    ours, theirs = load_inception(weights, ""), load_inception(weights, "", by_torch=True)
+    images = torch.randint(
+        0, 256, (1, 3, 40, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)
+    )
+    seen = []
+    theirs.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        assert not torch.allclose(ours(images), theirs(images), rtol=1e-3, atol=0)
+    x = torch.nn.functional.interpolate(images.float() / 255, size=(299, 299), mode="bilinear")
+    torch.testing.assert_close(seen[0].contiguous(), 2 * x - 1)
+    assert (ours.resize, theirs.resize) == ("TF1 bilinear to 299x299", "torch bilinear to 299x299")
+    with pytest.raises(UserError, match="6726825d"):
+        load_extractor(f"pytorch-fid:{weights}")
+
+
 def test_spatial_features_and_logits_are_those_of_adm(weights):
     network = load_inception(weights, "")
     images = torch.randint(
