@@ -24,8 +24,6 @@ import torch
 from ldm_dcn.cache_layout import is_cache
 from ldm_dcn.data import rank_in_class, split_indices
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
-from ldm_dcn.export import load_model
-from ldm_dcn.model import Model
 from ldm_dcn.places import check_file_place, check_folder_place
 from ldm_dcn.processes import Processes, joined_processes
 from ldm_dcn.run import ARITHMETIC
@@ -57,6 +55,7 @@ from .sources import (
     open_file_or_folder,
     open_reference,
 )
+from .stored_models import StoredModel, StoredModels
 
 DEFAULT_EXTRACTOR = "digits"  # and the default reference beside it
 MOST_VALUES = 4096  # values an image, up to which nearest neighbours are looked for among pixels, above it among features
@@ -175,9 +174,11 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
         if value is not None and value < least:
             raise UserError(f"{option} is {value}, too few; give at least {least}")
 
+    stored = StoredModels(device)
+
     def open_all() -> _Opened:
         scorer = load_extractor(extractor or DEFAULT_EXTRACTOR, device)
-        models = {path: load_model(path, device=device) for path in inputs if is_run(path)}
+        models = {path: stored.open(path) for path in inputs if is_run(path)}
         real, statistics = _open_reference(
             reference, next(iter(models.values()), None), extractor, image_size
         )
@@ -231,6 +232,7 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
         images = measured(source, file)
         if images is not None:  # the first process scores while the others draw on
             columns.append(_column(source.name, images, real, opened.scorer, source.tags, device))
+    stored.release()
     if opened.sources:
         source = NoiseSource(
             min(opened.reference_size, MOST_NOISE), (opened.reference or opened.sources[0]).shape
@@ -265,7 +267,7 @@ def _channels(extractor: str | None) -> int:
 
 
 def _open_reference(
-    reference: str | None, model: Model | None, extractor: str | None, image_size: int | None
+    reference: str | None, model: StoredModel | None, extractor: str | None, image_size: int | None
 ) -> tuple[Source | None, Statistics | None]:
     if model is not None:
         data = model.config.get("data", {})
@@ -343,9 +345,11 @@ def _column(name: str, images: Measured, real: Measured, scorer: FeatureExtracto
             features.values, real.features.values, device
         )
         if images.pixels is not None and real.pixels is not None:
-            scores["nearest_neighbour"] = nearest_neighbour_distance(images.pixels, real.pixels)
+            scores["nearest_neighbour"] = nearest_neighbour_distance(images.pixels, real.pixels, device)
         elif real.pixels is None:
-            scores["nearest_neighbour"] = nearest_neighbour_distance(features.values, real.features.values)
+            scores["nearest_neighbour"] = nearest_neighbour_distance(
+                features.values, real.features.values, device
+            )
     if features.logits is not None:
         scores["inception_score"] = inception_score(features.logits)
         known = images.labels is not None and int(images.labels.max()) < features.logits.shape[1]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ldm_dcn.errors import UserError
+from ldm_dcn.files import replacing
 
 from .features import FeatureExtractor
 from .metrics import image_metric
@@ -138,8 +139,7 @@ def save_statistics(path: Path, moments: Moments, spatial: Moments | None, said:
     if spatial is not None:
         arrays |= {"mu_s": spatial.mean.numpy(), "sigma_s": spatial.covariance.numpy()}
     arrays |= {key: np.asarray(said[key]) for key in SAID if said.get(key) is not None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:  # np.savez would add a suffix to a name it does not like
+    with replacing(path) as file:
         np.savez(file, **arrays)
 
 

@@ -20,10 +20,11 @@ from ldm_dcn.data import list_pictures, open_dataset
 from ldm_dcn.errors import UserError, one_line
 from ldm_dcn.images import UNREADABLE, BadImage, Images, broken, complaint
 from ldm_dcn.run import ARITHMETIC
-from ldm_dcn.sampling import generate
+from ldm_dcn.sampling import check_guidance, check_sampler, check_steps, generate
 
 from .moments import Statistics, read_statistics
 from .npz import map_npz, npz_names, read_npz
+from .stored_models import StoredModel
 
 if TYPE_CHECKING:
     from ldm_dcn.config import Config
@@ -152,7 +153,7 @@ class SampleSource(Source):
 
     def __init__(
         self,
-        model: Model,
+        model: Model | StoredModel,
         name: str,
         labels: Tensor | None,
         count: int,
@@ -168,7 +169,10 @@ class SampleSource(Source):
     ) -> None:
         if precision is not None and precision not in ARITHMETIC:
             raise UserError(f"precision {precision!r} is unknown; use one of {', '.join(ARITHMETIC)}")
-        if model.denoiser.takes_text:
+        check_guidance(guidance, guidance_interval, guidance_rescale)
+        check_sampler(sampler)
+        check_steps(steps, model.schedule)
+        if model.text_encoder is not None:
             raise UserError(
                 f"{model.name} draws from prompts, and eval.fid knows classes; draw with sample.py --npz and score that file"
             )
@@ -200,12 +204,13 @@ class SampleSource(Source):
 
     def read(self, start: int, stop: int, batch_size: int) -> Tensor:
         labels = None if self.labels is None else self.labels[start:stop]
-        device = self._model.denoiser.device.type
+        model = self._model.load() if isinstance(self._model, StoredModel) else self._model
+        device = model.denoiser.device.type
         arithmetic = nullcontext() if self._dtype is None else torch.autocast(device, self._dtype)
         began = time.perf_counter()
         try:
             with arithmetic:
-                images = generate(self._model, labels, range(self._seed + start, self._seed + stop), batch_size=batch_size,
+                images = generate(model, labels, range(self._seed + start, self._seed + stop), batch_size=batch_size,
                                   **self._settings)  # fmt: skip
         except ValueError as error:  # pixels that are NaN or infinite
             raise UserError(f"{self.name}, images {start} to {stop - 1}: {one_line(error)}") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import weakref
 import zipfile
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -14,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import fid, measurement, npz, sources
+from eval import fid, measurement, npz, sources, stored_models
 from eval.extractors import load_extractor
 from eval.features import FeatureExtractor
 from eval.moments import Moments
@@ -365,6 +367,90 @@ def test_a_run_may_be_drawn_in_fewer_bits_and_with_less_contrast(export, tmp_pat
         fid.evaluate([str(export)], num=20, precision="int8", progress=False)
 
 
+@pytest.fixture
+def exports(export, tmp_path) -> dict[str, Path]:
+    """Three exports of one run: two of one step that are averaged otherwise, and a later one."""
+    from ldm_dcn.export import load_model, save_export
+
+    folders = {}
+    for name, step, weights in (("narrow", 7, "EMA 0.05"), ("wide", 7, "EMA 0.1"), ("later", 9, "EMA 0.05")):
+        model = load_model(export)
+        with torch.no_grad():
+            next(model.denoiser.parameters()).add_(len(folders))
+        model.step, model.tags = step, {"weights": weights}
+        folders[name] = tmp_path / "of_one_run" / name
+        save_export(folders[name], model)
+    return folders
+
+
+def test_models_are_on_the_device_one_at_a_time(exports, monkeypatch):
+    loaded, load = [], stored_models.load_denoiser
+
+    def watched(*arguments):
+        assert all(network() is None for network in loaded)  # the one before is gone
+        network = load(*arguments)
+        loaded.append(weakref.ref(network))
+        return network
+
+    settings = {"num": 20, "steps": 1, "guidance": (1.0, 2.0), "progress": False}
+    alone = [fid.evaluate([str(path)], **settings).columns[:2] for path in exports.values()]
+    monkeypatch.setattr(stored_models, "load_denoiser", watched)
+    together = fid.evaluate([str(path) for path in exports.values()], **settings)
+    assert len(loaded) == 3  # each once, for both of its columns
+    for column, expected in zip(together.columns, sum(alone, []), strict=False):
+        for one in (column.scores, expected.scores):
+            del one["images_per_second"]
+        assert column.scores == expected.scores and column.tags == expected.tags
+
+
+def test_exports_that_cannot_be_drawn_from_are_seen_before_anything_is_measured(
+    exports, tmp_path, monkeypatch
+):
+    def cut(name: str, file: str) -> Path:
+        shutil.copytree(exports["later"], tmp_path / name)
+        weights = tmp_path / name / file
+        weights.write_bytes(weights.read_bytes()[:-8])
+        return tmp_path / name
+
+    measured = []
+    monkeypatch.setattr(fid, "measure", lambda *_, **__: measured.append(1))
+    damaged, unlisted = (
+        cut(name, "unet/diffusion_pytorch_model.safetensors") for name in ("cut", "unlisted")
+    )
+    (unlisted / "manifest.json").unlink()  # as of a copy that was stripped of it
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(exports["later"], elsewhere)
+    (elsewhere / "manifest.json").unlink()
+    (elsewhere / "autoencoder.json").write_text(json.dumps({"spec": "/not/here", "fingerprint": {}}))
+    for path, reason in (
+        (damaged, "bytes instead of"),
+        (unlisted, "cannot load a U-Net"),
+        (elsewhere, "/not/here"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            fid.evaluate([str(exports["narrow"]), str(path)], num=20, progress=False)
+    assert not measured
+
+
+def test_an_export_that_is_replaced_meanwhile_is_not_taken_for_itself(exports, monkeypatch):
+    """As that of a run that goes on."""
+    from ldm_dcn.export import load_model, save_export
+
+    model, measure = load_model(exports["later"]), fid.measure
+    model.step = 11
+
+    def measure_and_replace(source, *arguments, **settings):
+        measured = measure(source, *arguments, **settings)
+        save_export(exports["later"], model)
+        return measured
+
+    monkeypatch.setattr(fid, "measure", measure_and_replace)
+    with pytest.raises(
+        UserError, match=r"later was written again .* \(step 9, now 11\); score an export that stays"
+    ):
+        fid.evaluate([str(exports["narrow"]), str(exports["later"])], num=20, steps=1, progress=False)
+
+
 @pytest.mark.parametrize(
     "mistake", ["no run", "two sizes", "8 images", "no arr_0", "NaN", "other extractor", "cut weights"]
 )
@@ -683,15 +769,54 @@ def test_images_that_are_stored_as_they_are_stay_on_disk(tmp_path):
     assert sources.NpzSource(stored).labels.tolist() == list(range(300))
 
 
-@pytest.mark.parametrize("option", ["--json", "--save-statistics"])
+@pytest.mark.parametrize("option", ["--json", "--save-statistics", "--save-npz"])
 def test_a_place_that_cannot_be_written_is_seen_before_anything_is_drawn(
     export, tmp_path, capsys, monkeypatch, option
 ):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(fid, "evaluate", lambda *_, **__: pytest.fail("something was drawn"))
     with pytest.raises(SystemExit) as ended:
-        fid.main([str(export), option, str(tmp_path / "file" / "scores.json")])
+        fid.main([str(export), option, str(tmp_path / "file" / "scores.npz")])
     text = capsys.readouterr().err
     assert (
-        ended.value.code == 2 and f"choose another place with {option}" in text and "file/scores.json" in text
+        ended.value.code == 2 and f"choose another place with {option}" in text and "file/scores.npz" in text
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"save_npz": Path("kept")},
+            r"kept/untrained_g=1\.npz is a folder; choose another folder with --save-npz",
+        ),
+        ({"guidance_rescale": 7.0}, "guidance rescale 7.0: give a share"),
+        ({"sampler": "plms"}, "sampler 'plms' is unknown"),
+        ({"steps": 1001}, "1001 sampling steps were asked for; use 1 to 1000"),
+    ],
+)
+def test_what_cannot_be_drawn_or_kept_is_seen_before_the_reference_is_read(
+    export, tmp_path, monkeypatch, settings, said
+):
+    monkeypatch.chdir(tmp_path)
+    Path("kept", "untrained_g=1.npz").mkdir(parents=True)
+    monkeypatch.setattr(fid, "measure", lambda *_, **__: pytest.fail("something was measured"))
+    with pytest.raises(UserError, match=said):
+        fid.evaluate([str(export)], num=20, progress=False, **settings)
+
+
+def test_statistics_are_kept_where_they_are_read_again(tmp_path, monkeypatch):
+    """`--reference ref` would be a folder; and what is there stays where writing fails."""
+    with pytest.raises(UserError, match=r"does not end in \.npz, .*; give .*ref\.npz$"):
+        fid.evaluate([], save_statistics=tmp_path / "ref", progress=False)
+    file = tmp_path / "ref.npz"
+    file.write_text("precious")
+
+    def fail(file, **_):
+        file.write(b"PK")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(OSError, match="No space"):
+        fid.evaluate([], save_statistics=file, progress=False)
+    assert file.read_text() == "precious" and list(tmp_path.iterdir()) == [file]
