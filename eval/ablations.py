@@ -189,7 +189,7 @@ def key_of(record: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """One table: times as multiples of dcnv4's in the same rounds; a column a shape, and their geometric mean."""
+    """One table: medians as multiples of dcnv4's, of rounds in turns; a column a shape, and their geometric mean."""
     shapes = list(dict.fromkeys(record["shape"] for record in records))
     rows = [["time / dcnv4's", *shapes, "geometric mean"]]
     for name in dict.fromkeys(record["ablation"] for record in records):

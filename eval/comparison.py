@@ -131,7 +131,7 @@ def rows_of(content: dict[str, Any], names: Sequence[str], guidance: str) -> lis
             ["MACs of a forward, one image", *(f"{figures[name]['macs'] / 1e6:.1f} M" for name in names)]
         )
         for activity in ("forward", "training"):
-            ratios = (_time_ratio(figures[name], figures[first], activity) for name in names)
+            ratios = (time_ratio(figures[name], figures[first], activity) for name in names)
             rows.append(
                 [f"{activity} time / {study.variants[first].label or first}'s", *(f"{r:.2f}" for r in ratios)]
             )
@@ -151,7 +151,7 @@ def in_words(summary: Summary, form: str) -> str:
     return text
 
 
-def _time_ratio(figure: dict[str, Any], first: dict[str, Any], activity: str) -> float:
+def time_ratio(figure: dict[str, Any], first: dict[str, Any], activity: str) -> float:
     """Median over rounds of this time over the first variant's in the same round."""
     pairs = zip(figure["timings"][activity]["seconds"], first["timings"][activity]["seconds"], strict=True)
     return statistics.median(own / other for own, other in pairs)

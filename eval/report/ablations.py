@@ -54,7 +54,7 @@ def _figure(content: Ablations) -> Markup:
     first = content.records[0]
     made_with = environments(content.environment, (record.environment for record in content.records))
     caption = (
-        f"Times with each choice as multiples of plain dcnv4's in the same rounds, geometric means over {len(shapes)} shapes "
+        f"Times with each choice, medians of rounds in turns, as multiples of plain dcnv4's, geometric means over {len(shapes)} shapes "
         f"(NxHxWxC); {first.dtype} where a row does not say another type, offsets of sigma {first.sigma:g} px; on "
         f"{machine_of(*made_with)}."
     )

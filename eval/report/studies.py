@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..comparison import SIGNIFICANT, in_all, rows_of, verdicts
+from ..comparison import SIGNIFICANT, in_all, rows_of, time_ratio, verdicts
 from ..protocol import Study, comparisons_of
 from . import plots
 from .inputs import command_of, environments, machine_of
@@ -160,18 +160,17 @@ def _quality(
     if not known:
         return None
     first = next(iter(known.values()))[0]["variant"]
-    base = statistics.median(figures[first]["timings"]["training"]["seconds"])
     scale = f"{study.scoring.guidance[0]:g}"
     series = []
     for label, own in known.items():
-        seconds = statistics.median(figures[own[0]["variant"]]["timings"]["training"]["seconds"])
-        points = sorted((seconds / base, run["scores"][scale]["fd"]) for run in own)
+        ratio = time_ratio(figures[own[0]["variant"]], figures[first], "training")
+        points = sorted((ratio, run["scores"][scale]["fd"]) for run in own)
         series.append(plots.Series(label, points))
     metric = content["runs"][0]["metric"]
     chart = plots.points(series, x="time of a training step, to the left is faster", y=f"{metric}, lower is better",
                          title=f"{metric} against the time of a training step{title}")  # fmt: skip
     caption = (
-        f"A point a seed; times as multiples of {next(iter(known))}'s. Guidance {scale}, {_tags(study, content)}."
+        f"A point a seed; times as multiples of {next(iter(known))}'s in the same rounds. Guidance {scale}, {_tags(study, content)}."
         f"{_speed_settings(content)}"
     )
     return joined(tag("h4", f"Quality against speed{title}"), figure(chart, caption, command))
