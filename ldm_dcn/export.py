@@ -27,7 +27,7 @@ from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .autoencoder import load_autoencoder
+from .autoencoder import Autoencoder, load_autoencoder
 from .config import DiffusionConfig
 from .denoiser import Denoiser
 from .diffusion import Schedule
@@ -175,6 +175,25 @@ class Export:
     empty_tokens: torch.Tensor | None
     text_encoder: dict[str, Any] | None
 
+    @property
+    def num_classes(self) -> int:
+        return 0 if self.embedding is None else len(self.embedding) - 1
+
+    def model(self, denoiser: Denoiser, autoencoder: Autoencoder) -> Model:
+        """What is drawn with, made of its networks."""
+        name, step, config, tags = (self.run[key] for key in ("name", "step", "config", "tags"))
+        return Model(
+            denoiser,
+            autoencoder,
+            self.schedule,
+            self.latent_shape,
+            name,
+            step,
+            config,
+            tags,
+            self.text_encoder,
+        )
+
 
 def read_export(path: str | Path) -> Export:
     """The export of a run folder, an export folder or a hub id. Raises `UserError` for anything else, or damaged."""
@@ -216,37 +235,34 @@ def load_model(
     anything that is no model, is damaged, or comes with another autoencoder than it was trained with.
     """
     export = read_export(path)
-    folder, embedding, run = export.folder, export.embedding, export.run
-    unet = load_verified_unet(folder / "unet")
+    return export.model(load_denoiser(export, device), load_autoencoder_of(export, device, autoencoder))
+
+
+def load_denoiser(export: Export, device: torch.device | str) -> Denoiser:
+    """The network of an export, to draw with on `device`. Raises `UserError` where it does not belong to the rest."""
+    unet = load_verified_unet(export.folder / "unet")
     check_widths(export, unet)
-    denoiser = Denoiser(unet, 0 if embedding is None else len(embedding) - 1, export.empty_tokens)
-    if embedding is not None:
-        denoiser.class_embedding.weight.data.copy_(embedding)
-    denoiser.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    settings = run["config"].get("autoencoder", {})
+    denoiser = Denoiser(unet, export.num_classes, export.empty_tokens)
+    if export.embedding is not None:
+        denoiser.class_embedding.weight.data.copy_(export.embedding)
+    return denoiser.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def load_autoencoder_of(export: Export, device: torch.device | str, spec: str | None = None) -> Autoencoder:
+    """The autoencoder that an export was trained with, from `spec` or where it was then; another one is a `UserError`."""
     own = load_autoencoder(
-        autoencoder or export.autoencoder["spec"],
-        dtype=settings.get("dtype", "auto"),
+        spec or export.autoencoder["spec"],
+        dtype=export.run["config"].get("autoencoder", {}).get("dtype", "auto"),
         device=device,
-        image_channels=run["image_channels"],
+        image_channels=export.run["image_channels"],
     )
     own.check(export.autoencoder["fingerprint"])
     if own.latent_channels != export.latent_shape[0]:
         raise UserError(
-            f"{folder} is not a whole export: its latent_shape is {export.latent_shape} and its autoencoder's latents have "
+            f"{export.folder} is not a whole export: its latent_shape is {export.latent_shape} and its autoencoder's latents have "
             f"{own.latent_channels} channels; export it again"
         )
-    return Model(
-        denoiser,
-        own,
-        export.schedule,
-        export.latent_shape,
-        run["name"],
-        run["step"],
-        run["config"],
-        run["tags"],
-        export.text_encoder,
-    )
+    return own
 
 
 def _check_facts(run: Mapping[str, Any], reference: Mapping[str, Any]) -> None:

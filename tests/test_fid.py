@@ -8,6 +8,7 @@ import weakref
 import zipfile
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
@@ -397,7 +398,7 @@ def test_models_are_on_the_device_one_at_a_time(exports, monkeypatch):
     monkeypatch.setattr(stored_models, "load_denoiser", watched)
     together = fid.evaluate([str(path) for path in exports.values()], **settings)
     assert len(loaded) == 3  # each once, for both of its columns
-    for column, expected in zip(together.columns, sum(alone, []), strict=False):
+    for column, expected in zip(together.columns, [*chain(*alone)], strict=False):
         for one in (column.scores, expected.scores):
             del one["images_per_second"]
         assert column.scores == expected.scores and column.tags == expected.tags
