@@ -27,8 +27,8 @@ import torch
 from tqdm import tqdm
 
 from ldm_dcn import metrics
-from ldm_dcn.changes import FREE
-from ldm_dcn.config import Config, config_hash, flat, load_config
+from ldm_dcn.changes import FREE, settings_before
+from ldm_dcn.config import Config, config_hash, load_config
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.places import check_file_place
 
@@ -57,8 +57,9 @@ class Job:
 
 
 def settings_of(config: Config) -> str:
-    """Without what leaves the weights as they are: where the run lies, what is drawn and saved on the way."""
-    return config_hash({k: v for k, v in flat(config.resolved()).items() if not k.startswith(FREE)})
+    """Without what leaves the weights as they are: where the run lies, what is drawn and saved on the way; and without later settings
+    that mean what runs before them did."""
+    return config_hash({k: v for k, v in settings_before(config).items() if not k.startswith(FREE)})
 
 
 def jobs_of(study: Study, path: Path, runs: Path, names: Sequence[str]) -> list[Job]:

@@ -44,6 +44,7 @@ FREE = (
 )
 
 
+_ABSENT = object()
 # Settings that came later, and the value that means what runs before them did.
 LATER = {
     "diffusion.zero_terminal_snr": False,
@@ -53,6 +54,11 @@ LATER = {
     "train.export_every": 0,
     "sample.guidance_rescale": 0,
 }
+
+
+def settings_before(config: Config) -> dict[str, Any]:
+    """The dotted settings of `config` without those that came later and mean what there was before them."""
+    return {key: value for key, value in flat(config.resolved()).items() if LATER.get(key, _ABSENT) != value}
 
 
 def check_same_run(old: Mapping[str, Any], new: Config, where: str, allowed: Sequence[str] = ()) -> list[str]:

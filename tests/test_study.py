@@ -409,3 +409,17 @@ def test_more_variants_than_colours_stand_in_charts_by_comparison(tmp_path):
     for title in ("Loss, front", "Loss, back"):
         assert page.count(f"<h4>{title}</h4>") == 1
     assert page.count("Fréchet distance on the way: not measured") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "results"), [("digits", "digits_study"), ("ablations", "ablations")], ids=["digits", "ablations"]
+)
+def test_the_committed_studies_go_on_with_the_programs_of_today(tmp_path, file: str, results: str):
+    """Settings that came later mean what there was before: the same command finds everything done."""
+    path = ROOT / "configs" / "studies" / f"{file}.yaml"
+    read = study.load_study(path)
+    jobs = study.jobs_of(read, path, tmp_path, list(read.variants))
+    content = study.open_results(ROOT / "benchmarks" / "results" / f"{results}.json", read, jobs)
+    assert {(run["variant"], run["seed"]) for run in content["runs"]} <= {
+        (job.variant, job.seed) for job in jobs
+    }
