@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
@@ -137,3 +137,79 @@ def test_what_is_measured_again_leaves_the_committed_results_alone(target: str) 
     assert "benchmarks/results" not in recipe
     places = re.findall(r"--json (\S+)", recipe)
     assert places and all(place.startswith("runs/") for place in places)
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """CMake's first half, in one build folder, with the nvcc of a folder or with none."""
+    if shutil.which("cmake") is None or shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no cmake or no C++ compiler")
+    without = [f for f in os.environ["PATH"].split(os.pathsep) if not (Path(f) / "nvcc").exists()]
+    if shutil.which("cmake", path=os.pathsep.join(without)) is None:
+        pytest.skip("cmake lies beside nvcc")
+    theirs = ("CUDACXX", "CUDA_PATH", "CUDAARCHS", "CUDAHOSTCXX", "TORCH_CUDA_ARCH_LIST", "CMAKE_GENERATOR")
+    variables = {key: value for key, value in os.environ.items() if key not in theirs}
+
+    def run(*arguments: str, nvcc: Path | None = None, **environ: str) -> subprocess.CompletedProcess:
+        path = os.pathsep.join([str(nvcc.parent), *without] if nvcc else without)
+        return subprocess.run(
+            ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), *arguments],
+            env={**variables, "PATH": path, **environ}, text=True, capture_output=True, timeout=120,
+        )  # fmt: skip
+
+    return run
+
+
+def test_cuda_is_left_out_where_there_is_no_nvcc_and_nobody_insists(configure, tmp_path: Path) -> None:
+    ended = configure()
+    assert ended.returncode == 0 and "No nvcc: the CPU library alone is built" in ended.stdout
+    ended = configure("-DDCNV4_CUDA=ON")
+    assert ended.returncode != 0 and "DCNV4_CUDA=ON needs nvcc" in " ".join(ended.stderr.split())
+    # Kept in build folders of versions in which ON meant what AUTO means.
+    assert configure("-DDCNV4_CUDA:BOOL=ON").returncode == 0
+
+
+def test_a_cuda_compiler_that_fails_ends_the_build(configure, tmp_path: Path) -> None:
+    nvcc = tmp_path / "cuda" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    assert configure().returncode == 0  # and leaves a note that there is none
+    for place in (dict(nvcc=nvcc), dict(CUDACXX=str(nvcc))):
+        ended = configure(**place)
+        told = " ".join(ended.stderr.split())
+        assert (
+            ended.returncode != 0
+            and str(nvcc) in told
+            and "CMake Error at" in told.partition("and it fails:")[2]
+        )
+        assert "CMAKE_CUDA_HOST_COMPILER" in told and "DCNV4_CUDA=OFF" in told
+    assert configure("-DDCNV4_CUDA=OFF", nvcc=nvcc).returncode == 0
+
+
+def nvcc() -> Path:
+    found = shutil.which("nvcc")
+    return Path(found) if found else pytest.skip("no nvcc")
+
+
+def test_what_nvcc_says_of_a_host_compiler_is_told(configure) -> None:
+    ended = configure(nvcc=nvcc(), NVCC_PREPEND_FLAGS="-U__GNUC__ -D__GNUC__=99")
+    assert ended.returncode != 0 and "unsupported GNU version" in ended.stderr
+
+
+def test_architectures_are_those_of_the_environment(configure, tmp_path: Path) -> None:
+    """At every build; what an earlier one was told is forgotten."""
+    default = "80-real 90-real 90-virtual"
+    for environ, built in (
+        (dict(CUDAARCHS="90"), "90"),
+        ({}, default),
+        (dict(TORCH_CUDA_ARCH_LIST="5.2 7.5;8.0+PTX 9.0a"), "75-real 80-real 80-virtual 90a-real"),
+        (dict(TORCH_CUDA_ARCH_LIST="7.0"), default),
+        (dict(TORCH_CUDA_ARCH_LIST="9.0", CUDAARCHS="80;86-real"), "80 86-real"),
+    ):
+        ended = configure("-G", "Unix Makefiles", nvcc=nvcc(), **environ)
+        assert ended.returncode == 0, ended.stderr
+        flags = (tmp_path / "build" / "CMakeFiles" / "dcnv4_cuda.dir" / "flags.make").read_text()
+        assert re.search(r'DCNV4_CUDA_ARCHITECTURES="?\\"([^"\\]*)', flags)[1] == built, environ
+    ended = configure(nvcc=nvcc(), TORCH_CUDA_ARCH_LIST="Ampere")
+    assert ended.returncode != 0 and 'TORCH_CUDA_ARCH_LIST has "Ampere": write numbers' in ended.stderr
