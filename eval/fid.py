@@ -12,9 +12,9 @@ extractor must be named. Under torchrun, each process draws its share, and the n
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,15 @@ from typing import Any
 import torch
 
 from ldm_dcn.cache_layout import is_cache
+from ldm_dcn.config import Config
 from ldm_dcn.data import rank_in_class, split_indices
+from ldm_dcn.device import choose_device
+from ldm_dcn.diffusion import Schedule
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.places import check_file_place, check_folder_place
 from ldm_dcn.processes import Processes, joined_processes
 from ldm_dcn.run import ARITHMETIC
-from ldm_dcn.sampling import SAMPLERS
+from ldm_dcn.sampling import SAMPLERS, check_guidance, check_sampler, check_steps
 
 from .columns import in_columns
 from .environment import environment
@@ -37,6 +40,7 @@ from .measurement import Measured, measure
 from .moments import Statistics
 from .moments import save_statistics as write_statistics
 from .results import write
+from .score_files import folder_of, place_for
 from .scores import (
     NEIGHBOURS,
     class_accuracy,
@@ -51,6 +55,7 @@ from .sources import (
     SampleSource,
     Source,
     choose_labels,
+    classes_of,
     is_run,
     open_file_or_folder,
     open_reference,
@@ -162,7 +167,7 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
     Raises `UserError` for what cannot be scored.
     """
     processes = processes or Processes()
-    device = processes.device or device
+    device = str(choose_device(processes.device or device))
     if not inputs and save_statistics is None:
         raise UserError("there is nothing to score; give a run, a folder of images or an npz file")
     if save_statistics is not None and not save_statistics.name.endswith(".npz"):
@@ -170,9 +175,7 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
             f"--save-statistics {save_statistics} does not end in .npz, by which --reference knows statistics from folders; give "
             f"{save_statistics}.npz"
         )
-    for option, value, least in (("--samples", num, FEWEST), ("--batch-size", batch_size, 1)):
-        if value is not None and value < least:
-            raise UserError(f"{option} is {value}, too few; give at least {least}")
+    _check_counts(num, batch_size)
 
     stored = StoredModels(device)
 
@@ -184,7 +187,7 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
         )
         warning = _check_extractor(scorer, real, chosen=extractor is not None)
         opened = _Opened(scorer, [], real, statistics, warning)
-        names = [model.name for model in models.values()]  # exports of one run differ in their steps
+        names = _names(models)
         for path in inputs:
             if path not in models:
                 channels = real.shape[0] if real is not None else _channels(extractor)
@@ -197,9 +200,8 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
             rule, chosen = choose_labels(
                 labels, count, model.num_classes, real, seed, learned_from=learned_from
             )
-            name = model.name if names.count(model.name) == 1 else f"{model.name} step {model.step}"
             opened.sources.extend(
-                SampleSource(model, f"{name} g={scale:g}", chosen, count, label_rule=rule, guidance=scale,
+                SampleSource(model, f"{names[path]} g={scale:g}", chosen, count, label_rule=rule, guidance=scale,
                              guidance_interval=tuple(guidance_interval), guidance_rescale=guidance_rescale, sampler=sampler,
                              steps=steps, seed=seed, precision=precision) for scale in guidance)  # fmt: skip
         opened.check()
@@ -247,6 +249,50 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
     return _table(columns, opened, real, nearest_in_pixels, processes) if processes.is_first else None
 
 
+def check_run(config: Config, name: str, *, extractor: str | None = None, reference: str | None = None,
+              guidance: Sequence[float] = (1.0,), guidance_interval: tuple[float, float] = (0.0, 1.0),
+              guidance_rescale: float = 0.0, sampler: str = "dpm++", steps: int = 50, num: int | None = None,
+              labels: str = "auto", image_size: int | None = None, batch_size: int = 128) -> None:  # fmt: skip
+    """Raise `UserError` for what `evaluate`, asked the same, would refuse of a run of `config`, called `name`: before it is trained."""
+    if config.data.condition == "text":
+        raise UserError(
+            f"{name} draws from prompts, and eval.fid knows classes; train it alone, draw with sample.py --npz and score that file"
+        )
+    _check_counts(num, batch_size)
+    for scale in guidance:
+        check_guidance(scale, guidance_interval, guidance_rescale)
+    check_sampler(sampler)
+    check_steps(steps, Schedule(**config.diffusion.model_dump()))
+    scorer = load_extractor(extractor or DEFAULT_EXTRACTOR)
+    data = config.data.model_dump()
+    real, statistics = _reference_of(name, data, config.data.image_channels, reference, image_size)
+    _check_extractor(scorer, real, chosen=extractor is not None)
+    opened = _Opened(scorer, [], real, statistics)
+    opened.check()
+    count = num or min(opened.reference_size, MOST_IMAGES)
+    choose_labels(labels, count, classes_of(config, real), real, 0, learned_from=config.data.source)
+
+
+def _check_counts(num: int | None, batch_size: int) -> None:
+    for option, value, least in (("--samples", num, FEWEST), ("--batch-size", batch_size, 1)):
+        if value is not None and value < least:
+            raise UserError(f"{option} is {value}, too few; give at least {least}")
+
+
+def _names(models: Mapping[str, StoredModel]) -> dict[str, str]:
+    """What heads the columns of each: its name and, of those that have it in common, the step, how weights were averaged, the folder."""
+    names = {path: model.name for path, model in models.items()}
+    for tell in (
+        lambda path, model: f" step {model.step}",
+        lambda path, model: f" {model.tags.get('weights', '')}",
+        lambda path, model: f" {Path(path).name}",
+    ):
+        times = Counter(names.values())
+        names = {path: name if times[name] == 1 else f"{name}{tell(path, models[path])}".rstrip()
+                 for path, name in names.items()}  # fmt: skip
+    return names
+
+
 def _check_extractor(scorer: FeatureExtractor, real: Source | None, *, chosen: bool) -> str | None:
     """A warning where `real` are other images than the extractor learned from, or may be; without having been `chosen` for them it
     is refused. Its classes mean nothing to images with others."""
@@ -271,20 +317,27 @@ def _open_reference(
 ) -> tuple[Source | None, Statistics | None]:
     if model is not None:
         data = model.config.get("data", {})
-        reference = reference or data.get("source")
-        if reference is None:
-            raise UserError(f"{model.name} does not say what it was trained on; give --reference")
-        if is_cache(reference):
-            raise UserError(
-                f"{model.name} was trained from the latent cache {reference}, which holds no images to compare with; give "
-                "--reference FOLDER, the images that it was made of"
-            )
-        return open_reference(reference, image_channels=model.autoencoder.image_channels,
-                              image_size=image_size or data.get("image_size"))  # fmt: skip
+        return _reference_of(model.name, data, model.autoencoder.image_channels, reference, image_size)
     if reference is None and extractor not in (None, DEFAULT_EXTRACTOR):
         raise UserError("what to compare with? give --reference: a folder of images, an npz, or digits")
     return open_reference(
         reference or DEFAULT_EXTRACTOR, image_channels=_channels(extractor), image_size=image_size
+    )
+
+
+def _reference_of(name: str, data: Mapping[str, Any], image_channels: int, reference: str | None,
+                  image_size: int | None) -> tuple[Source | None, Statistics | None]:  # fmt: skip
+    """What the run `name` is compared with, `data` being that section of its config."""
+    reference = reference or data.get("source")
+    if reference is None:
+        raise UserError(f"{name} does not say what it was trained on; give --reference")
+    if is_cache(reference):
+        raise UserError(
+            f"{name} learns from the latent cache {reference}, which holds no images to compare with; give "
+            "--reference FOLDER, the images that it was made of"
+        )
+    return open_reference(
+        reference, image_channels=image_channels, image_size=image_size or data.get("image_size")
     )
 
 
@@ -443,7 +496,12 @@ def _parser() -> Parser:
         "--batch-size", type=int, default=128, help="images drawn at once, at most 256 (default: %(default)s)"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="file to write (default: fid.json in the first run folder)")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="file to write (default: fid-EXTRACTOR-IMAGES.json in the first run's folder, where eval.report finds it; with another "
+        "number at its end, where that holds other scores)",
+    )
     parser.add_argument(
         "--save-statistics",
         type=Path,
@@ -458,13 +516,13 @@ def _parser() -> Parser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = vars(_parser().parse_args(arguments))
-    run = next((path for path in options["inputs"] if is_run(path) and os.path.isdir(path)), None)
-    json_file = options.pop("json") or (Path(run, "fid.json") if run else None)
+    folders = filter(None, (folder_of(path) for path in options["inputs"] if is_run(path)))
+    json_file, folder = options.pop("json"), next(folders, None)
     with exit_on_user_error(), joined_processes() as processes:
         try:
             if processes.is_first:  # before hours of drawing
                 for option, place in (
-                    ("--json", json_file),
+                    ("--json", json_file or (folder and folder / "fid.json")),
                     ("--save-statistics", options["save_statistics"]),
                 ):
                     if place:
@@ -487,6 +545,10 @@ def main(arguments: list[str] | None = None) -> None:
         print(table)
         if json_file:
             write_json(table, json_file)
+        elif folder:
+            kept = place_for(asdict(table), folder)
+            write_json(table, kept)
+            print(f"The table is kept in {kept}")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ldm_dcn.config import Count, Fraction
 from ldm_dcn.errors import UserError
 
 
@@ -25,15 +26,30 @@ class Variant(_Strict):
 
 
 class Scoring(_Strict):
-    """How `eval.fid` scores a run."""
+    """How `eval.fid` scores a run: its options by their names, and but for `steps` with its defaults.
+
+    `extractor` may be left out where the reference is the digits only; `device` null takes a GPU where there is one.
+    """
 
     extractor: str = "digits"
     reference: str | None = None
-    guidance: tuple[float, ...] = (1.0,)
+    guidance: Annotated[tuple[float, ...], Field(min_length=1)] = (1.0,)
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    guidance_rescale: Fraction = 0.0
     sampler: str = "dpm++"
-    steps: int = 20
-    seed: int = 0
-    num: int | None = None
+    steps: Count = 20
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    seed: Annotated[int, Field(ge=0)] = 0
+    num: Count | None = None
+    labels: Literal["auto", "reference", "balanced", "random"] = "auto"
+    image_size: Count | None = None
+    batch_size: Count = 128
+    device: str | None = None
+
+    def scores_as(self, other: Scoring) -> bool:
+        """Whether scores of both may stand side by side: they do wherever images are drawn, and however many at once."""
+        left_out = {"batch_size", "device"}
+        return self.model_dump(exclude=left_out) == other.model_dump(exclude=left_out)
 
 
 class Study(_Strict):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -29,11 +30,13 @@ from tqdm import tqdm
 from ldm_dcn import metrics
 from ldm_dcn.changes import FREE, settings_before
 from ldm_dcn.config import Config, config_hash, load_config
+from ldm_dcn.device import choose_device
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.places import check_file_place
 
 from .comparison import SCORES, tables
 from .environment import environment, noted
+from .fid import check_run
 from .protocol import Scoring, Study, comparisons_of, load_study
 from .results import write
 
@@ -89,13 +92,8 @@ def run_job(job: Job, scoring: Scoring, threads: int) -> dict[str, Any]:
     log.parent.mkdir(parents=True, exist_ok=True)
     training = _call([str(ROOT / "train.py"), *job.arguments], log, threads)
     scored = job.config.folder / "study_scores.json"
-    options = ["--extractor", scoring.extractor, "--sampler", scoring.sampler, "--steps", str(scoring.steps),
-               "--seed", str(scoring.seed), "--guidance", *map(str, scoring.guidance)]  # fmt: skip
-    options += ["--reference", scoring.reference] if scoring.reference else []
-    options += ["--num", str(scoring.num)] if scoring.num else []
-    scoring_seconds = _call(
-        ["-m", "eval.fid", str(job.config.folder), *options, "--json", str(scored)], log, threads
-    )
+    command = ["-m", "eval.fid", str(job.config.folder), *_options(scoring), "--json", str(scored)]
+    scoring_seconds = _call(command, log, threads)
     table = json.loads(scored.read_text(encoding="utf-8"))
     drawn = [column for column in table["columns"] if "guidance" in column["tags"]]
     return {
@@ -113,6 +111,39 @@ def run_job(job: Job, scoring: Scoring, threads: int) -> dict[str, Any]:
         "extractor": table["extractor"],
         **_curve(metrics.read(job.config.folder / "metrics.jsonl")),
     }
+
+
+def _options(scoring: Scoring) -> list[str]:
+    """Those of `eval.fid`, which have the names of the fields."""
+    options = []
+    for field, value in scoring:
+        if value is not None:
+            values = value if isinstance(value, tuple) else (value,)
+            options += [f"--{field.replace('_', '-')}", *map(str, values)]
+    return options
+
+
+def check_scoring(jobs: Sequence[Job], scoring: Scoring) -> None:
+    """Raise `UserError` where the runs of `jobs` could not be scored: before they are trained.
+
+    Without `scoring.extractor` the reference must be the digits, as for `eval.fid`.
+    """
+    asked = dict(scoring)
+    for other in ("seed", "precision"):  # any will do
+        del asked[other]
+    if "extractor" not in scoring.model_fields_set:
+        del asked["extractor"]
+    try:
+        choose_device(asked.pop("device"))
+        kinds: dict[tuple[Any, Any], Job] = {}
+        for job in jobs:
+            kinds.setdefault((job.config.data, job.config.diffusion), job)
+        for job in kinds.values():
+            check_run(job.config, job.variant, **asked)
+    except UserError as error:
+        keys = {field.replace("_", "-"): field for field in Scoring.model_fields} | {"samples": "num"}
+        told = re.sub(r"--([a-z-]+)", lambda found: f"scoring.{keys[found[1]]}" if found[1] in keys else found[0], str(error))  # fmt: skip
+        raise UserError(f"the study could not score its runs: {told}") from None
 
 
 def _call(arguments: Sequence[str], log: Path, threads: int) -> float:
@@ -221,7 +252,7 @@ def open_results(path: Path, study: Study, jobs: Sequence[Job], threads: int = 1
         return content
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
-        scoring = known["study"]["scoring"]
+        scoring = Scoring.model_validate(known["study"]["scoring"])
         held = {(run["variant"], run["seed"]): run["settings"] for run in known["runs"]}
         content |= {
             "runs": known["runs"],
@@ -230,7 +261,7 @@ def open_results(path: Path, study: Study, jobs: Sequence[Job], threads: int = 1
         }
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is no file of eval.study; name another --json") from None
-    if held and scoring != content["study"]["scoring"]:
+    if held and not scoring.scores_as(study.scoring):
         raise UserError(
             f"{path} holds runs that were scored in another way ({scoring}); name another --json, or score as there"
         )
@@ -245,7 +276,7 @@ def open_results(path: Path, study: Study, jobs: Sequence[Job], threads: int = 1
 
 
 def draw(job: Job, scoring: Scoring, file: Path, threads: int) -> None:
-    """A grid of the run's samples, a row a class, with the last guidance scale."""
+    """A grid of the run's samples, a row a class, with the last guidance scale; in fp32."""
     file.parent.mkdir(parents=True, exist_ok=True)
     options = [
         "--guidance",
@@ -254,6 +285,11 @@ def draw(job: Job, scoring: Scoring, file: Path, threads: int) -> None:
         scoring.sampler,
         "--steps",
         str(scoring.steps),
+        "--guidance-interval",
+        *map(str, scoring.guidance_interval),
+        "--guidance-rescale",
+        str(scoring.guidance_rescale),
+        *(("--device", scoring.device) if scoring.device else ()),
     ]
     _call(
         [str(ROOT / "sample.py"), str(job.config.folder), *options, "--grid", str(file.resolve())],
@@ -323,6 +359,7 @@ def run(options: Any) -> None:
     going = f"; {len(todo)} to go, {options.jobs} at a time" if todo else f" and stand in {results}"
     print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are done{going}")
     if todo:
+        check_scoring(todo, study.scoring)
         train_and_score(todo, study.scoring, options.jobs, options.threads, keep)
     for name in names:
         first = next((job for job in jobs if job.variant == name), None)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import runpy
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors import safe_open
 
-from eval import comparison, protocol, study
+from eval import comparison, fid, protocol, study
 from eval.report.__main__ import main as report
 from ldm_dcn.errors import UserError
 from tiny import ROOT, write_config
@@ -65,6 +68,11 @@ def test_the_projects_studies_can_be_run(path, tmp_path):
         ({"qeustion": "?"}, r"qeustion: Extra"),
         ({"seeds": []}, r"seeds"),
         ({"scoring": {"guidence": [1.0]}}, r"scoring.guidence"),
+        ({"scoring": {"guidance": []}}, r"scoring.guidance"),
+        ({"scoring": {"guidance_interval": [0.2, 1.2]}}, r"scoring.guidance_interval"),
+        ({"scoring": {"precision": "int8"}}, r"scoring.precision"),
+        ({"scoring": {"labels": "sorted"}}, r"scoring.labels"),
+        ({"scoring": {"batch_size": 0}}, r"scoring.batch_size"),
         ({"variants": {}}, r"variants"),
     ],
 )
@@ -91,6 +99,46 @@ def test_runs_come_seed_by_seed(tmp_path):
     moved = study.jobs_of(protocol.load_study(path), path, tmp_path / "elsewhere", ["a", "b"])
     assert [job.settings for job in moved] == [job.settings for job in jobs]
     assert jobs[0].settings != jobs[1].settings != jobs[2].settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "scoring", "said"),
+    [
+        (["data.condition=text"], {}, r"a draws from prompts.*sample\.py --npz"),
+        (["data.source={cache}"], {}, r"a learns from the latent cache .*give scoring\.reference FOLDER"),
+        ([], {"reference": "{two}"}, r"two is not the digits .*give scoring\.extractor inception:FILE"),
+        ([], {"reference": "{two}", "extractor": "digits"}, r"two has 2 classes, the model 10; use scoring\.labels balanced"),
+        ([], {"reference": "{cache}/none.npz"}, r"none\.npz: no such file"),
+        ([], {"reference": "{statistics}", "labels": "reference"}, r"no classes .*; use scoring\.labels balanced"),
+        ([], {"reference": "{statistics}", "extractor": "import:torch:nn.Nothing"}, r"cannot be had"),
+        ([], {"guidance_interval": [0.9, 0.1]}, r"guidance interval 0\.9 to 0\.1"),
+        ([], {"sampler": "plms"}, r"sampler 'plms' is unknown"),
+        ([], {"steps": 1001}, r"1001 sampling steps .*use 1 to 1000"),
+        ([], {"num": 8}, r"scoring\.num is 8, too few"),
+        ([], {"device": "cuda:77"}, r"device 'cuda:77' cannot be used"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_scored_is_not_trained(tmp_path, monkeypatch, capsys, settings, scoring, said):
+    """One line, and nothing was begun."""
+    places = {name: str(tmp_path / name) for name in ("cache", "two", "statistics.npz")}
+    (tmp_path / "cache" / "shards").mkdir(parents=True)
+    (tmp_path / "cache" / "manifest.json").write_text("{}")
+    for number in range(20):
+        place = tmp_path / "two" / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(place / f"{number}.png")
+    np.savez(places["statistics.npz"], mu=np.zeros(64), sigma=np.eye(64))
+    places["statistics"] = places["statistics.npz"]
+    scoring = {
+        key: value.format(**places) if isinstance(value, str) else value for key, value in scoring.items()
+    }
+    path = write_study(tmp_path, set=[text.format(**places) for text in settings], scoring=scoring)
+    monkeypatch.setattr(study, "_call", lambda *_: pytest.fail("something was begun"))
+    with pytest.raises(SystemExit) as leaving:
+        study.main([str(path), "--runs", str(tmp_path / "runs")])
+    error = capsys.readouterr().err
+    assert leaving.value.code == 2 and error.count("\n") == 1
+    assert re.search(rf"^error: the study could not score its runs: .*{said}", error), error
 
 
 # -------------------------------------------------------------------------------------------- what the numbers say
@@ -264,6 +312,22 @@ def test_from_a_file_to_tables_and_a_report(tmp_path, in_this_process, capsys):
     assert "Which of the two?" in page and page.count("data:image/png") == 2 and "<polyline" in page
 
 
+def test_runs_are_scored_as_the_file_says(tmp_path, in_this_process, monkeypatch):
+    """Among others runs of classes against statistics, which hold no labels."""
+    fid.evaluate([], save_statistics=tmp_path / "digits.npz", progress=False, image_size=8)
+    scoring = {"reference": str(tmp_path / "digits.npz"), "guidance": [1.0, 2.0], "guidance_interval": [0.0, 0.5],
+               "guidance_rescale": 0.7, "sampler": "euler", "steps": 2, "precision": "bf16", "seed": 3, "num": 20,
+               "batch_size": 7, "device": "cpu"}  # fmt: skip
+    path = write_study(tmp_path, variants={"a": {"config": "tiny.yaml"}}, comparisons={}, seeds=[3], scoring=scoring)  # fmt: skip
+    file = tmp_path / "results.json"
+    study.main([str(path), "--json", str(file), "--runs", str(tmp_path / "runs"), "--jobs", "1", "--rounds", "0"])  # fmt: skip
+    (run,) = json.loads(file.read_text())["runs"]
+    wanted = {"N": 20, "guidance": 1.0, "guidance_interval": [0.0, 0.5], "guidance_rescale": 0.7, "sampler": "euler",
+              "sampler_steps": 2, "precision": "bf16", "seed": 3, "labels": "balanced"}  # fmt: skip
+    assert wanted.items() <= run["tags"].items() and set(run["scores"]) == {"1", "2"}
+    assert in_this_process[1][in_this_process[1].index("--batch-size") + 1] == "7"
+
+
 def test_runs_that_were_taken_over_keep_what_they_were_made_with(tmp_path, in_this_process, monkeypatch):
     """What another call trains or times carries its own machine and command; the file's are those of the call that began it."""
     path = write_study(tmp_path, variants={"a": {"config": "tiny.yaml"}, "b": {"config": "tiny.yaml", "set": ["train.lr=1e-2"]}}, seeds=[3])  # fmt: skip
@@ -302,8 +366,18 @@ def test_results_of_another_protocol_are_refused_and_kept(tmp_path, capsys):
         "a": {"config": "tiny.yaml"},
         "b": {"config": "tiny.yaml", "set": ["train.lr=2e-2"], "seeds": [1]},
     }
+    # those of a study from before a way to score was added were scored by its default, which is the file's
+    content["study"]["scoring"] = {
+        key: content["study"]["scoring"][key]
+        for key in ("extractor", "reference", "guidance", "sampler", "steps", "seed", "num")
+    }
+    file.write_text(json.dumps(content))
+    elsewhere = {"steps": 1, "num": 40, "device": "cpu", "batch_size": 3}  # which changes no image
+    study.main([str(write_study(tmp_path, scoring=elsewhere)), "--json", str(file), "--print"])
+    assert "0.1000" in capsys.readouterr().out
     for changes, said in (
         ({"variants": variants}, "b seed 1"),
+        ({"scoring": {"steps": 1, "num": 40, "precision": "bf16"}}, "scored in another way"),
         ({"scoring": {"steps": 1, "num": 41}}, "scored in another way"),
         ({"variants": {"a": {"config": "tiny.yaml"}}, "comparisons": {}}, "b seed 1"),
     ):
