@@ -7,7 +7,7 @@
 
 Sample grids and offset maps are drawn on the fly, a few images from the same seeds for all runs; losses come from the run
 folders. Scores and times come from the JSON of eval.fid, eval.throughput (also --profile), eval.operators, eval.ablations and
-eval.study; what has no such file is called not measured. The page opens in a browser without a server or a network.
+eval.study; scores, where no file is given, from what eval.fid kept in the run folders. What has no such file is called not measured. The page opens in a browser without a server or a network.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ldm_dcn.places import check_folder_place
 from ldm_dcn.sampling import SAMPLERS
 
 from ..environment import environment
+from ..score_files import files_of
 from . import ablations, grids, looks, networks, operators, scores, speed, studies, training
 from .drawing import DEFAULT_LAYERS, Drawing, Watching
 from .inputs import Files, Run, open_runs, read_files
@@ -164,7 +165,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--study", type=Path, nargs="+", default=[], metavar="JSON", help="of eval.study; needs no RUN"
     )
-    parser.add_argument("--scores", type=Path, nargs="+", default=[], metavar="JSON", help="of eval.fid")
+    parser.add_argument(
+        "--scores", type=Path, nargs="+", default=[], metavar="JSON", help="of eval.fid (default: what it kept in the folders of the runs)",
+    )  # fmt: skip
     parser.add_argument(
         "--throughput", type=Path, nargs="+", default=[], metavar="JSON", help="of eval.throughput"
     )
@@ -229,8 +232,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Before the runs, whose loading may take long.
         if not options.runs and not options.study and not options.ablations:
             raise UserError("there is nothing to report; give a run folder, or --study JSON")
+        kept = dict.fromkeys(file for run in options.runs for file in files_of(run))
         files = read_files(
-            options.scores, options.throughput, options.operators, options.study, options.ablations
+            options.scores or list(kept),
+            options.throughput,
+            options.operators,
+            options.study,
+            options.ablations,
         )
         runs = open_runs(options.runs, device=options.device, autoencoder=options.autoencoder)
         file = build(
