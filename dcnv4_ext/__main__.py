@@ -29,6 +29,8 @@ def _cpu_lines() -> tuple[list[str], bool]:
 
 
 def _cuda_lines() -> list[str]:
+    if torch.version.hip:
+        return [f"CUDA library   of no use: {native.NO_ROCM}"]
     if native.library_file("cuda") is None:
         nvcc = shutil.which("nvcc")
         here = f"nvcc is at {nvcc} now" if nvcc else "put nvcc (of the CUDA toolkit) on PATH"

@@ -53,7 +53,12 @@ def library_file(device: str) -> Path | None:
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
+NO_ROCM = "dcnv4_ext has kernels for NVIDIA GPUs and CPUs; of AMD's, for which this torch is built (ROCm), it has none: use tensors on the CPU"
+
+
 def _open(device: str) -> ctypes.CDLL:
+    if device == "cuda" and torch.version.hip:
+        raise MissingLibrary(NO_ROCM)
     path = library_file(device)
     if path is None:
         need = "a C++ compiler" if device == "cpu" else "nvcc (the CUDA toolkit) on PATH"
