@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import fid, measurement, npz, sources, stored_models
+from eval import fid, measurement, npz, score_files, sources, stored_models
 from eval.extractors import load_extractor
 from eval.features import FeatureExtractor
 from eval.moments import Moments
@@ -329,7 +329,7 @@ def test_a_run_is_drawn_from_once_for_each_guidance(export, capsys):
     )
     text = capsys.readouterr().out
     assert "untrained g=1 " in text and "untrained g=1.5" in text and "EMA 0.99" in text
-    result = json.loads((export / "fid.json").read_text())
+    result = json.loads((export / "fid-digits-v1-30.json").read_text())
     first, second = result["columns"][:2]
     assert first["tags"] | {"guidance": 1.5} == second["tags"]
     wanted = {"N": 30, "guidance": 1.0, "sampler": "dpm++", "sampler_steps": 2, "seed": 5, "step": 7}
@@ -450,6 +450,70 @@ def test_an_export_that_is_replaced_meanwhile_is_not_taken_for_itself(exports, m
         UserError, match=r"later was written again .* \(step 9, now 11\); score an export that stays"
     ):
         fid.evaluate([str(exports["narrow"]), str(exports["later"])], num=20, steps=1, progress=False)
+
+
+def test_exports_of_one_run_have_columns_of_their_own(exports, export):
+    copy = exports["wide"].parent / "copy"
+    shutil.copytree(exports["wide"], copy)
+
+    def names(*paths: Path) -> list[str]:
+        table = fid.evaluate(list(map(str, paths)), num=20, steps=1, progress=False)
+        return [column.name.removesuffix(" g=1") for column in table.columns[: len(paths)]]
+
+    assert names(exports["narrow"], exports["later"]) == ["untrained step 7", "untrained step 9"]
+    assert names(*exports.values(), copy) == [
+        "untrained step 7 EMA 0.05",
+        "untrained step 7 EMA 0.1 wide",
+        "untrained step 9",
+        "untrained step 7 EMA 0.1 copy",
+    ]
+
+
+def test_what_was_kept_is_replaced_by_its_like_alone(exports, capsys, monkeypatch):
+    """A quick look with few images leaves the table of all of them, and so does one with other settings."""
+    folder = exports["narrow"]
+
+    def score(*options: str) -> str:
+        fid.main([str(folder), "--steps", "1", "--device", "cpu", *options])
+        name = capsys.readouterr().out.splitlines()[-1].removeprefix(f"The table is kept in {folder}/")
+        assert len(json.loads((folder / name).read_text())["columns"]) == 4
+        return name
+
+    assert score("--num", "24") == "fid-digits-v1-24.json"
+    assert score("--num", "20") == "fid-digits-v1-20.json"
+    first = (folder / "fid-digits-v1-20.json").read_bytes()
+    assert score("--num", "20", "--seed", "5") == "fid-digits-v1-20-2.json"
+    assert (folder / "fid-digits-v1-20.json").read_bytes() == first
+    assert score("--num", "20", "--batch-size", "7") == "fid-digits-v1-20.json"  # the same again
+    assert (folder / "fid-digits-v1-20.json").read_bytes() != first  # its command
+    (folder / "fid-digits-v1-20.json").write_text("damaged")
+    assert score("--num", "20") == "fid-digits-v1-20-3.json"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)  # another machine: its speeds are others
+    assert score("--num", "24") == "fid-digits-v1-24-2.json"
+    files = score_files.files_of(str(folder))
+    assert [file.name.removeprefix("fid-digits-v1-") for file in files] == [
+        "20-2.json",
+        "20-3.json",
+        "20.json",
+        "24-2.json",
+        "24.json",
+    ]
+
+
+def test_tables_lie_where_they_outlast_the_export(tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "a"
+    for folder in ("checkpoints", "export", "exports/step-3", "export-0.05"):
+        (run / folder).mkdir(parents=True)
+    (tmp_path / "alone").mkdir()
+    for path in (run, run / "export", run / "exports" / "step-3", run / "export-0.05"):
+        assert score_files.folder_of(str(path)) == run, path
+    assert score_files.folder_of(str(tmp_path / "alone")) == tmp_path / "alone"
+    assert score_files.folder_of("somebody/model") is None and score_files.files_of("somebody/model") == []
+    monkeypatch.chdir(run / "exports")
+    assert score_files.folder_of("step-3") == Path("..")
+    (run / "fid.json").write_text("")  # of an earlier version
+    (run / "fidelity.json").write_text("")
+    assert score_files.files_of("step-3") == [Path("../fid.json")]
 
 
 @pytest.mark.parametrize(
