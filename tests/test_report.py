@@ -236,6 +236,68 @@ def test_pictures_of_an_earlier_report_are_not_counted(tmp_path, capsys) -> None
     assert capsys.readouterr().out.endswith("MB, open it in a browser\n")
 
 
+def exported_column(step: int, weights: str, fd: float, **tags) -> fid.Column:
+    """As eval.fid scores the exports of one run."""
+    drawn = {"N": 50, "guidance": 1.0, "guidance_interval": [0, 1], "sampler": "dpm++", "sampler_steps": 9, "seed": 0, "run": "dcn",
+             "step": step, "weights": weights}  # fmt: skip
+    return fid.Column(f"dcn step {step} g=1", {"fd": fd, "images_per_second": 10.0 + fd}, drawn | tags)
+
+
+def chart_of(page: Path, title: str) -> tuple[list[str], list[list[str]]]:
+    """The legend of a chart, and the points of its lines."""
+    for figure in parsed(page).iter("figure"):
+        for svg in figure.iter("svg"):
+            if svg.attrib.get("aria-label") == title:
+                (legend,) = (div for div in figure.iter("div") if div.attrib.get("class") == "legend")
+                lines = [line.attrib["points"].split() for line in svg.iter("polyline")]
+                return [words(span) for span in legend][1:], lines
+    raise AssertionError(f"no chart {title}")
+
+
+def test_exports_of_one_run_are_told_apart(tmp_path) -> None:
+    narrow = [exported_column(step, "EMA 0.05", fd) for step, fd in ((300, 1.0), (100, 3.0), (200, 2.0))]
+    wide = [exported_column(step, "EMA 0.1", fd) for step, fd in ((200, 2.5), (300, 0.5))]
+    other = [
+        exported_column(300, "EMA 0.05", 1.5, guidance=2.0),
+        exported_column(300, "EMA 0.05", 9.0, run="unet"),
+    ]
+    files = [
+        scores_file(tmp_path / "a.json", columns=narrow),
+        scores_file(tmp_path / "b.json", columns=[*wide, *other]),
+    ]
+    main(["--study", str(ROOT / "benchmarks" / "results" / "digits_study.json"), "--scores", *map(str, files),
+          "--out", str(tmp_path / "out")])  # fmt: skip
+    page = tmp_path / "out" / "index.html"
+    legend, lines = chart_of(page, "FD-digits-v1 of exports over training steps")
+    drawn = "guidance 1, dpm++, 9 steps"
+    assert legend == [f"dcn, weights EMA 0.05, {drawn}", f"dcn, weights EMA 0.1, {drawn}"]
+    assert [len(points) for points in lines] == [3, 2]
+    across = [float(point.split(",")[0]) for point in lines[0]]
+    assert across == sorted(across)
+    legend, lines = chart_of(page, "FD-digits-v1 against speed")
+    assert len(lines) == len(legend) == 7  # nothing that is no series is joined by a line
+    assert (
+        "dcn, step 300, weights EMA 0.1, guidance 1, dpm++" in legend and "unet, guidance 1, dpm++" in legend
+    )
+
+
+def test_what_eval_fid_kept_in_the_run_folder_is_found(runs, tmp_path) -> None:
+    for name, run in zip(("dcn", "unet"), runs, strict=True):
+        shutil.copytree(run, tmp_path / name)
+    folder = tmp_path / "dcn"
+    scores_file(folder / "fid-digits-v1-1797.json")
+    scores_file(folder / "fid.json", metric="FID")
+    given = scores_file(tmp_path / "given.json", metric="FD-given")
+    paths = [str(folder), str(tmp_path / "unet")]
+    main([*paths, *DRAW, "--out", str(tmp_path / "found")])
+    text = words(parsed(tmp_path / "found" / "index.html"))
+    assert "FD-digits-v1 (fid-digits-v1-1797.json)" in text and "FID (fid.json)" in text
+    assert "Scores: not measured" not in text and "Scores of unet: not measured" in text
+    main([*paths, *DRAW, "--scores", str(given), "--out", str(tmp_path / "asked")])
+    text = words(parsed(tmp_path / "asked" / "index.html"))
+    assert "FD-given (given.json)" in text and "FD-digits-v1 (" not in text
+
+
 def test_what_was_not_measured_is_called_so(runs, tmp_path, capsys) -> None:
     shutil.copytree(runs[1] / "export", tmp_path / "export")
     main([str(tmp_path / "export"), *DRAW, "--out", str(tmp_path / "out")])

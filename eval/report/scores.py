@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from . import plots
@@ -11,6 +12,8 @@ from .markup import Markup, joined, tag
 from .page import NOT_MEASURED, NOT_STATED, figure, missing, table
 from .tags import DOES_NOT_APPLY, TAGS, in_precision, tag_cells, tags_of_column
 
+# of a series in a chart: the run, what may differ within it, how its images were drawn
+Which = tuple[str, ...]
 SCORES = (
     ("sfd", "{:.4g}"),
     ("kid_x1000", "{:.3g}"),
@@ -28,14 +31,16 @@ def scores(runs: Sequence[Run], files: Mapping[Path, Scores]) -> Markup:
     """All numbers of all files, the eight tags beside each row."""
     parts = []
     if not files:
-        parts.append(missing("Scores", "Run `python -m eval.fid RUN --json FILE` and give --scores FILE."))
+        parts.append(missing("Scores", "Run `python -m eval.fid RUN`, or give --scores FILE of it."))
+    names = Counter(path.name for path in files)
     for path, content in files.items():
-        parts += [tag("h3", f"{content.metric} ({path.name})"), _scores_of_a_file(content)]
+        name = path.name if names[path.name] == 1 else path
+        parts += [tag("h3", f"{content.metric} ({name})"), _scores_of_a_file(content)]
     scored = {name for content in files.values() for column in content.columns for name in _names_of(column)}
     for run in runs if files else ():
         if run.name not in scored and run.model.name not in scored:
             parts.append(missing(f"Scores of {run.name}", "None of the files given has a column of it."))
-    return joined(*parts)
+    return joined(*parts, *_over_steps(files.values()))
 
 
 def _scores_of_a_file(content: Scores) -> Markup:
@@ -87,9 +92,63 @@ def _formatted(value: float | None, form: str) -> str | None:
     return None if value is None else form.format(value)
 
 
+def _over_steps(files: Iterable[Scores]) -> list[Markup]:
+    """The distance over training steps, where several exports of a run were scored alike, one chart for each thing comparable."""
+    charts: dict[tuple, dict[Which, dict[float, float]]] = {}
+    commands: dict[tuple, list[str | None]] = {}
+    for content in files:
+        for column in content.columns:
+            step, distance, tags = column.tags.get("step"), column.scores.get("fd"), _tags(content, column)
+            if not (is_number(step) and is_number(distance) and "run" in column.tags):
+                continue
+            key = content.metric, *_comparable(tags)
+            settings = f"guidance {tags['guidance'] or NOT_STATED}, {tags['sampler and steps'] or NOT_STATED}"
+            series = str(column.tags["run"]), *_training_of(tags), settings
+            charts.setdefault(key, {}).setdefault(series, {})[step] = distance
+            commands.setdefault(key, []).append(command_of(content.environment))
+    parts = []
+    for key, found in charts.items():
+        curves = {series: sorted(known.items()) for series, known in found.items() if len(known) > 1}
+        if not curves:
+            continue
+        metric, weights, resize, number, reference = key
+        names = _names_of_series(curves)
+        chart = plots.lines([plots.Series(names[series], known) for series, known in curves.items()],
+                            x="training step", y=f"{metric}, lower is better", title=f"{metric} of exports over training steps")  # fmt: skip
+        caption = (
+            f"Each line is one run, of which several exports were drawn from alike. Extractor {weights}; resize {resize}; "
+            f"N {number}; reference {reference}."
+        )
+        parts.append(figure(chart, caption, _together(commands[key])))
+    return [tag("h3", "Over training steps"), *parts] if parts else []
+
+
+def _comparable(tags: Mapping[str, str | None]) -> tuple[str, ...]:
+    return tuple(tags[key] or NOT_STATED for key in ("extractor's weights", "resize", "N", "reference"))
+
+
+def _training_of(tags: Mapping[str, str | None]) -> tuple[str, ...]:
+    """What tells series of one run apart, beside its steps."""
+    return f"weights {tags['EMA'] or NOT_STATED}", f"seed {tags['seed'] or NOT_STATED}"
+
+
+def _names_of_series(keys: Collection[Which]) -> dict[Which, str]:
+    """The run, of what follows it that in which its series differ, and last how they were drawn."""
+    names = {}
+    for key in keys:
+        own = [other for other in keys if other[0] == key[0]]
+        told = [text for place, text in enumerate(key) if len({other[place] for other in own}) > 1]
+        names[key] = ", ".join(dict.fromkeys([key[0], *told, key[-1]]))
+    return names
+
+
+def _together(commands: Iterable[str | None]) -> str | None:
+    return "; ".join(dict.fromkeys(filter(None, commands))) or None
+
+
 def quality(files: Sequence[Scores]) -> Markup:
     """The distance of each scored setting over how fast its images were drawn, one chart for each thing comparable."""
-    charts: dict[tuple, dict[str, list[tuple[float, float, str]]]] = {}
+    charts: dict[tuple, dict[Which, list[tuple[float, float, str]]]] = {}
     commands: dict[tuple, list[str | None]] = {}
     for content in files:
         for column in content.columns:
@@ -97,13 +156,11 @@ def quality(files: Sequence[Scores]) -> Markup:
             tags = _tags(content, column)
             if not (is_number(speed) and speed > 0 and is_number(distance) and any(tags.values())):
                 continue
-            same = tuple(
-                tags[key] or NOT_STATED for key in ("extractor's weights", "resize", "N", "reference")
-            )
-            key = (content.metric, *same, machine_of(content.environment))
+            key = (content.metric, *_comparable(tags), machine_of(content.environment))
             run = str(column.tags.get("run") or column.name)
             sampler = f"{column.tags.get('sampler', NOT_STATED)}{in_precision(column.tags)}"
-            name = f"{run}, guidance {tags['guidance'] or NOT_STATED}, {sampler}"
+            step = f"step {column.tags.get('step', NOT_STATED)}"
+            name = run, step, *_training_of(tags), f"guidance {tags['guidance'] or NOT_STATED}, {sampler}"
             steps = column.tags.get("sampler_steps")
             about = NOT_STATED if steps is None else f"{steps} steps"
             charts.setdefault(key, {}).setdefault(name, []).append((speed, distance, about))
@@ -115,11 +172,12 @@ def quality(files: Sequence[Scores]) -> Markup:
     parts = []
     for key, runs in charts.items():
         metric, weights, resize, number, reference, machine = key
+        names = _names_of_series(runs)
         series = [
             plots.Series(
-                name, [(x, y) for x, y, _ in sorted(known)], [about for _, _, about in sorted(known)]
+                names[which], [(x, y) for x, y, _ in sorted(known)], [about for _, _, about in sorted(known)]
             )
-            for name, known in runs.items()
+            for which, known in runs.items()
         ]
         chart = plots.points(series, x="images/s, to the right is faster", y=f"{metric}, lower is better",
                              title=f"{metric} against speed")  # fmt: skip
@@ -128,6 +186,5 @@ def quality(files: Sequence[Scores]) -> Markup:
             f"of the same images, autoencoder included, on {machine}. Extractor {weights}; resize {resize}; N {number}; "
             f"reference {reference}."
         )
-        made = "; ".join(dict.fromkeys(command for command in commands[key] if command)) or None
-        parts.append(figure(chart, caption, made))
+        parts.append(figure(chart, caption, _together(commands[key])))
     return joined(*parts)
