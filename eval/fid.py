@@ -499,7 +499,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--json",
         type=Path,
-        help="file to write (default: fid-EXTRACTOR-IMAGES.json in the first run's folder, where eval.report finds it; with another "
+        help="file to write (default: fid-EXTRACTOR-IMAGES.json in each run's folder, where eval.report finds it; with another "
         "number at its end, where that holds other scores)",
     )
     parser.add_argument(
@@ -516,13 +516,14 @@ def _parser() -> Parser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = vars(_parser().parse_args(arguments))
-    folders = filter(None, (folder_of(path) for path in options["inputs"] if is_run(path)))
-    json_file, folder = options.pop("json"), next(folders, None)
+    found = (folder_of(path) for path in options["inputs"] if is_run(path))
+    json_file, folders = options.pop("json"), list(dict.fromkeys(filter(None, found)))
     with exit_on_user_error(), joined_processes() as processes:
         try:
             if processes.is_first:  # before hours of drawing
+                written = [json_file] if json_file else [folder / "fid.json" for folder in folders]
                 for option, place in (
-                    ("--json", json_file or (folder and folder / "fid.json")),
+                    *(("--json", file) for file in written),
                     ("--save-statistics", options["save_statistics"]),
                 ):
                     if place:
@@ -545,7 +546,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(table)
         if json_file:
             write_json(table, json_file)
-        elif folder:
+        for folder in [] if json_file else folders:
             kept = place_for(asdict(table), folder)
             write_json(table, kept)
             print(f"The table is kept in {kept}")

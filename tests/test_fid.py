@@ -500,6 +500,14 @@ def test_what_was_kept_is_replaced_by_its_like_alone(exports, capsys, monkeypatc
     ]
 
 
+def test_a_table_of_several_runs_lies_with_each(exports, export, capsys):
+    folders = [exports["narrow"], exports["later"]]
+    fid.main([*map(str, folders), "--num", "20", "--steps", "1", "--device", "cpu"])
+    first, second = (folder / "fid-digits-v1-20.json" for folder in folders)
+    assert capsys.readouterr().out.endswith(f"The table is kept in {first}\nThe table is kept in {second}\n")
+    assert first.read_bytes() == second.read_bytes()
+
+
 def test_tables_lie_where_they_outlast_the_export(tmp_path, monkeypatch):
     run = tmp_path / "runs" / "a"
     for folder in ("checkpoints", "export", "exports/step-3", "export-0.05"):

@@ -287,11 +287,12 @@ def test_what_eval_fid_kept_in_the_run_folder_is_found(runs, tmp_path) -> None:
     folder = tmp_path / "dcn"
     scores_file(folder / "fid-digits-v1-1797.json")
     scores_file(folder / "fid.json", metric="FID")
+    shutil.copy(folder / "fid.json", tmp_path / "unet" / "fid.json")  # as of a table of both
     given = scores_file(tmp_path / "given.json", metric="FD-given")
     paths = [str(folder), str(tmp_path / "unet")]
     main([*paths, *DRAW, "--out", str(tmp_path / "found")])
     text = words(parsed(tmp_path / "found" / "index.html"))
-    assert "FD-digits-v1 (fid-digits-v1-1797.json)" in text and "FID (fid.json)" in text
+    assert "FD-digits-v1 (fid-digits-v1-1797.json)" in text and text.count("FID (fid.json)") == 1
     assert "Scores: not measured" not in text and "Scores of unet: not measured" in text
     main([*paths, *DRAW, "--scores", str(given), "--out", str(tmp_path / "asked")])
     text = words(parsed(tmp_path / "asked" / "index.html"))

@@ -232,9 +232,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Before the runs, whose loading may take long.
         if not options.runs and not options.study and not options.ablations:
             raise UserError("there is nothing to report; give a run folder, or --study JSON")
-        kept = dict.fromkeys(file for run in options.runs for file in files_of(run))
+        kept: dict[bytes, Path] = {}
+        for file in (file for run in options.runs for file in files_of(run)):
+            kept.setdefault(file.read_bytes(), file)  # the table of several runs lies with each of them
         files = read_files(
-            options.scores or list(kept),
+            options.scores or list(kept.values()),
             options.throughput,
             options.operators,
             options.study,
