@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import partial
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
+from torch.nn.utils.fusion import fuse_linear_bn_weights
 
 from .functional import dcnv4
 from .geometry import Geometry, Pair, flag, is_whole, number, pair, whole
@@ -363,8 +365,20 @@ def _padding(name: str | None, kernel_size: Pair, stride: Pair, dilation: Pair) 
 class DCNv4Conv(nn.Module):
     """DCNv4 in the dress of `torch.nn.Conv2d`: (N, C_in, H, W) to (N, C_out, Ho, Wo), for YOLO-style blocks and the like.
 
-    It takes the place of `cv2` in a C2f bottleneck as it stands: `DCNv4Conv(c, c, 3)`, `DCNv4Conv(c1, c2, 3, 2)` for a stride.
-    A channels_last input costs no copy on the way in or out.
+    A channels_last input costs no copy on the way in or out. There is no `weight`: code that folds a normalisation into it
+    (`fuse_conv_and_bn` of YOLO code bases) takes `fuse_bn` in its place. So `cv2` of a C2f bottleneck, convolution,
+    normalisation and activation, becomes a block that is no subclass of theirs, whose `model.fuse()` leaves it as it is::
+
+        class DCNv4Block(nn.Module):
+            def __init__(self, c1, c2, k=3, s=1):
+                super().__init__()
+                self.conv, self.bn, self.act = DCNv4Conv(c1, c2, k, s, bias=False), nn.BatchNorm2d(c2), nn.SiLU()
+
+            def forward(self, x):
+                return self.act(self.bn(self.conv(x)))
+
+            def forward_fuse(self, x):  # after conv = conv.fuse_bn(bn), in eval mode
+                return self.act(self.conv(x))
 
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, bias, device, dtype: as of `nn.Conv2d`.
@@ -411,7 +425,41 @@ class DCNv4Conv(nn.Module):
             out_channels=whole("out_channels", out_channels),
             mask_init=mask_init, **options,
         )  # fmt: skip
-        self.in_channels, self.out_channels = self.dcn.channels, self.dcn.out_channels
+        dcn = self.dcn
+        self.in_channels, self.out_channels, self.groups = dcn.channels, dcn.out_channels, dcn.groups
+        self.kernel_size, self.stride, self.padding, self.dilation = (
+            dcn.kernel_size, dcn.stride, dcn.padding, dcn.dilation,
+        )  # fmt: skip
+        self.padding_mode = padding_mode
+
+    def fuse_bn(self, bn: nn.BatchNorm2d) -> DCNv4Conv:
+        """A copy that gives what `bn` after this layer does, in its `output_proj`; both must be in eval mode.
+
+        Raises:
+            TypeError: no batch normalisation, or a layer in the place of `output_proj`, a quantised one say.
+            ValueError: training mode, another number of channels, no running statistics, no `output_proj`.
+        """
+        projection = getattr(self.dcn, "output_proj", None)
+        if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
+            raise TypeError(f"bn must be an nn.BatchNorm2d, got {type(bn).__name__}")
+        if projection is None:
+            raise ValueError("fuse_bn needs output_proj, which without_pointwise leaves out")
+        if type(projection) is not nn.Linear:
+            raise TypeError(f"output_proj is a {type(projection).__name__}; fuse before it is replaced")
+        if self.training or bn.training:
+            raise ValueError("fuse_bn takes running statistics: call eval() of the layer and of bn first")
+        if bn.running_mean is None or bn.running_var is None:
+            raise ValueError("bn has no running statistics (track_running_stats=False): it cannot be folded")
+        if bn.num_features != self.out_channels:
+            raise ValueError(f"bn has {bn.num_features} channels, this layer gives {self.out_channels}")
+        fused = copy.deepcopy(self)
+        layer = fused.dcn.output_proj
+        scale = torch.ones_like(bn.running_var) if bn.weight is None else bn.weight
+        shift = torch.zeros_like(bn.running_mean) if bn.bias is None else bn.bias
+        layer.weight, layer.bias = fuse_linear_bn_weights(
+            layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.eps, scale, shift
+        )
+        return fused
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):

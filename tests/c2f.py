@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dcnv4_ext import DCNv4Conv
 
 
-class Conv(nn.Sequential):
-    """Convolution, batch normalisation, SiLU."""
+class Conv(nn.Module):
+    """Convolution, batch normalisation, SiLU, under the names that they have there."""
 
     def __init__(self, c1: int, c2: int, kernel: int = 1, convolution: type[nn.Module] = nn.Conv2d) -> None:
-        super().__init__(
-            convolution(c1, c2, kernel, 1, kernel // 2, bias=False), nn.BatchNorm2d(c2), nn.SiLU(inplace=True)
-        )
+        super().__init__()
+        self.conv = convolution(c1, c2, kernel, 1, kernel // 2, bias=False)
+        self.bn, self.act = nn.BatchNorm2d(c2), nn.SiLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+    def forward_fuse(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(x))
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """What `model.fuse()` does there, in place; with `fuse_bn` for ours."""
+    for block in model.modules():
+        if isinstance(block, Conv) and hasattr(block, "bn"):
+            ours = isinstance(block.conv, DCNv4Conv)
+            block.conv = block.conv.fuse_bn(block.bn) if ours else fuse_conv_bn_eval(block.conv, block.bn)
+            del block.bn
+            block.forward = block.forward_fuse
+    return model
 
 
 class Bottleneck(nn.Module):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from c2f import C2f
+from c2f import C2f, fuse
 from dcnv4_ext import DCNv4, DCNv4Conv, dcnv4, dcnv4_reference
 
 
@@ -247,7 +247,79 @@ def test_conv_wrapper_in_a_c2f_block() -> None:
         assert y.shape == (2, 32, 7, 9)
         y.float().square().mean().backward()
         assert all(p.grad.isfinite().all() for p in block.parameters())
-        assert all(b.cv2[0].dcn.offset_mask.weight.grad.abs().sum() > 0 for b in block.m)
+        assert all(b.cv2.conv.dcn.offset_mask.weight.grad.abs().sum() > 0 for b in block.m)
+
+
+def _statistics(model: torch.nn.Module) -> torch.nn.Module:
+    """With offsets, running statistics and affine parameters that are not those of the start."""
+    for part in model.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.running_mean.normal_()
+            part.running_var.uniform_(0.2, 3)
+            if part.affine:
+                torch.nn.init.uniform_(part.weight, 0.5, 2)
+                torch.nn.init.normal_(part.bias)
+        if isinstance(part, DCNv4):
+            torch.nn.init.normal_(part.offset_mask.weight, std=0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("bias", "affine", "options"),
+    [(False, True, {}), (True, True, dict(center_feature_scale=True)), (True, False, {})],
+)
+def test_batch_normalisation_is_folded_into_the_layer(bias: bool, affine: bool, options: dict) -> None:
+    torch.manual_seed(0)
+    conv, bn = (
+        DCNv4Conv(12, 16, 3, 2, bias=bias, **options).double(),
+        torch.nn.BatchNorm2d(16, affine=affine).double(),
+    )
+    both = _statistics(torch.nn.Sequential(conv, bn))
+    x = torch.randn(2, 12, 9, 7, dtype=torch.float64)
+    before, want = conv(x), both(x)
+    torch.testing.assert_close(conv.fuse_bn(bn)(x), want, rtol=1e-12, atol=1e-12)
+    assert torch.equal(conv(x), before)  # it is a copy
+
+
+def test_a_c2f_block_is_fused() -> None:
+    torch.manual_seed(0)
+    block, x = _statistics(C2f(24, 32, 2)), torch.randn(2, 24, 7, 9)
+    want = block(x)
+    fused = fuse(copy.deepcopy(block))
+    assert not [m for m in fused.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    torch.testing.assert_close(fused(x), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("conv", "bn", "text"),
+    [
+        (DCNv4Conv(8, 8).eval(), torch.nn.BatchNorm2d(8), "call eval"),
+        (DCNv4Conv(8, 8), torch.nn.BatchNorm2d(8).eval(), "call eval"),
+        (DCNv4Conv(8, 8).eval(), torch.nn.BatchNorm2d(16).eval(), "bn has 16 channels, this layer gives 8"),
+        (DCNv4Conv(8, 8).eval(), torch.nn.BatchNorm2d(8, track_running_stats=False).eval(), "no running stat"),
+        (DCNv4Conv(8, 8, without_pointwise=True).eval(), torch.nn.BatchNorm2d(8).eval(), "needs output_proj"),
+        (DCNv4Conv(8, 8).eval(), torch.nn.GroupNorm(2, 8).eval(), "must be an nn.BatchNorm2d, got GroupNorm"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_folded_is_named(conv: DCNv4Conv, bn: torch.nn.Module, text: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=text):
+        conv.fuse_bn(bn)
+
+
+def test_conv_wrapper_tells_its_geometry_as_conv2d_does() -> None:
+    for arguments in ((32, 48, 3, 2, 1), (32, 48, (3, 5), (1, 2), (1, 2), (2, 1))):
+        ours, conv = DCNv4Conv(*arguments, groups=4), torch.nn.Conv2d(*arguments, groups=4)
+        for name in (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "padding_mode",
+        ):
+            assert getattr(ours, name) == getattr(conv, name), name
 
 
 def test_wrong_number_of_channels_is_named() -> None:
