@@ -334,7 +334,7 @@ def _reference_of(name: str, data: Mapping[str, Any], image_channels: int, refer
     if is_cache(reference):
         raise UserError(
             f"{name} learns from the latent cache {reference}, which holds no images to compare with; give "
-            "--reference FOLDER, the images that it was made of"
+            "--reference FOLDER, the images that it was made of, or statistics of theirs"
         )
     return open_reference(
         reference, image_channels=image_channels, image_size=image_size or data.get("image_size")

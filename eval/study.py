@@ -5,9 +5,9 @@
 
 A study names variants (a config and settings over it), seeds, how to score, and comparisons: lists of variants, each held
 against its first. Every variant is trained with every seed, by `train.py`, and scored, by `eval.fid`, on the CPU one process a
-core; then a grid is drawn of each variant's first seed, and the networks are timed in turns (`eval.throughput`). Results are
-written after every run; the same command goes on where it was stopped. The tables give mean and standard deviation over seeds,
-and the p value of an exact permutation test.
+core (what could not be scored is an error before the first is trained); then a grid is drawn of each variant's first seed, and the
+networks are timed in turns (`eval.throughput`). Results are written after every run; the same command goes on where it was stopped.
+The tables give mean and standard deviation over seeds, and the p value of an exact permutation test.
 """
 
 from __future__ import annotations
