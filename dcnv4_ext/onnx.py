@@ -1,10 +1,12 @@
-"""ONNX: the operator in standard operators, with GridSample (opset 20) in the middle.
+"""ONNX: the operator in standard operators, with GridSample in the middle.
 
     torch.onnx.export(module, (x,), "layer.onnx", dynamo=True, opset_version=20,
                       custom_translation_table=dcnv4_ext.onnx.translation_table())
 
-Runtimes need no plugin: onnxruntime and TensorRT have GridSample. Its normalised coordinates round positions, so results
-equal the kernels' to about 1e-5, and a NaN offset, which the kernels leave out, gives NaN. Needs onnxscript.
+    dcnv4_ext.onnx.register_symbolic()  # once, where dynamo=False is given to torch.onnx.export, as Ultralytics does; opset 16 or later
+
+onnxruntime runs it without a plugin; no other runtime was tried. GridSample's normalised coordinates round positions, so results
+equal the kernels' to about 1e-5, and a NaN offset, which the kernels leave out, gives NaN.
 """
 
 from __future__ import annotations
@@ -18,17 +20,52 @@ from .geometry import Geometry
 
 
 def translation_table() -> dict[Any, Callable]:
-    """For `torch.onnx.export(..., dynamo=True, custom_translation_table=...)`."""
+    """For `torch.onnx.export(..., dynamo=True, custom_translation_table=...)`. Needs onnxscript."""
     from . import ops as _ops  # noqa: F401  registers torch.ops.dcnv4_ext
 
-    return {torch.ops.dcnv4_ext.forward.default: _translation()}
-
-
-def _translation() -> Callable:
     try:
-        from onnxscript import opset20 as op
+        from onnxscript import opset20
     except ImportError as error:
         raise ImportError("exporting to ONNX needs onnxscript: pip install onnxscript") from error
+    return {torch.ops.dcnv4_ext.forward.default: _translation(opset20, "linear")}
+
+
+def register_symbolic() -> None:
+    """Teach the exporter through TorchScript (`torch.onnx.export(..., dynamo=False)`) the operator, for this process."""
+    from torch.onnx import symbolic_helper
+
+    @symbolic_helper.parse_args("v", "v", "is", "is", "is", "is", "i", "f", "b", "b")
+    def forward(
+        g, value, offset_mask, kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax
+    ):  # fmt: skip
+        translate = _translation(_TorchScript(g), "linear" if g.opset >= 20 else "bilinear")
+        settings = kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax
+        return translate(value, offset_mask, *settings)
+
+    torch.onnx.register_custom_op_symbolic("dcnv4_ext::forward", forward, 16)
+
+
+class _TorchScript:
+    """onnxscript's way of writing operators, for a graph of the exporter through TorchScript."""
+
+    def __init__(self, graph: Any) -> None:
+        self._graph = graph
+
+    def Constant(self, **attribute: Any) -> Any:
+        """`value_ints` or `value_floats`, which that exporter does not know of, as a tensor."""
+        return self._graph.op("Constant", value_t=torch.tensor(*attribute.values()))
+
+    def __getattr__(self, name: str) -> Callable:
+        def operator(*inputs: Any, **attributes: Any) -> Any:
+            # It wants types in the names: mode_s, axis_i, perm_i for a list.
+            typed = {f"{key}_{'s' if type(a) is str else 'i'}": a for key, a in attributes.items()}
+            return self._graph.op(name, *inputs, **typed)
+
+        return operator
+
+
+def _translation(op: Any, linear: str) -> Callable:
+    """The operator written by `op`; `linear` is what its opset calls GridSample's mode."""
 
     def ints(*values: int) -> Any:
         return op.Constant(value_ints=list(values))
@@ -107,7 +144,7 @@ def _translation() -> Callable:
         width = op.Div(c, ints(g))  # D
         image = op.Reshape(op.Cast(value, to=1), join(n, h, w, ints(g), width))
         image = op.Reshape(op.Transpose(image, perm=[0, 3, 4, 1, 2]), join(maps, width, h, w))
-        sampled = op.GridSample(image, grid, align_corners=0, mode="linear", padding_mode="zeros")
+        sampled = op.GridSample(image, grid, align_corners=0, mode=linear, padding_mode="zeros")
         weighted = op.Mul(sampled, op.Reshape(weights, join(maps, one, positions, ints(k))))
         summed = op.ReduceSum(weighted, ints(3), keepdims=0)  # (N G, D, Ho Wo)
         output = op.Transpose(op.Reshape(summed, join(n, ints(g), width, ho, wo)), perm=[0, 3, 4, 1, 2])

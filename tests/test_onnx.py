@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dcnv4_ext
-from c2f import C2f
+from c2f import C2f, fuse
 from dcnv4_ext import DCNv4
 
 onnxruntime = pytest.importorskip(
@@ -33,16 +33,25 @@ pytest.importorskip("onnxscript", reason="onnxscript is not installed (pip insta
     ],
     ids=["plain", "stride_2_without_centre", "softmax_asymmetric"],
 )
-def test_a_module_runs_the_same_in_onnxruntime(options: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("opset", [None, 16, 20], ids=["dynamo", "torchscript_16", "torchscript_20"])
+def test_a_module_runs_the_same_in_onnxruntime(options: dict, opset: int | None, tmp_path: Path) -> None:
+    """By either exporter of torch, with dynamic shapes."""
     torch.manual_seed(0)
     module = DCNv4(32, out_channels=24, mask_init="uniform", **options).eval()
     torch.nn.init.normal_(module.offset_mask.weight, std=0.1)
-    n, h, w = (torch.export.Dim(name, min=2, max=64) for name in ("n", "h", "w"))
     file = tmp_path / "layer.onnx"
-    torch.onnx.export(
-        module, (torch.randn(2, 9, 8, 32),), file, dynamo=True, opset_version=20, verbose=False,
-        dynamic_shapes={"x": {0: n, 1: h, 2: w}}, custom_translation_table=dcnv4_ext.onnx.translation_table(),
-    )  # fmt: skip
+    if opset is None:
+        n, h, w = (torch.export.Dim(name, min=2, max=64) for name in ("n", "h", "w"))
+        torch.onnx.export(
+            module, (torch.randn(2, 9, 8, 32),), file, dynamo=True, opset_version=20, verbose=False,
+            dynamic_shapes={"x": {0: n, 1: h, 2: w}}, custom_translation_table=dcnv4_ext.onnx.translation_table(),
+        )  # fmt: skip
+    else:
+        dcnv4_ext.onnx.register_symbolic()
+        torch.onnx.export(
+            module, (torch.randn(2, 9, 8, 32),), file, dynamo=False, opset_version=opset, input_names=["x"],
+            dynamic_axes={"x": {0: "n", 1: "h", 2: "w"}},
+        )  # fmt: skip
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     domains = {opset.domain for opset in __import__("onnx").load(file).opset_import}
     assert domains <= {"", "ai.onnx"}, f"operators that are not standard: {domains}"
@@ -79,3 +88,16 @@ def test_a_trained_c2f_block_runs_the_same_in_onnxruntime(tmp_path: Path) -> Non
         x = torch.randn(shape)
         (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(got), block(x).detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_fused_c2f_block_is_exported_as_ultralytics_does(tmp_path: Path) -> None:
+    """Through TorchScript, in eval mode, at one shape."""
+    torch.manual_seed(0)
+    block, x = fuse(C2f(16, 16, 1).eval()), torch.randn(1, 16, 8, 10)
+    dcnv4_ext.onnx.register_symbolic()
+    torch.onnx.export(
+        block, (x,), tmp_path / "c2f.onnx", dynamo=False, opset_version=17, input_names=["images"]
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "c2f.onnx", providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"images": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), block(x).detach(), rtol=1e-3, atol=1e-4)
