@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import math
@@ -11,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -22,7 +24,9 @@ from safetensors import safe_open
 
 from eval import comparison, fid, protocol, study
 from eval.report.__main__ import main as report
+from eval.sources import LABEL_RULES
 from ldm_dcn.errors import UserError
+from ldm_dcn.run import ARITHMETIC
 from tiny import ROOT, write_config
 
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
@@ -79,6 +83,17 @@ def test_the_projects_studies_can_be_run(path, tmp_path):
 def test_a_wrong_study_is_refused(changes, said, tmp_path):
     with pytest.raises(UserError, match=said):
         protocol.load_study(write_study(tmp_path, **changes))
+
+
+def test_scoring_is_that_of_eval_fid():
+    """Its parameters by their names, their defaults and choices."""
+    parameters = inspect.signature(fid.evaluate).parameters
+    own = {"extractor", "steps", "device"}  # of other defaults
+    assert {field: parameters[field].default for field, _ in protocol.Scoring() if field not in own} == {
+        field: value for field, value in protocol.Scoring() if field not in own
+    }
+    for field, choices in (("labels", LABEL_RULES), ("precision", ARITHMETIC)):
+        assert get_args(protocol.Scoring.model_fields[field].annotation) == tuple(choices)
 
 
 def test_a_study_that_cannot_be_read_is_refused(tmp_path):
