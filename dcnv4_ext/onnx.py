@@ -55,6 +55,11 @@ class _TorchScript:
         """`value_ints` or `value_floats`, which that exporter does not know of, as a tensor."""
         return self._graph.op("Constant", value_t=torch.tensor(*attribute.values()))
 
+    def Shape(self, tensor: Any, start: int, end: int) -> Any:
+        """That exporter takes a part of a shape for the whole, and the process may end for it."""
+        places = [self.Constant(value_ints=[place]) for place in (start, end, 0)]
+        return self._graph.op("Slice", self._graph.op("Shape", tensor), *places)
+
     def __getattr__(self, name: str) -> Callable:
         def operator(*inputs: Any, **attributes: Any) -> Any:
             # It wants types in the names: mode_s, axis_i, perm_i for a list.
@@ -121,7 +126,7 @@ def _translation(op: Any, linear: str) -> Callable:
 
         def along(count: Any, axis: int) -> Any:
             """Positions of the kernel's centre along rows (0) or columns (1), as floats."""
-            steps = op.Range(op.Squeeze(zero), op.Squeeze(count), op.Squeeze(one))
+            steps = op.Range(*(op.Squeeze(number, zero) for number in (zero, count, one)))
             first = float(centers[axis] - geometry.padding[axis])
             return op.Add(
                 op.Mul(op.Cast(steps, to=1), floats([float(geometry.stride[axis])])), floats([first])
