@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad, profiler
 from torch.compiler import is_dynamo_compiling
 
@@ -121,7 +121,10 @@ class _Call(NamedTuple):
 _calls: dict[tuple, _Call] = {}
 _MOST_CALLS = 4096
 # Bound here, as others below, because every call asks them.
-_deterministic, _threads = torch._C._get_deterministic_algorithms, torch.get_num_threads
+_deterministic = getattr(
+    torch._C, "_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled
+)
+_threads = torch.get_num_threads
 
 
 def _check(value, offset_mask, grad_output, settings, deterministic: bool, threads: int) -> _Call:
@@ -264,6 +267,32 @@ forward = torch.ops.dcnv4_ext.forward.default
 backward = torch.ops.dcnv4_ext.backward.default
 
 
+# What torch may change without a word. Where one of these is missing, every call goes by its dispatcher, and gradients by
+# torch.library.register_autograd: a call with gradients costs twice as much, and torch.func cannot differentiate it, and says so.
+_QUESTIONS = (
+    "_dispatch_tls_local_include_set", "_dispatch_tls_local_exclude_set", "_dispatch_keys", "_is_any_autocast_enabled",
+    "_is_torch_function_mode_enabled", "_autograd._profiler_enabled",
+)  # fmt: skip
+_ASSUMED = (
+    "_C.DispatchKey", "_C.DispatchKeySet.raw_repr", "_C._AutoDispatchBelowAutograd", "_C._ExcludeDispatchKeyGuard",
+    "_C._are_functorch_transforms_active", "autograd.forward_ad._current_level", "autograd.forward_ad._set_fwd_grad_enabled",
+    "autograd.profiler._is_profiler_enabled",
+)  # fmt: skip
+try:
+    from torch._functorch.utils import enable_single_level_autograd_function
+    from torch.autograd.function import _SingleLevelFunction
+
+    _included, _excluded, _keys_of, _autocast, _function_mode, _profiler_enabled = attrgetter(*_QUESTIONS)(
+        torch._C
+    )
+    attrgetter(*_ASSUMED)(torch)
+    _answers = True
+except (ImportError, AttributeError):
+    _SingleLevelFunction = torch.autograd.Function
+    _answers = False
+_FAMILIAR = _answers
+
+
 def _keys(*names: str) -> int:
     """The set of these dispatch keys, as torch writes it in one number."""
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
@@ -275,28 +304,18 @@ def _keys(*names: str) -> int:
 # The state in which nothing stands between the Autograd key and the kernels: ordinary dense tensors, no mode, no transform, no
 # tracing. The dispatcher's rounds, which would find just that, are then left out: they are more than half of a small call.
 _ORDINARY_CLASSES = frozenset((Tensor, torch.nn.Parameter))
-_ORDINARY_TENSORS = frozenset(
-    _keys(device, "ADInplaceOrView", f"Autograd{device}", f"Autocast{device}") for device in ("CPU", "CUDA")
-)
-_INFERENCE_TENSORS = frozenset(_keys(device, f"Autocast{device}") for device in ("CPU", "CUDA"))
-# The tensors that are ordinary in a state: outside of inference mode, and in it, where nothing is recorded of either kind.
-_ORDINARY_STATES = {
-    _keys("BackendSelect", "ADInplaceOrView"): _ORDINARY_TENSORS,
-    _keys("BackendSelect"): _ORDINARY_TENSORS | _INFERENCE_TENSORS,
-}
-_AUTOGRAD = _keys("AutogradCPU") & ~_keys("CPU")  # whatever the device
-
-_QUESTIONS = (
-    "_dispatch_tls_local_include_set", "_dispatch_tls_local_exclude_set", "_dispatch_keys", "_is_any_autocast_enabled",
-    "_is_torch_function_mode_enabled", "_autograd._profiler_enabled",
-)  # fmt: skip
-try:
-    _included, _excluded, _keys_of, _autocast, _function_mode, _profiler_enabled = attrgetter(*_QUESTIONS)(
-        torch._C
+if _FAMILIAR:
+    _ORDINARY_TENSORS = frozenset(
+        _keys(device, "ADInplaceOrView", f"Autograd{device}", f"Autocast{device}")
+        for device in ("CPU", "CUDA")
     )
-    _answers = hasattr(profiler, "_is_profiler_enabled")
-except AttributeError:  # another torch, which cannot be asked: every call goes by its dispatcher
-    _answers = False
+    _INFERENCE_TENSORS = frozenset(_keys(device, f"Autocast{device}") for device in ("CPU", "CUDA"))
+    # The tensors that are ordinary in a state: outside of inference mode, and in it, where nothing is recorded of either kind.
+    _ORDINARY_STATES = {
+        _keys("BackendSelect", "ADInplaceOrView"): _ORDINARY_TENSORS,
+        _keys("BackendSelect"): _ORDINARY_TENSORS | _INFERENCE_TENSORS,
+    }
+    _AUTOGRAD = _keys("AutogradCPU") & ~_keys("CPU")  # whatever the device
 
 
 def plain(*tensors: Tensor) -> bool:
@@ -359,7 +378,7 @@ def _other_levels_differentiate():
         yield
 
 
-class _Function(torch.autograd.function._SingleLevelFunction):
+class _Function(_SingleLevelFunction):
     """The plain class below autograd.Function: Function.apply would start the dispatch of torch.func's transforms anew, which has
     happened already when a kernel under the Autograd key runs."""
 
@@ -458,8 +477,23 @@ def _backward_autograd_kernel(value, offset_mask, grad_output, *settings):
         return backward(*tensors, *settings)
 
 
-_library.impl("forward", _autograd_kernel, "Autograd")
-_library.impl("backward", _backward_autograd_kernel, "Autograd")
+def _keep(ctx, inputs, output):
+    value, offset_mask, *ctx.settings = inputs
+    ctx.save_for_backward(value, offset_mask)
+
+
+def _gradients(ctx, grad_output):
+    needed = ctx.needs_input_grad[:2]
+    gradients = backward(*ctx.saved_tensors, grad_output, *ctx.settings, needed)
+    return *(g if n else None for g, n in zip(gradients, needed, strict=True)), *[None] * len(ctx.settings)
+
+
+if _FAMILIAR:
+    _library.impl("forward", _autograd_kernel, "Autograd")
+    _library.impl("backward", _backward_autograd_kernel, "Autograd")
+else:
+    torch.library.register_autograd("dcnv4_ext::forward", _gradients, setup_context=_keep, lib=_library)
+    torch.library.register_autograd("dcnv4_ext::backward", _DifferentiableOnce.backward, lib=_library)
 
 
 def _fold(name: str, tensor: Tensor, dim: int | None, size: int) -> Tensor:
@@ -497,8 +531,12 @@ def _backward_vmap(info, dims, value, offset_mask, grad_output, *settings):
 
 def _register_autocast(device: str) -> None:
     """Both inputs go to the autocast dtype; sums stay in fp32 inside the kernels."""
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
     device_type = device.lower()
+    if _FAMILIAR:
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+        done = partial(torch._C._ExcludeDispatchKeyGuard, keys)
+    else:
+        done = partial(torch.autocast, device_type, enabled=False)
 
     def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
@@ -509,7 +547,7 @@ def _register_autocast(device: str) -> None:
                 f"value is {value.dtype} and offset_mask is {offset_mask.dtype}; autocast leaves float64 alone: cast one"
             )
         dtype = torch.get_autocast_dtype(device_type)
-        with torch._C._ExcludeDispatchKeyGuard(keys):
+        with done():
             return forward(cast(value, dtype), cast(offset_mask, dtype), *settings)
 
     _library.impl("forward", kernel, f"Autocast{device}")

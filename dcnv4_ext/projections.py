@@ -20,7 +20,8 @@ from . import ops as _ops
 
 _DEVICES = frozenset(("cuda",))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = [getattr(_module, f"_global{hooks}") for hooks in _HOOKS]
+# Where torch has them no longer under these names, as if there were some: the layers are called.
+_GLOBAL_HOOKS = [getattr(_module, f"_global{hooks}", True) for hooks in _HOOKS]
 
 
 def _parameters(layer: nn.Module) -> tuple[Tensor, Tensor] | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from dcnv4_ext import DCNv4, DCNv4Conv, dcnv4, dcnv4_reference
-from programs import Program, to_their_end
+from programs import Program, environment, to_their_end
 
 SETTINGS = ([3, 3], [1, 1], [1, 1], [1, 1], 2, 1.0, False, False)
 
@@ -328,3 +330,56 @@ def test_no_double_backward_says_so(which: int) -> None:
     tensors = [t.detach() for t in tensors]
     with pytest.raises(RuntimeError, match="differentiated once"):
         torch.func.grad(lambda t: torch.func.grad(inner)(t).sum())(tensors[which])
+
+
+HIDDEN = [
+    ("torch._functorch.utils", "enable_single_level_autograd_function"),
+    ("torch.autograd.function", "_SingleLevelFunction"),
+    ("torch._C.DispatchKeySet", "raw_repr"),
+    ("torch._C", "_is_any_autocast_enabled"),
+    ("torch._C", "_get_deterministic_algorithms"),
+    ("torch.nn.modules.module", "_global_forward_hooks"),
+]
+IN_ANOTHER_TORCH = """
+import torch, torch._functorch.utils
+hidden = {owner}.{name}
+del {owner}.{name}
+from dcnv4_ext import DCNv4, dcnv4, dcnv4_reference, ops
+{owner}.{name} = hidden  # torch itself wants it
+
+tensors = [torch.randn(2, 4, 5, c, dtype=torch.float64, requires_grad=True) for c in (32, 56)]
+results = []
+for operator in (dcnv4, dcnv4_reference):
+    output = operator(*tensors, groups=2)
+    results.append([output, *torch.autograd.grad(output.square().sum(), tensors)])
+for got, want in zip(*results):
+    torch.testing.assert_close(got, want)
+(once,) = torch.autograd.grad(dcnv4(*tensors, groups=2).square().sum(), tensors[1], create_graph=True)
+try:
+    once.sum().backward()
+    raise AssertionError("differentiated twice")
+except RuntimeError as error:
+    assert "differentiated once" in str(error)
+layer, x = DCNv4(32, groups=2, mask_init="uniform"), torch.randn(2, 4, 5, 32)
+with torch.autocast("cpu", torch.bfloat16):
+    output = layer(x)
+assert output.dtype == torch.bfloat16
+output.sum().backward()
+assert layer.offset_mask.weight.grad.abs().sum() > 0
+if "{name}" == "_SingleLevelFunction":  # compiling takes seconds
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+with torch.no_grad():
+    got = torch.func.vmap(lambda v, a: dcnv4(v[None], a[None], groups=2)[0])(*tensors)
+torch.testing.assert_close(got, results[0][0])
+"""
+
+
+@pytest.mark.parametrize(("owner", "name"), HIDDEN, ids=str)
+def test_everything_works_in_a_torch_without_what_it_does_not_promise(owner: str, name: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", IN_ANOTHER_TORCH.format(owner=owner, name=name)],
+        env=environment(),
+        text=True,
+        capture_output=True,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
