@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import pickle
+import textwrap
 import weakref
 
 import numpy as np
@@ -279,6 +281,17 @@ def test_batch_normalisation_is_folded_into_the_layer(bias: bool, affine: bool, 
     before, want = conv(x), both(x)
     torch.testing.assert_close(conv.fuse_bn(bn)(x), want, rtol=1e-12, atol=1e-12)
     assert torch.equal(conv(x), before)  # it is a copy
+
+
+def test_the_block_of_the_docstring_runs_and_is_folded() -> None:
+    text = inspect.getdoc(DCNv4Conv).partition("::\n\n")[2].partition("\nArgs:")[0]
+    names = {"nn": torch.nn, "DCNv4Conv": DCNv4Conv}
+    exec(textwrap.dedent(text), names)
+    block, x = _statistics(names["DCNv4Block"](8, 16, 3, 2)), torch.randn(2, 8, 9, 7)
+    want = block(x)
+    block.conv = block.conv.fuse_bn(block.bn)
+    del block.bn
+    torch.testing.assert_close(block.forward_fuse(x), want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_c2f_block_is_fused() -> None:
