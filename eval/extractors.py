@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ldm_dcn.errors import UserError
+from ldm_dcn.errors import UserError, one_line
 from ldm_dcn.files import hash_file
 
 from .classifiers import DIGITS_FILE, DigitsClassifier, SmallClassifier
@@ -98,7 +98,7 @@ def _load_digits(path: Path) -> DigitsClassifier:
         )
     except Exception as error:
         raise UserError(
-            f"{path} cannot be read ({' '.join(str(error).split())[:160]}); make it again with "
+            f"{path} cannot be read ({one_line(error)}); make it again with "
             "python -m eval.make_digits_classifier"
         ) from error
     extractor.fingerprint = hash_file(path)[:16]
@@ -114,7 +114,7 @@ def _load_classifier(path: str) -> SmallClassifier:
         extractor.load_state_dict(load_file(path))
     except Exception as error:
         raise UserError(
-            f"extractor classifier:{path} cannot be read ({' '.join(str(error).split())[:160]}); make it with "
+            f"extractor classifier:{path} cannot be read ({one_line(error)}); make it with "
             "python -m eval.make_photographs_classifier"
         ) from error
     extractor.fingerprint = hash_file(path)[:16]
@@ -146,7 +146,7 @@ def _load_torchscript(path: str) -> FeatureExtractor:
         network = torch.jit.load(path, map_location="cpu")
     except Exception as error:
         raise UserError(
-            f"extractor torchscript:{path} cannot be read ({' '.join(str(error).split())[:160]}); "
+            f"extractor torchscript:{path} cannot be read ({one_line(error)}); "
             "give a file that torch.jit.save wrote"
         ) from error
     return ForeignExtractor(network.eval(), Path(path).stem, hash_file(path)[:16])

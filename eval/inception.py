@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_dcn.errors import UserError
+from ldm_dcn.errors import UserError, one_line
 from ldm_dcn.files import hash_file
 
 from .features import FeatureExtractor
@@ -120,7 +120,7 @@ def load_inception(path: str | os.PathLike[str], sha256: str = SHA256, by_torch:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         raise UserError(
-            f"{path} cannot be loaded as the FID Inception ({' '.join(str(error).split())[:120]}); "
+            f"{path} cannot be loaded as the FID Inception ({one_line(error)}); "
             "download weights-inception-2015-12-05-6726825d.pth again"
         ) from error
     network.fingerprint = digest[:16]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm_dcn.errors import UserError
+from ldm_dcn.errors import UserError, one_line
 
 
 def image_metric(name: str, num_features: int, **options: Any) -> Any:
@@ -25,7 +25,7 @@ def image_metric(name: str, num_features: int, **options: Any) -> Any:
     try:
         metric = getattr(import_module(f"torchmetrics.image.{module}"), name)
     except Exception as error:  # RuntimeError and AttributeError too, from operators that are not there
-        text = " ".join(str(error).split())[:160]
+        text = one_line(error)
         if isinstance(error, ModuleNotFoundError) and error.name == "torchmetrics":
             mend = "pip install torchmetrics"
         elif "torchvision" in text:

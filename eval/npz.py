@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ldm_dcn.errors import UserError
+from ldm_dcn.errors import UserError, one_line
 
 CHUNK = 2**24  # bytes read at once
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -78,7 +78,7 @@ def _opened(path: str) -> Iterator[np.lib.npyio.NpzFile]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give an npz, a folder of images, or a run") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:160]
+        reason = one_line(error)
         raise UserError(f"{path} cannot be read as npz ({reason}); write it again") from error
 
 

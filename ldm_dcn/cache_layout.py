@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from . import folders
-from .errors import UserError
+from .errors import UserError, one_line
 from .files import replace_file
 from .folders import Damaged
 from .weights import DTYPES
@@ -175,7 +175,7 @@ def read_sealed(path: Path, mend: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise Damaged(f"{path} is missing; {MEND}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{path} cannot be read ({' '.join(str(error).split())}); {mend}") from None
+        raise Damaged(f"{path} cannot be read ({one_line(error)}); {mend}") from None
     if seal != digest(content):
         raise Damaged(f"{path} was changed after it was written (its sha256 differs); {mend}")
     return content

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .errors import one_line
 from .folders import Damaged
 
 # safetensors' names; numpy has no bfloat16, its bits travel as int16
@@ -48,7 +49,7 @@ class MappedTensors:
                 self.rows[name] = flat.reshape(there)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Damaged(
-                f"{path} has a damaged header ({type(error).__name__}: {' '.join(str(error).split())})"
+                f"{path} has a damaged header ({type(error).__name__}: {one_line(error)})"
             ) from None
         if hasattr(mmap, "MADV_RANDOM"):  # or the system reads 128 KB around every row that is not in memory
             self._map.madvise(mmap.MADV_RANDOM)

@@ -81,6 +81,11 @@ def phases(settings: TrainConfig) -> dict[int, str]:
     return {0: "match", ends["match"]: "new", ends["new"]: "all"}
 
 
+def phase_at(step: int, settings: TrainConfig) -> tuple[int, str]:
+    """The step at which the phase of `step` began, and its name."""
+    return max((first, name) for first, name in phases(settings).items() if first <= step)
+
+
 @dataclass
 class Run:
     """Everything a training run holds; `opening.open_run` makes it."""
@@ -140,7 +145,7 @@ class Run:
     def enter_phase(self) -> None:
         """Let those parameters learn whose turn it is at this step: match -> new -> all."""
         settings, step = self.config.train, self.state.step
-        phase = [name for first, name in phases(settings).items() if first <= step][-1]
+        _, phase = phase_at(step, settings)
         if phase == self.phase:
             return
         self.phase = phase

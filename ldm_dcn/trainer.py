@@ -12,7 +12,7 @@ from .batches import Batch
 from .config import Config, TrainConfig
 from .opening import open_run
 from .parallel import gradients, gradients_exchanged
-from .run import NonFinite, Run, Score, phases
+from .run import NonFinite, Run, Score, phase_at
 from .signals import REQUEUE, StopSignals, leaving_on_requeue
 
 NON_FINITE = 3  # exit code of a run whose loss became NaN or infinite
@@ -141,7 +141,7 @@ def learning_rate(step: int, settings: TrainConfig) -> float:
     The warm-up comes again where others begin to learn: of what was frozen AdamW knows nothing, and its first step
     would move every weight of a pretrained network by the whole rate.
     """
-    began = max(first for first in phases(settings) if first <= step)
+    began, _ = phase_at(step, settings)
     warm = min(1.0, (step - began + 1) / max(1, settings.warmup_steps))
     if settings.lr_schedule == "constant":
         return settings.lr * warm

@@ -168,10 +168,12 @@ def test_the_posterior_mean_of_a_gaussian_leads_to_that_gaussian(sampler: str, t
     assert float(got.std()) == pytest.approx(std, rel=tolerance)
 
 
-def test_ddim_is_diffusers_ddim_where_that_one_meets_its_own_times() -> None:
-    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(x) * (t / 1000).reshape(-1, 1, 1, 1)
+def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """A network that is none of a Gaussian's."""
+    return torch.tanh(x) * (t / 1000).reshape(-1, 1, 1, 1)
 
+
+def test_ddim_is_diffusers_ddim_where_that_one_meets_its_own_times() -> None:
     theirs = DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -200,9 +202,6 @@ def test_ddpm_is_diffusers_ddpm_with_noise_of_image_and_time(monkeypatch: pytest
         return rows
 
     monkeypatch.setattr(randomness, "normal", recording)
-
-    def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(x) * (t / 1000).reshape(-1, 1, 1, 1)
 
     state = torch.get_rng_state()
     ours = sample_latents(denoise, SHAPE, [3, 9], schedule=SCHEDULE, sampler="ddpm", steps=250)
