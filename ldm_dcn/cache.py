@@ -77,7 +77,6 @@ class LatentCache:
         self.image_size: int = plan["preprocessing"]["image_size"]
         self.class_names: tuple[str, ...] = tuple(plan["class_names"])
         self.num_classes = len(self.class_names)
-        self.bad: int = manifest["bad"]
         self.dtype: str = plan["dtype"]
         self._manifest = manifest
         self._touched = 0
@@ -135,15 +134,6 @@ class LatentCache:
         shards, _ = self._locate(self._chosen[ids])
         rows = self._token_starts[ids] + which
         return self._gather((self.text.length, self.text.width), shards, rows, ["tokens"] * len(ids))
-
-    def source_indices(self) -> Tensor:
-        """Which image of the source each id is, (N,) int64: broken images leave gaps there, not here."""
-        indices = np.concatenate([shard.rows["indices"] for shard in self._shards])
-        return torch.from_numpy(indices[self._chosen])
-
-    def verify(self) -> None:
-        """Hash every file. Raises `Damaged` naming the first that is not what was written, and the mend."""
-        verify(self.folder)
 
     def _check(self, ids: Tensor) -> np.ndarray:
         ids = ids.numpy().astype(np.int64, copy=False)
