@@ -84,9 +84,13 @@ def encode_dataset(
 
 
 def open_latents(
-    config: Config, autoencoder: Autoencoder, main: bool
+    config: Config, autoencoder: Autoencoder, main: bool, *, say_grey: bool = True
 ) -> tuple[Latents | LatentCache, str | None]:
-    """What the run learns from, and its identity; a latent cache where `data.source` is one, else encoded now, in memory."""
+    """What the run learns from, and its identity; a latent cache where `data.source` is one, else encoded now, in memory.
+
+    main      whether this process shows how far the encoding is
+    say_grey  of `open_dataset`
+    """
     data = config.data
     if is_cache(data.source):
         cache = LatentCache.open(data.source, lambda labels: split_indices(labels, data.split))
@@ -104,6 +108,7 @@ def open_latents(
         image_channels=autoencoder.image_channels,
         split=data.split,
         max_bad=data.max_bad,
+        say_grey=say_grey,
     )
     with tqdm(total=len(images), desc="encoding", unit="image", disable=not main, leave=False) as bar:
         latents = encode_dataset(images, autoencoder, data.encode_batch_size, bar.update)

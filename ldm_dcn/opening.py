@@ -286,7 +286,8 @@ def _held_out(
     }
     data = config.data.model_copy(update={"split": "held-out"})
     config = config.model_copy(update={"data": data, "train": settings.model_copy(update=whole)})
-    latents, _ = open_latents(config, autoencoder, accelerator.is_main_process)
+    # Of these images' colours the user has read: they are of the same source as those that are trained on.
+    latents, _ = open_latents(config, autoencoder, accelerator.is_main_process, say_grey=False)
     return Batches(config, schedule, latents, autoencoder, denoiser, accelerator)
 
 

@@ -443,6 +443,19 @@ def test_validation_is_the_averaged_models_loss_on_images_held_out(tmp_path: Pat
         train(tiny_config(tmp_path, "train.validate_every=2", name="all"))
 
 
+def test_of_colour_that_turns_grey_a_run_tells_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though the images that are held out are opened too."""
+    (tmp_path / "images").mkdir()
+    for number in range(8):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / f"{number}.png")
+    settings = (f"data.source={tmp_path / 'images'}", "data.split=train", "train.validate_every=2")
+    with open_run(tiny_config(tmp_path, *settings, "train.validation_images=2")) as run:
+        assert len(run.latents) == 6 and run.held_out is not None
+    assert capsys.readouterr().err.count("is in colour") == 1
+
+
 def test_without_classes_every_label_is_the_null_one(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "data.num_classes=0", "train.steps=2", "train.sample_every=2")
     assert train(config) == 0
