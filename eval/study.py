@@ -4,9 +4,10 @@
     python -m eval.study configs/studies/ablations.yaml --only softmax --json ablations.json
 
 A study names variants (a config and settings over it), seeds, how to score, and comparisons: lists of variants, each held
-against its first. Every variant is trained with every seed, by `train.py`, and scored, by `eval.fid`, on the CPU one process a
-core (what could not be scored is an error before the first is trained); then a grid is drawn of each variant's first seed, and the
-networks are timed in turns (`eval.throughput`). Results are written after every run; the same command goes on where it was stopped.
+against its first. Every variant is trained with every seed, by `train.py`, and scored, by `eval.fid` (what could not be scored is an
+error before the first is trained): one run a GPU at a time, of those that CUDA_VISIBLE_DEVICES names where it is set, or one a core
+without GPUs. Then a grid is drawn of each variant's first seed, and the networks are timed in turns (`eval.throughput`). Results are
+written after every run; the same command goes on where it was stopped.
 The tables give mean and standard deviation over seeds, and the p value of an exact permutation test.
 """
 
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Lock
 from typing import Any
 
@@ -37,6 +39,7 @@ from ldm_dcn.places import check_file_place
 from .comparison import SCORES, tables
 from .environment import environment, noted
 from .fid import check_run
+from .gpus import VISIBLE, shared_out, visible_gpus
 from .protocol import Scoring, Study, comparisons_of, load_study
 from .results import write
 
@@ -86,14 +89,17 @@ def jobs_of(study: Study, path: Path, runs: Path, names: Sequence[str]) -> list[
 # ---- one run
 
 
-def run_job(job: Job, scoring: Scoring, threads: int) -> dict[str, Any]:
-    """Train and score; the record that goes into the results. Raises `UserError` with the last words of what failed."""
+def run_job(job: Job, scoring: Scoring, threads: int, gpus: Sequence[str] = ()) -> dict[str, Any]:
+    """Train and score on the first of `gpus`, or what there is; the record that goes into the results.
+
+    Raises `UserError` with the last words of what failed.
+    """
     log = job.config.folder.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    training = _call([str(ROOT / "train.py"), *job.arguments], log, threads)
+    training = _call([str(ROOT / "train.py"), *job.arguments], log, threads, gpus)
     scored = job.config.folder / "study_scores.json"
     command = ["-m", "eval.fid", str(job.config.folder), *_options(scoring), "--json", str(scored)]
-    scoring_seconds = _call(command, log, threads)
+    scoring_seconds = _call(command, log, threads, gpus)
     table = json.loads(scored.read_text(encoding="utf-8"))
     drawn = [column for column in table["columns"] if "guidance" in column["tags"]]
     return {
@@ -146,10 +152,10 @@ def check_scoring(jobs: Sequence[Job], scoring: Scoring) -> None:
         raise UserError(f"the study could not score its runs: {told}") from None
 
 
-def _call(arguments: Sequence[str], log: Path, threads: int) -> float:
+def _call(arguments: Sequence[str], log: Path, threads: int, gpus: Sequence[str] = ()) -> float:
     """Run Python with `arguments`, its words going to the end of `log`; returns the processor's seconds of this call: of a training
-    that goes on, those of the rest."""
-    variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    that goes on, those of the rest. It knows `gpus` alone; without, those that this process does."""
+    variables = {**os.environ, "OMP_NUM_THREADS": str(threads), **({VISIBLE: ",".join(gpus)} if gpus else {})}
     with log.open("ab") as file:
         process = subprocess.Popen(
             [sys.executable, *arguments], env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=file
@@ -183,19 +189,30 @@ def _curve(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def train_and_score(
-    jobs: Sequence[Job], scoring: Scoring, workers: int, threads: int, keep: Callable[[dict[str, Any]], None]
+    jobs: Sequence[Job],
+    scoring: Scoring,
+    shares: Sequence[Sequence[str]],
+    threads: int,
+    keep: Callable[[dict[str, Any]], None],
 ) -> None:
-    """All `jobs`, `workers` at a time; `keep` gets each record. What fails stops those that have not begun."""
+    """All `jobs`, one at a time on each of `shares` of the GPUs; `keep` gets each record. What fails stops those that have not begun."""
     lock = Lock()
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), desc="runs", unit="run") as bar:
+    free: SimpleQueue[Sequence[str]] = SimpleQueue()
+    for share in shares:
+        free.put(share)
+    with ThreadPoolExecutor(len(shares)) as pool, tqdm(total=len(jobs), desc="runs", unit="run") as bar:
 
         def one(job: Job) -> None:
-            record = run_job(job, scoring, threads)
+            share = free.get()  # as many as there are threads: nobody waits
+            try:
+                record = run_job(job, scoring, threads, share)
+            finally:
+                free.put(share)
             with lock:
                 keep(record)
                 bar.update()
 
-        if workers == 1:
+        if len(shares) == 1:
             for job in jobs:
                 one(job)
             return
@@ -299,7 +316,6 @@ def draw(job: Job, scoring: Scoring, file: Path, threads: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    cuda = torch.cuda.is_available()
     parser = Parser(prog="python -m eval.study", description=__doc__)
     parser.add_argument("study", metavar="STUDY.yaml", type=Path, help="one of configs/studies")
     parser.add_argument(
@@ -313,7 +329,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--runs", type=Path, metavar="DIR", help="folder of the runs (default: runs/NAME of the study)"
     )
     parser.add_argument(
-        "--jobs", type=int, default=1 if cuda else os.cpu_count(), help="runs at a time (default: one a core, 1 with a GPU)"
+        "--jobs", type=int, default=torch.cuda.device_count() or os.cpu_count(),
+        help="runs at a time, each on GPUs of its own while there are enough, of which it takes the first (default: one a GPU, or "
+        "one a core without)",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, default=1, help="of each run (default: %(default)s)")
     parser.add_argument(
@@ -356,11 +374,16 @@ def run(options: Any) -> None:
         write(content, results)
         tqdm.write(_line(record), file=sys.stderr)
 
-    going = f"; {len(todo)} to go, {options.jobs} at a time" if todo else f" and stand in {results}"
-    print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are done{going}")
+    gpus = visible_gpus(os.environ, torch.cuda.device_count())
+    shares = shared_out(gpus, options.jobs)
+    going = f"; {len(todo)} to go, {options.jobs} at a time{_where(gpus, shares)}"
+    print(
+        f"{len(jobs) - len(todo)} of {len(jobs)} runs are done{going if todo else f' and stand in {results}'}"
+    )
     if todo:
         check_scoring(todo, study.scoring)
-        train_and_score(todo, study.scoring, options.jobs, options.threads, keep)
+        _check_device(study.scoring.device, shares)
+        train_and_score(todo, study.scoring, shares, options.threads, keep)
     for name in names:
         first = next((job for job in jobs if job.variant == name), None)
         picture = results.with_suffix("") / f"{name}.png"
@@ -372,6 +395,26 @@ def run(options: Any) -> None:
         content["speed"] = time_networks(study, options.study, all_timed, options.rounds)
         write(content, results)
     print(tables(content))
+
+
+def _where(gpus: Sequence[str], shares: Sequence[Sequence[str]]) -> str:
+    """What is to be known of the GPUs that runs at a time have."""
+    if not gpus:
+        return ""
+    if len(shares) > len(gpus):
+        return f" on {len(gpus)} GPU{'s' * (len(gpus) > 1)} ({', '.join(gpus)}), which some share"
+    return f" on GPU{'s' * (len(shares) > 1)} {', '.join(share[0] for share in shares)}"
+
+
+def _check_device(device: str | None, shares: Sequence[Sequence[str]]) -> None:
+    """Raise `UserError` for a `scoring.device` that a run would not find among its own GPUs."""
+    fewest = min(map(len, shares))
+    number = torch.device(device).index if device and fewest else None
+    if number is not None and number >= fewest:
+        raise UserError(
+            f"scoring.device={device}: of {len(shares)} runs at a time each has {fewest} of the GPUs, which it knows from cuda:0 on; "
+            "write cuda, or give --jobs 1"
+        )
 
 
 def _line(record: dict[str, Any]) -> str:

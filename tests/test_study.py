@@ -10,6 +10,8 @@ import re
 import runpy
 import statistics
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -22,7 +24,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 
-from eval import comparison, fid, protocol, study
+from eval import comparison, fid, gpus, protocol, study
 from eval.report.__main__ import main as report
 from eval.sources import LABEL_RULES
 from ldm_dcn.errors import UserError
@@ -156,6 +158,78 @@ def test_what_cannot_be_scored_is_not_trained(tmp_path, monkeypatch, capsys, set
     assert re.search(rf"^error: the study could not score its runs: .*{said}", error), error
 
 
+# ------------------------------------------------------------------------------------------------- on several GPUs
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "jobs", "expected"),
+    [
+        (None, 0, 2, ["", ""]),
+        (None, 4, 4, ["0", "1", "2", "3"]),
+        (None, 4, 1, ["0,1,2,3"]),
+        (None, 8, 3, ["0,3,6", "1,4,7", "2,5"]),
+        (None, 2, 5, ["0", "1", "0", "1", "0"]),
+        ("6, 2", 2, 2, ["6", "2"]),
+        ("GPU-5ee, GPU-1ab,GPU-f00", 3, 2, ["GPU-5ee,GPU-f00", "GPU-1ab"]),
+        ("3,1,-1,0", 2, 2, ["3", "1"]),  # CUDA stops reading at what is no GPU
+        ("", 0, 1, [""]),
+        ("-1", 0, 2, ["", ""]),
+    ],
+)
+def test_gpus_are_shared_out_among_runs(visible, count, jobs, expected):
+    known = gpus.visible_gpus({} if visible is None else {gpus.VISIBLE: visible}, count)
+    assert [",".join(share) for share in gpus.shared_out(known, jobs)] == expected
+
+
+def test_each_run_has_a_gpu_of_its_own_and_leaves_it_to_the_next(tmp_path, monkeypatch, capsys):
+    """Of those that CUDA_VISIBLE_DEVICES leaves to the study; training and scoring alike."""
+    path = write_study(tmp_path, seeds=list(range(4)), variants={name: {"config": "tiny.yaml"} for name in "ab"})  # fmt: skip
+    monkeypatch.setenv(gpus.VISIBLE, "5,7,6")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    together, taken, seen = threading.Barrier(3), set(), []
+
+    def run_job(job: study.Job, scoring: protocol.Scoring, threads: int, own: Sequence[str]) -> dict:
+        if len(seen) < 3:
+            together.wait(timeout=60)
+        assert len(own) == 1 and taken.isdisjoint(own)
+        taken.update(own)
+        time.sleep(0.01)
+        taken.difference_update(own)
+        seen.extend(own)
+        return {**RUN, "variant": job.variant, "seed": job.seed, "settings": job.settings}
+
+    monkeypatch.setattr(study, "run_job", run_job)
+    command = [str(path), "--runs", str(tmp_path / "runs"), "--rounds", "0"]
+    study.main(command)
+    assert len(seen) == 8 and set(seen) == {"5", "6", "7"}
+    assert "8 to go, 3 at a time on GPUs 5, 7, 6\n" in capsys.readouterr().out
+
+
+def test_a_process_of_a_run_knows_its_gpus_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv(gpus.VISIBLE, "4,5")
+    program = tmp_path / "program.py"
+    program.write_text("import os\nprint(os.environ['CUDA_VISIBLE_DEVICES'])\n")
+    for own in (["5"], []):
+        study._call([str(program)], tmp_path / "log", 1, own)
+    assert (tmp_path / "log").read_text().split() == ["5", "4,5"]
+
+
+def test_more_runs_than_gpus_share_them_and_it_is_said(tmp_path, monkeypatch, capsys):
+    """And a GPU that scoring names by number must be among those of each run."""
+    monkeypatch.delenv(gpus.VISIBLE, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(study, "check_scoring", lambda *_: None)
+    monkeypatch.setattr(study, "run_job", lambda *_: pytest.fail("something was begun"))
+    path = write_study(tmp_path, scoring={"steps": 1, "num": 40, "device": "cuda:1"})
+    with pytest.raises(SystemExit):
+        study.main([str(path), "--runs", str(tmp_path / "runs"), "--jobs", "3"])
+    out, error = capsys.readouterr()
+    assert "3 to go, 3 at a time on 2 GPUs (0, 1), which some share" in out
+    assert (
+        "scoring.device=cuda:1: of 3 runs at a time each has 1 of the GPUs" in error and "--jobs 1" in error
+    )
+
+
 # -------------------------------------------------------------------------------------------- what the numbers say
 
 
@@ -274,7 +348,7 @@ def in_this_process(monkeypatch) -> list[list[str]]:
     """The commands of a study run here, not in processes of their own; the list of them."""
     called = []
 
-    def call(arguments: Sequence[str], log: Path, threads: int) -> float:
+    def call(arguments: Sequence[str], log: Path, threads: int, gpus: Sequence[str] = ()) -> float:
         called.append(list(arguments))
         AcceleratorState._reset_state(reset_partial_state=True)
         program, *others = arguments if arguments[0] != "-m" else arguments[1:]
