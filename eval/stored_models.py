@@ -1,4 +1,4 @@
-"""Models that stay on disk until their images are drawn: of the exports that are scored together one at a time is loaded."""
+"""Models that stay on disk until their images are drawn: of the exports that are scored or reported together one at a time is loaded."""
 
 from __future__ import annotations
 
@@ -24,15 +24,18 @@ class StoredModels:
         self._at: StoredModel | None = None
         self._model: Model | None = None
 
-    def open(self, path: str) -> StoredModel:
-        """The model of a run folder, an export folder or a hub id. Raises `UserError` for all that `load_model` does."""
+    def open(self, path: str, autoencoder: str | None = None) -> StoredModel:
+        """The model of a run folder, an export folder or a hub id; `autoencoder` as of `load_model`.
+
+        Raises `UserError` for all that `load_model` does.
+        """
         export = read_export(path)
         if not (export.folder / MANIFEST).exists():
             load_denoiser(export, "cpu")  # else nothing says that the weights are whole
         facts = (*sorted(export.autoencoder["fingerprint"].items()), export.latent_shape[0])
-        key = (export.autoencoder["spec"], *map(str, facts))
+        key = (autoencoder or export.autoencoder["spec"], *map(str, facts))
         if key not in self._autoencoders:
-            self._autoencoders[key] = load_autoencoder_of(export, self._device)
+            self._autoencoders[key] = load_autoencoder_of(export, self._device, autoencoder)
         return StoredModel(export, self._autoencoders[key], self)
 
     def load(self, stored: StoredModel) -> Model:
@@ -43,7 +46,7 @@ class StoredModels:
             if export.run != stored.export.run:
                 raise UserError(
                     f"{export.folder} was written again while others were drawn (step {stored.step}, now {export.run['step']}); "
-                    "score an export that stays, such as one of train.export_every"
+                    "give an export that stays, such as one of train.export_every"
                 )
             self._model = export.model(load_denoiser(export, self._device), stored.autoencoder)
             self._at = stored

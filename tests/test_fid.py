@@ -447,7 +447,7 @@ def test_an_export_that_is_replaced_meanwhile_is_not_taken_for_itself(exports, m
 
     monkeypatch.setattr(fid, "measure", measure_and_replace)
     with pytest.raises(
-        UserError, match=r"later was written again .* \(step 9, now 11\); score an export that stays"
+        UserError, match=r"later was written again .* \(step 9, now 11\); give an export that stays"
     ):
         fid.evaluate([str(exports["narrow"]), str(exports["later"])], num=20, steps=1, progress=False)
 

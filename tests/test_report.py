@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from dcnv4_ext import DCNv4
-from eval import fid, offsets, operators, stopwatch, throughput
+from eval import fid, offsets, operators, stopwatch, stored_models, throughput
 from eval.report import plots, tags
 from eval.report.__main__ import main
 from eval.report.inputs import Throughput, command_of, read_file
@@ -58,6 +60,8 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
     return tuple(found)
 
 
+ALIVE: list[int] = []  # when a network was loaded for the report: how many of those before were still there
+
 FD_TAGS = {"N": 64, "guidance": 1.5, "sampler": "euler", "sampler_steps": 6, "weights": "EMA 0.99", "extractor_weights": "beef",
            "reference": "digits", "seed": 5}  # fmt: skip
 MADE_WITH = {"command": "fid.py runs/dcn --steps 7", "cpu": "a processor", "threads": 1}
@@ -94,14 +98,24 @@ def report(runs, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     profiled, raced = folder / "profile.json", folder / "operators.json"
     threads = torch.get_num_threads()
+    loaded, load = [], stored_models.load_denoiser
+
+    def watched(*arguments: Any) -> torch.nn.Module:
+        ALIVE.append(sum(network() is not None for network in loaded))
+        network = load(*arguments)
+        loaded.append(weakref.ref(network))
+        return network
+
     throughput.main([str(runs[0]), "--profile", "--rounds", "1", "--batch-size", "2", "--device", "cpu", "--json", str(profiled)])  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stopwatch, "CPU_TURN", 0.0)  # single calls: nobody looks at the times
         operators.main(["--device", "cpu", "--rows", "1x4x4x32", "--dtype", "float32", "--sigma", "2", "--level", "op", "--peers",
                         "dcnv4", "grid_sample", "--seconds", "0.01", "--rounds", "2", "--json", str(raced)])  # fmt: skip
     torch.set_num_threads(threads)
-    main([*map(str, runs), *DRAW, "--scores", str(scores_file(folder / "fid.json")), "--throughput",
-          str(throughput_file(folder / "speed.json")), str(profiled), "--operators", str(raced), "--out", str(folder / "out")])  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stored_models, "load_denoiser", watched)
+        main([*map(str, runs), *DRAW, "--scores", str(scores_file(folder / "fid.json")), "--throughput",
+              str(throughput_file(folder / "speed.json")), str(profiled), "--operators", str(raced), "--out", str(folder / "out")])  # fmt: skip
     return folder / "out"
 
 
@@ -114,6 +128,10 @@ def parsed(page: Path) -> ElementTree.Element:
 
 def words(element: ElementTree.Element) -> str:
     return " ".join(" ".join(element.itertext()).split())
+
+
+def test_networks_are_loaded_one_after_the_other(report) -> None:
+    assert ALIVE == [0, 0]
 
 
 def test_the_page_is_whole_and_needs_nothing_else(report) -> None:

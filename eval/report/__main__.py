@@ -32,7 +32,7 @@ from ..score_files import files_of
 from . import ablations, grids, looks, networks, operators, scores, speed, studies, training
 from .drawing import DEFAULT_LAYERS, Drawing, Watching
 from .inputs import Files, Run, open_runs, read_files
-from .markup import joined, tag
+from .markup import Markup, joined, tag
 from .page import page
 
 PAGE = "index.html"
@@ -63,13 +63,20 @@ def build(
     """
     folder.mkdir(parents=True, exist_ok=True)
     keys = _file_keys([run.name for run in runs])
-    maps = []
-    for run in runs:
-        content = looks.looks(run, drawing, watching, folder, keys[run.name], drawn_by)
-        maps.append(joined(tag("h3", run.name), content))
+    pictures = [folder / f"samples_{keys[run.name]}.png" for run in runs]
+
+    def drawn(run: Run, picture: Path) -> tuple[tuple[object, ...], Markup, Markup]:
+        """All that takes the network, which is let go of before the next one is loaded."""
+        model = run.model.load()
+        looking = looks.looks(run, model, drawing, watching, folder, keys[run.name], drawn_by)
+        maps = joined(tag("h3", run.name), looking)
+        return networks.row(run, model), grids.grid(run, model, drawing, picture), maps
+
+    parts = [drawn(run, picture) for run, picture in zip(runs, pictures, strict=True)]
+    rows, drawn_grids, maps = zip(*parts, strict=True) if parts else ((), (), ())
     of_runs = [
-        ("runs", "Runs, parameters and MACs", networks.runs_table(runs, drawn_by)),
-        ("samples", "Samples", grids.samples(runs, drawing, folder, keys, drawn_by)),
+        ("runs", "Runs, parameters and MACs", networks.runs_table(rows, drawn_by)),
+        ("samples", "Samples", grids.samples(runs, drawn_grids, pictures, drawing, drawn_by)),
         ("offsets", "Where DCNv4 looks", joined(*maps)),
         ("curves", "Training", training.curves(runs)),
     ] if runs else []  # fmt: skip

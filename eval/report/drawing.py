@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ldm_dcn.model import Model
+
 from ..offsets import Position
-from .inputs import Run
 from .page import NOT_STATED
 
 DEFAULT_LAYERS = 4  # whose offset maps are drawn
@@ -30,15 +31,14 @@ class Drawing:
     steps: int
     guidance: float
 
-    def conditions(self, run: Run) -> torch.Tensor | None:
+    def conditions(self, model: Model) -> torch.Tensor | None:
         """One for each row: labels (R,), tokens (R, T, D), or None for an unconditional model."""
-        model = run.model
         if model.denoiser.takes_text:
             return model.encode_prompts(self.prompts, self.text_encoder)
         return torch.tensor(self.labels) if model.num_classes else None
 
-    def in_words(self, run: Run) -> str:
-        return f"{self.sampler}, {self.steps} steps, guidance {self.guidance:g}, {run.model.tags.get('weights', NOT_STATED)}"
+    def in_words(self, model: Model) -> str:
+        return f"{self.sampler}, {self.steps} steps, guidance {self.guidance:g}, {model.tags.get('weights', NOT_STATED)}"
 
 
 @dataclass(frozen=True)

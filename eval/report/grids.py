@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from ldm_dcn.model import Model
 from ldm_dcn.pictures import save_grid
 from ldm_dcn.sampling import generate
 
@@ -14,31 +15,31 @@ from .markup import Markup, tag
 from .page import NOT_STATED, data_uri, figure
 
 
+def grid(run: Run, model: Model, drawing: Drawing, file: Path) -> Markup:
+    """One of `samples`, which `file` keeps as a PNG too; `model` is the run's, loaded."""
+    conditions = drawing.conditions(model)
+    rows = 1 if conditions is None else len(conditions)
+    repeated = None if conditions is None else conditions.repeat_interleave(len(drawing.seeds), 0)
+    images = generate(model, repeated, list(drawing.seeds) * rows, sampler=drawing.sampler, steps=drawing.steps,
+                      guidance=drawing.guidance)  # fmt: skip
+    save_grid(images, len(drawing.seeds), file)
+    if model.denoiser.takes_text:
+        what = "rows: " + "; ".join(repr(prompt) for prompt in drawing.prompts)
+    else:
+        what = "without a condition" if conditions is None else f"rows: labels {_list(drawing.labels)}"
+    picture = tag("img", src=data_uri(file.read_bytes()), alt=f"Samples of {run.name}, {what}")
+    return tag("div", tag("h4", run.name, tag("span", f" ({what})")), picture, class_="grid")
+
+
 def samples(
-    runs: Sequence[Run], drawing: Drawing, folder: Path, keys: Mapping[str, str], command: str
+    runs: Sequence[Run], grids: Sequence[Markup], files: Sequence[Path], drawing: Drawing, command: str
 ) -> Markup:
-    """Grids from the same seeds and labels, one run beside the other."""
-    grids, files, weights = [], [], []
-    for run in runs:
-        conditions = drawing.conditions(run)
-        rows = 1 if conditions is None else len(conditions)
-        repeated = None if conditions is None else conditions.repeat_interleave(len(drawing.seeds), 0)
-        images = generate(run.model, repeated, list(drawing.seeds) * rows, sampler=drawing.sampler, steps=drawing.steps,
-                          guidance=drawing.guidance)  # fmt: skip
-        file = folder / f"samples_{keys[run.name]}.png"
-        save_grid(images, len(drawing.seeds), file)
-        if run.model.denoiser.takes_text:
-            what = "rows: " + "; ".join(repr(prompt) for prompt in drawing.prompts)
-        else:
-            what = "without a condition" if conditions is None else f"rows: labels {_list(drawing.labels)}"
-        picture = tag("img", src=data_uri(file.read_bytes()), alt=f"Samples of {run.name}, {what}")
-        grids.append(tag("div", tag("h4", run.name, tag("span", f" ({what})")), picture, class_="grid"))
-        files.append(file.name)
-        weights.append(f"{run.name} {run.model.tags.get('weights', NOT_STATED)}")
+    """The `grids` of all runs, from the same seeds and labels, one beside the other."""
+    weights = (f"{run.name} {run.model.tags.get('weights', NOT_STATED)}" for run in runs)
     same = "The same seeds, labels and settings for all runs: an image differs from its neighbour's at the same place by the network alone. "
     caption = (
         f"{same if len(runs) > 1 else ''}Columns: seeds {_list(drawing.seeds)}; {drawing.sampler}, {drawing.steps} steps, guidance "
-        f"{drawing.guidance:g}; weights: {', '.join(weights)}. Also {', '.join(files)}."
+        f"{drawing.guidance:g}; weights: {', '.join(weights)}. Also {', '.join(file.name for file in files)}."
     )
     return figure(tag("div", *grids, class_="side"), caption, command)
 

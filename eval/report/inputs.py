@@ -14,30 +14,31 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ldm_dcn import metrics
 from ldm_dcn.errors import UserError
-from ldm_dcn.export import load_model
-from ldm_dcn.model import Model
 
 from ..protocol import Study
+from ..stored_models import StoredModel, StoredModels
 
 
 @dataclass(frozen=True)
 class Run:
     """A model to draw with, and what its run folder tells; an export or a hub id has neither lines nor provenance.
 
+    model       what its small files tell; `model.load()` is the model itself, until another one is loaded
     lines       of metrics.jsonl
     provenance  one entry a start of the run
     """
 
     name: str
     path: str
-    model: Model
+    model: StoredModel
     lines: list[dict[str, Any]]
     provenance: list[dict[str, Any]]
 
 
 def open_runs(paths: list[str], *, device: str, autoencoder: str | None = None) -> list[Run]:
-    """Runs in the order given. Those whose names agree are called by their paths."""
-    models = [load_model(path, device=device, autoencoder=autoencoder) for path in paths]
+    """Runs in the order given, none of them loaded yet. Those whose names agree are called by their paths."""
+    stored = StoredModels(device)
+    models = [stored.open(path, autoencoder) for path in paths]
     names = [model.name for model in models]
     runs = []
     for path, model in zip(paths, models, strict=True):

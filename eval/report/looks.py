@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm_dcn.errors import UserError
+from ldm_dcn.model import Model
 
 from .. import offsets
 from . import offset_maps
@@ -17,15 +18,17 @@ from .markup import Markup, joined, tag
 from .page import figure, heat, table
 
 
-def looks(run: Run, drawing: Drawing, watching: Watching, folder: Path, key: str, command: str) -> Markup:
-    """Where each DCNv4 layer of one run looks, through the steps."""
-    layers = offsets.find_layers(run.model.unet)
+def looks(
+    run: Run, model: Model, drawing: Drawing, watching: Watching, folder: Path, key: str, command: str
+) -> Markup:
+    """Where each DCNv4 layer of one run looks, through the steps; `model` is the run's, loaded."""
+    layers = offsets.find_layers(model.unet)
     if not layers:
         return tag("p", f"{run.name} has no DCNv4 layer: it looks where its convolutions do.")
-    conditions = drawing.conditions(run)
-    condition = run.model.denoiser.null_condition(1) if conditions is None else conditions[:1]
+    conditions = drawing.conditions(model)
+    condition = model.denoiser.null_condition(1) if conditions is None else conditions[:1]
     _, moments = offsets.watch(
-        run.model, condition, drawing.seeds[0], numbers=offsets.evenly(drawing.steps, watching.moments),
+        model, condition, drawing.seeds[0], numbers=offsets.evenly(drawing.steps, watching.moments),
         positions=watching.positions, sampler=drawing.sampler, steps=drawing.steps, guidance=drawing.guidance,
     )  # fmt: skip
     chosen = _chosen(layers, watching)
@@ -40,10 +43,10 @@ def looks(run: Run, drawing: Drawing, watching: Watching, folder: Path, key: str
             offset_maps.maps(f"x0-{key}", layer, moments),
         ]
     what = "" if conditions is None else f"label {drawing.labels[0]}, "
-    if run.model.denoiser.takes_text:
+    if model.denoiser.takes_text:
         what = f"prompt {drawing.prompts[0]!r}, "
     caption = (
-        f"{run.name}, {what}seed {drawing.seeds[0]}, {drawing.in_words(run)}. Under the points lies the estimate of x_0 at that step, "
+        f"{run.name}, {what}seed {drawing.seeds[0]}, {drawing.in_words(model)}. Under the points lies the estimate of x_0 at that step, "
         "decoded, and below it the mean length of the layer's offsets in pixels of its map. A cross marks the pixel that the kernel "
         "stands on, the points of its colour are where the layer reads for it, all groups and taps: the larger, the larger the |weight| (within a layer), a ring for a negative weight. Points off the map "
         f"contribute nothing and are not drawn. The conditional half of guidance is shown. {len(chosen)} of {len(layers)} layers are "
