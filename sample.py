@@ -40,6 +40,7 @@ ROWS = 20  # classes at most in a grid where --labels does not say which
 MOST = 10**7  # images, labels or seeds in one command
 LARGEST = 2**63 - 1  # seed
 AT_ONCE = 256  # images in memory while an npz is written
+PRECISIONS = ("fp32", "bf16", "fp16")  # those of ldm_dcn.arithmetic, which takes torch: --help does without
 
 
 @dataclass(frozen=True)
@@ -179,14 +180,12 @@ def _draw(
     stop: StopSignals,
 ) -> int:
     """This process's share of the `missing` images, a batch at a time; returns the signal that stopped it, or 0."""
-    import torch
     from tqdm import tqdm
 
     from ldm_dcn.sampling import generate
 
     batches = [missing[i : i + arguments.batch_size] for i in range(0, len(missing), arguments.batch_size)]
     own = batches[processes.rank :: processes.count]
-    bf16 = torch.autocast(model.denoiser.device.type, torch.bfloat16, enabled=arguments.precision == "bf16")
     others = f" (process 1 of {processes.count})" if processes.count > 1 else ""
     how = (
         f"{model.name}, {arguments.sampler}, {arguments.steps} steps, guidance {arguments.guidance:g}{others}"
@@ -199,19 +198,19 @@ def _draw(
             if task.prompts:
                 wanted = [task.prompts[task.labels[number]] for number in batch]
                 conditions = model.encode_prompts(wanted, arguments.text_encoder)
-            with bf16:
-                images = generate(
-                    model,
-                    conditions,
-                    [task.seeds[number] for number in batch],
-                    sampler=arguments.sampler,
-                    steps=arguments.steps,
-                    guidance=arguments.guidance,
-                    guidance_interval=tuple(arguments.guidance_interval),
-                    guidance_rescale=arguments.guidance_rescale,
-                    size=arguments.size,
-                    batch_size=arguments.batch_size,
-                )
+            images = generate(
+                model,
+                conditions,
+                [task.seeds[number] for number in batch],
+                sampler=arguments.sampler,
+                steps=arguments.steps,
+                guidance=arguments.guidance,
+                guidance_interval=tuple(arguments.guidance_interval),
+                guidance_rescale=arguments.guidance_rescale,
+                size=arguments.size,
+                precision=arguments.precision,
+                batch_size=arguments.batch_size,
+            )
             drawn.save_batch(batch, images)
             bar.update(len(batch))
     return stop.received
@@ -318,9 +317,9 @@ def _parser() -> argparse.ArgumentParser:
     prompts.add_argument("--prompts-file", type=Path, metavar="FILE", help="the same, one a line")
     parser.add_argument(
         "--precision",
-        choices=("fp32", "bf16"),
+        choices=PRECISIONS,
         default="fp32",
-        help="what the network computes in (default: fp32)",
+        help="what the network computes in (default: fp32); not the autoencoder",
     )
     parser.add_argument("--batch-size", type=int, default=64, help="images at once; does not change them")
     parser.add_argument(

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ldm_dcn.arithmetic import ARITHMETIC
 from ldm_dcn.cache_layout import is_cache
 from ldm_dcn.config import Config
 from ldm_dcn.data import rank_in_class, split_indices
@@ -29,7 +30,6 @@ from ldm_dcn.diffusion import Schedule
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.places import check_file_place, check_folder_place
 from ldm_dcn.processes import Processes, joined_processes
-from ldm_dcn.run import ARITHMETIC
 from ldm_dcn.sampling import SAMPLERS, check_guidance, check_sampler, check_steps
 
 from .columns import in_columns

@@ -35,11 +35,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ldm_dcn.arithmetic import ARITHMETIC
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.denoiser import Denoiser
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error, explain
 from ldm_dcn.places import check_file_place
-from ldm_dcn.run import ARITHMETIC
 from ldm_dcn.unet import build_unet
 
 from .environment import environment

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_dcn.archives import find_tars, is_saved_dataset
+from ldm_dcn.arithmetic import check_precision
 from ldm_dcn.cache_layout import is_cache, read_manifest
 from ldm_dcn.data import list_pictures, open_dataset
 from ldm_dcn.errors import UserError, one_line
 from ldm_dcn.images import UNREADABLE, BadImage, Images, broken, complaint
-from ldm_dcn.run import ARITHMETIC
 from ldm_dcn.sampling import check_guidance, check_sampler, check_steps, generate
 
 from .moments import Statistics, read_statistics
@@ -148,7 +147,7 @@ class NoiseSource(Source):
 class SampleSource(Source):
     """Images that a model draws when asked: image i from seed + i and labels[i].
 
-    precision  a key of `ARITHMETIC`, by autocast; None leaves it to the caller
+    precision  of `generate`
     """
 
     def __init__(
@@ -167,8 +166,8 @@ class SampleSource(Source):
         guidance_rescale: float = 0.0,
         precision: str | None = "fp32",
     ) -> None:
-        if precision is not None and precision not in ARITHMETIC:
-            raise UserError(f"precision {precision!r} is unknown; use one of {', '.join(ARITHMETIC)}")
+        if precision is not None:
+            check_precision(precision)
         check_guidance(guidance, guidance_interval, guidance_rescale)
         check_sampler(sampler)
         check_steps(steps, model.schedule)
@@ -190,13 +189,13 @@ class SampleSource(Source):
         if precision is not None:
             self.tags["precision"] = precision
         self._model, self._count, self._seed = model, count, seed
-        self._dtype = None if precision is None else ARITHMETIC[precision]
         self._settings = {
             "guidance": guidance,
             "guidance_interval": guidance_interval,
             "guidance_rescale": guidance_rescale,
             "sampler": sampler,
             "steps": steps,
+            "precision": precision,
         }
 
     def __len__(self) -> int:
@@ -205,13 +204,10 @@ class SampleSource(Source):
     def read(self, start: int, stop: int, batch_size: int) -> Tensor:
         labels = None if self.labels is None else self.labels[start:stop]
         model = self._model.load() if isinstance(self._model, StoredModel) else self._model
-        device = model.denoiser.device.type
-        arithmetic = nullcontext() if self._dtype is None else torch.autocast(device, self._dtype)
         began = time.perf_counter()
         try:
-            with arithmetic:
-                images = generate(model, labels, range(self._seed + start, self._seed + stop), batch_size=batch_size,
-                                  **self._settings)  # fmt: skip
+            images = generate(model, labels, range(self._seed + start, self._seed + stop), batch_size=batch_size,
+                              **self._settings)  # fmt: skip
         except ValueError as error:  # pixels that are NaN or infinite
             raise UserError(f"{self.name}, images {start} to {stop - 1}: {one_line(error)}") from error
         # generate ends with the images on the CPU: nothing is left running

@@ -17,6 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm_dcn.arithmetic import ARITHMETIC, computing_in
 from ldm_dcn.config import load_config
 from ldm_dcn.data import open_dataset
 from ldm_dcn.denoiser import Denoiser
@@ -35,7 +37,6 @@ from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.export import load_model
 from ldm_dcn.model import Model
 from ldm_dcn.places import check_file_place
-from ldm_dcn.run import ARITHMETIC
 from ldm_dcn.sampling import SAMPLERS, generate, guided, sample_latents
 from ldm_dcn.unet import build_unet
 
@@ -67,9 +68,8 @@ class Settings:
     compile: bool = False
     tf32: bool = True  # on NVIDIA GPUs, for what is computed in fp32
 
-    def autocast(self) -> torch.autocast:
-        dtype = ARITHMETIC[self.precision]
-        return torch.autocast(torch.device(self.device).type, dtype, enabled=dtype is not None)
+    def autocast(self) -> AbstractContextManager[None]:
+        return computing_in(self.precision, torch.device(self.device))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from . import checkpoint, diffusion, ema, export, randomness, run_folder
+from .arithmetic import ARITHMETIC
 from .autoencoder import Autoencoder, load_autoencoder
 from .batches import Batches
 from .cache import LatentCache
@@ -34,7 +35,7 @@ from .places import check_folder_place
 from .pretrained import Pretrained, check_pretrained, check_text, load_pretrained, read_class_embedding
 from .processes import peers_of
 from .provenance import provenance
-from .run import ARITHMETIC, Run, Score, State
+from .run import Run, Score, State
 from .run_folder import run_lock
 from .swap import apply_swap, plan_swap, swapped_sites
 from .unet import build_unet, empty_twin, set_attention, swap_options

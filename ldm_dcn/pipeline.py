@@ -55,7 +55,7 @@ class LatentDiffusion:
 
         labels     classes; one alone needs no list, nor does a prompt
         settings   of `ldm_dcn.sampling.generate`: sampler, steps, guidance, guidance_interval and guidance_rescale, by default the
-                   run's own (its `sample` section), size, batch_size, progress
+                   run's own (its `sample` section), size, precision, batch_size, progress
 
         Raises `UserError` for what the model does not know, and for arguments that mean nothing.
         """

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from . import checkpoint, diffusion, ema, export, pictures
+from .arithmetic import ARITHMETIC
 from .autoencoder import Autoencoder
 from .batches import Batches
 from .cache import LatentCache
@@ -45,7 +46,6 @@ GRID_ROWS = 10  # classes at most in the grids drawn on the way
 EMA_GROUPS = ("ema", "ema_2")  # names in a checkpoint
 # What may go wrong beside the training without being its end: a disk, a picture of NaN, a sampler's batch too large.
 SPARED = (OSError, ValueError, UserError, torch.OutOfMemoryError)
-ARITHMETIC = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # a model, a number of images, the processes that share the drawing -> names and values, on the first of them
 Score = Callable[[Model, int, Processes], dict[str, Any]]

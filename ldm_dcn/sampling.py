@@ -26,6 +26,7 @@ from diffusers import (
 from dcnv4_ext.geometry import is_whole
 
 from . import randomness
+from .arithmetic import check_precision, computing_in
 from .autoencoder import to_uint8
 from .denoiser import Denoiser
 from .diffusion import Schedule, alpha_bars, denoised, guide, levels
@@ -252,6 +253,7 @@ def generate(
     guidance_interval: tuple[float, float] = DEFAULTS["guidance_interval"],
     guidance_rescale: float = DEFAULTS["guidance_rescale"],
     size: tuple[int, int] | None = None,
+    precision: str | None = None,
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
 ) -> torch.Tensor:
@@ -262,6 +264,8 @@ def generate(
     guidance_interval  shares of the times, 0 being the data's end, between which it works (`guided`)
     guidance_rescale   0 to 1: how much of the contrast that guidance adds is taken back (`rescaled`)
     size               (height, width) in pixels, if not the one the model was trained at (`Model.latent_shape_at`)
+    precision          what the network computes in, by autocast: "fp32", "bf16" or "fp16"; None leaves that to the caller, whose
+                       own autocast stays, and is fp32 without one. The autoencoder has a number format of its own
     batch_size         images at once: changes memory and speed, not the images
     progress           called after each batch with the number of images it made
 
@@ -270,6 +274,8 @@ def generate(
     check_guidance(guidance, guidance_interval, guidance_rescale)
     check_sampler(sampler)
     check_steps(steps, model.schedule)
+    if precision is not None:
+        check_precision(precision)
     latent_shape = model.latent_shape_at(size)
     if not is_whole(batch_size) or batch_size < 1:
         raise UserError(f"batch size {batch_size!r}: draw at least one image at once, a whole number")
@@ -289,33 +295,37 @@ def generate(
     denoiser.eval()
     images = []
     try:
-        for some, some_seeds in zip(conditions.split(batch_size), seeds.split(batch_size), strict=True):
-            latents = sample_latents(
-                guided(
-                    denoiser,
-                    some.to(denoiser.device),
-                    guidance,
-                    guidance_interval,
-                    model.schedule.num_steps,
-                    guidance_rescale,
-                ),
-                latent_shape,
-                some_seeds,
-                schedule=model.schedule,
-                sampler=sampler,
-                steps=steps,
-                device=denoiser.device,
-            )
-            if not bool(torch.isfinite(latents).all()):
-                raise UserError(
-                    f"{model.name} draws NaN or infinity at guidance {guidance}; use a smaller one, or look whether its training "
-                    "diverged"
+        with computing_in(precision, denoiser.device):
+            for some, some_seeds in zip(conditions.split(batch_size), seeds.split(batch_size), strict=True):
+                latents = sample_latents(
+                    guided(
+                        denoiser,
+                        some.to(denoiser.device),
+                        guidance,
+                        guidance_interval,
+                        model.schedule.num_steps,
+                        guidance_rescale,
+                    ),
+                    latent_shape,
+                    some_seeds,
+                    schedule=model.schedule,
+                    sampler=sampler,
+                    steps=steps,
+                    device=denoiser.device,
                 )
-            images.append(to_uint8(model.autoencoder.decode(latents)).cpu())
-            if progress is not None:
-                progress(len(some_seeds))
-            if model.between_batches is not None:
-                model.between_batches()
+                if not bool(torch.isfinite(latents).all()):
+                    where, mend = (
+                        ("", "") if precision in (None, "fp32") else (f" in {precision}", ", or fp32")
+                    )
+                    raise UserError(
+                        f"{model.name} draws NaN or infinity at guidance {guidance}{where}; use a smaller one{mend}, or look whether its "
+                        "training diverged"
+                    )
+                images.append(to_uint8(model.autoencoder.decode(latents)).cpu())
+                if progress is not None:
+                    progress(len(some_seeds))
+                if model.between_batches is not None:
+                    model.between_batches()
     finally:
         denoiser.train(was_training)
     return torch.cat(images)

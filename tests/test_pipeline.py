@@ -111,6 +111,7 @@ def test_one_prompt_is_not_a_list_of_letters(draw_text: LatentDiffusion) -> None
         ({"count": 1, "sampler": ["ddim"]}, "sampler '['ddim']' is unknown; use one of"),
         ({"count": 1, "batch_size": 1.5}, "batch size 1.5: draw at least one"),
         ({"count": 1, "batch_size": True}, "batch size True: draw at least one"),
+        ({"count": 1, "precision": "half"}, "precision 'half' is unknown; use one of fp32, bf16, fp16"),
         ({"count": 1, "progress": 5}, "progress 5 cannot be called"),
         ({"count": 1, "guidence": 2}, "unknown setting 'guidence' (did you mean 'guidance'?)"),
         ({"count": 1, "seeds": [4]}, "unknown setting 'seeds' (did you mean 'seed'?)"),

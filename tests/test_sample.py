@@ -20,6 +20,7 @@ from PIL import Image
 
 import sample
 from ldm_dcn import drawn, sampling
+from ldm_dcn.arithmetic import ARITHMETIC
 from ldm_dcn.errors import UserError
 from ldm_dcn.trainer import train
 from programs import Program, run_together
@@ -351,9 +352,10 @@ def test_a_folder_with_other_files_is_not_drawn_into(
     assert capsys.readouterr().out == f"{folder}: 2 PNG files, beside 2 of other commands\n"
 
 
-def test_bf16_draws_nearly_the_same(run: str, tmp_path: Path) -> None:
+def test_16_bits_draw_nearly_the_same(run: str, tmp_path: Path) -> None:
     images = {}
-    for precision in ("fp32", "bf16"):
+    assert tuple(ARITHMETIC) == sample.PRECISIONS
+    for precision in sample.PRECISIONS:
         folder = tmp_path / precision
         assert (
             sample.main([run, "--n", "8", "--steps", "3", "--precision", precision, "--png-dir", str(folder)])
@@ -362,8 +364,8 @@ def test_bf16_draws_nearly_the_same(run: str, tmp_path: Path) -> None:
         images[precision] = np.stack(
             [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
         ).astype(int)
-    difference = np.abs(images["fp32"] - images["bf16"])
-    assert 0 < difference.mean() < 2  # of 255
+    off = {precision: np.abs(images["fp32"] - images[precision]).mean() for precision in ("bf16", "fp16")}
+    assert 0 < off["fp16"] < off["bf16"] < 2  # of 255
 
 
 def test_the_weights_are_known_again(run: str, tmp_path: Path) -> None:

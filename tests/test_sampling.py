@@ -431,6 +431,7 @@ def test_labels_and_seeds_must_match(model: Model) -> None:
         ({"guidance_rescale": float("nan")}, "guidance rescale nan: give a share"),
         ({"guidance_rescale": "0.7"}, "guidance rescale '0.7': give a share"),
         ({"guidance_rescale": None}, "guidance rescale None: give a share"),
+        ({"precision": "int8"}, "precision 'int8' is unknown; use one of fp32, bf16, fp16"),
         ({"batch_size": 0}, "batch size 0: draw at least one"),
         ({"conditions": [], "seeds": []}, "there is nothing to draw"),
         ({"conditions": [2**63]}, "every label must be a whole number of at most"),
@@ -452,6 +453,45 @@ def test_the_denoiser_goes_back_to_training(model: Model) -> None:
 def test_latents_with_nan_are_an_error_that_names_the_guidance(model: Model) -> None:
     with pytest.raises(UserError, match=r"tiny draws NaN or infinity at guidance 1e\+38; use a smaller one"):
         generate(model, [0], [0], steps=2, guidance=1e38)
+
+
+def test_what_leaves_fp16s_range_is_an_error_that_names_fp32(model: Model) -> None:
+    weight = model.denoiser.unet.conv_in.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.mul_(1e7)
+    try:
+        assert generate(model, [0], [0], steps=1, guidance=1, precision="fp32").shape == (1, 1, 8, 8)
+        with pytest.raises(UserError, match=r"at guidance 1 in fp16; use a smaller one, or fp32, or look"):
+            generate(model, [0], [0], steps=1, guidance=1, precision="fp16")
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+
+
+def test_a_precision_is_the_networks_alone_and_a_callers_stays(model: Model) -> None:
+    """The autoencoder's is its own: Stable Diffusion's overflows in fp16."""
+    seen = []
+
+    def predict(x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        seen.append(kind)
+        return torch.zeros_like(x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.denoiser, "forward", predict)
+        for precision in (None, "fp32", "bf16", "fp16"):
+            generate(model, [0], [0], steps=1, guidance=1, precision=precision)
+        with torch.autocast("cpu", torch.bfloat16):
+            for precision in (None, "fp32", "fp16"):
+                generate(model, [0], [0], steps=1, guidance=1, precision=precision)
+    bf16, fp16 = torch.bfloat16, torch.float16
+    assert seen == [None, None, bf16, fp16, bf16, None, fp16]
+    autoencoder = load_autoencoder("digits")
+    latents = torch.randn(2, autoencoder.latent_channels, 4, 4)
+    expected = autoencoder.decode(latents)
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(autoencoder.decode(latents), expected)
 
 
 def test_images_with_nan_are_an_error(model: Model) -> None:

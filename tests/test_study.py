@@ -27,8 +27,8 @@ from safetensors import safe_open
 from eval import comparison, fid, gpus, protocol, study
 from eval.report.__main__ import main as report
 from eval.sources import LABEL_RULES
+from ldm_dcn.arithmetic import ARITHMETIC
 from ldm_dcn.errors import UserError
-from ldm_dcn.run import ARITHMETIC
 from tiny import ROOT, write_config
 
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
