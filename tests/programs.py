@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 # A fork of the tests' own process would inherit an OpenMP pool whose threads are gone, and wait for them for ever. One server
 # serves all files of tests that a process runs, whichever comes first: what it imports stands here alone. The operator's tests
 # run without diffusers too.
-PRELOADED = ["torch"]
+PRELOADED = ["torch", "pytest"]  # a function of a test file brings its file's imports along
 if importlib.util.find_spec("diffusers"):
     PRELOADED += ["ldm_dcn.trainer", "ldm_dcn.encoding", "eval.columns"]
 FORKS = hasattr(os, "fork")  # elsewhere a program imports everything itself
