@@ -30,13 +30,13 @@ def _cpu_lines() -> tuple[list[str], bool]:
 
 def _cuda_lines() -> list[str]:
     if torch.version.hip:
-        return [f"CUDA library   of no use: {native.NO_ROCM}"]
+        return [f"CUDA library   not used: {native.NO_ROCM}"]
     if native.library_file("cuda") is None:
         nvcc = shutil.which("nvcc")
-        here = f"nvcc is at {nvcc} now" if nvcc else "put nvcc (of the CUDA toolkit) on PATH"
+        here = f"nvcc is at {nvcc} now" if nvcc else f"with {native.NVCC_FROM}"
         return [
-            "CUDA library   not built: the build found no nvcc, or was given DCNV4_CUDA=OFF",
-            f"  to build it  {here}; run `{native.BUILD_COMMAND}` in the project's folder, without DCNV4_CUDA=OFF",
+            "CUDA library   not built: the build found no nvcc, nor a driver to fetch one for, or was given DCNV4_CUDA=OFF",
+            f"  to build it  {here}: run `{native.BUILD_COMMAND}` in the project's folder, without DCNV4_CUDA=OFF",
         ]
     try:
         library = native.cuda()

@@ -53,7 +53,12 @@ def library_file(device: str) -> Path | None:
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
-NO_ROCM = "dcnv4_ext has kernels for NVIDIA GPUs and CPUs; of AMD's, for which this torch is built (ROCm), it has none: use tensors on the CPU"
+NO_ROCM = "dcnv4_ext has kernels for NVIDIA GPUs and CPUs; on AMD's, for which this torch is built (ROCm), torch's own operators take their place, many times slower"
+
+
+NVCC_FROM = (
+    "a driver of CUDA 13 or newer (nvcc then comes from PyPI), or nvcc of an older CUDA toolkit on PATH"
+)
 
 
 def _open(device: str) -> ctypes.CDLL:
@@ -61,7 +66,7 @@ def _open(device: str) -> ctypes.CDLL:
         raise MissingLibrary(NO_ROCM)
     path = library_file(device)
     if path is None:
-        need = "a C++ compiler" if device == "cpu" else "nvcc (the CUDA toolkit) on PATH"
+        need = "a C++ compiler" if device == "cpu" else NVCC_FROM
         raise MissingLibrary(
             f"dcnv4_ext has no compiled {device.upper()} library; with {need}, run `{BUILD_COMMAND}` in the project's folder "
             "(`python -m dcnv4_ext` tells what is built)"

@@ -1,6 +1,7 @@
 """The operator in torch: schemas, shapes, gradients, autocast.
 
-Path of a call: functional.dcnv4 (checks) -> ops (this file: torch.ops.dcnv4_ext.forward) -> native (pointers) -> csrc.
+Path of a call: functional.dcnv4 (checks) -> ops (this file: torch.ops.dcnv4_ext.forward) -> native (pointers) -> csrc, or where
+there are no kernels for a device, fallback (torch's own operators).
 Where nobody but autograd would see the operator go by, `direct` takes the place of torch.ops.dcnv4_ext.forward.
 
 AOTInductor packages hold a call of torch.ops.dcnv4_ext.forward. The kernels behind it are registered from Python, so a package
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, profiler
 from torch.compiler import is_dynamo_compiling
 
-from . import native
+from . import fallback, native
 from .geometry import MOST, Geometry
 
 _ARGUMENTS = (
@@ -235,9 +236,38 @@ def _backward_kernel(value, offset_mask, grad_output, *settings):
     return tuple(value.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("forward", _forward_kernel, _device)
-    _library.impl("backward", _backward_kernel, _device)
+def _fallback_arguments(value, offset_mask, grad_output, settings) -> tuple:
+    """Of a checked call, what `fallback` is told."""
+    native.check_dtype("value", value.dtype)
+    shape = _shape(value, offset_mask, settings)
+    if grad_output is not None:
+        check_grad_output(grad_output, shape, value)
+    *geometry, groups, scale, remove_center, softmax = _without_lists(settings)
+    return Geometry.of(*geometry, remove_center), groups, scale, softmax
+
+
+def _forward_fallback(value, offset_mask, *settings):
+    return fallback.forward(value, offset_mask, *_fallback_arguments(value, offset_mask, None, settings))
+
+
+def _backward_fallback(value, offset_mask, grad_output, *settings):
+    *settings, needed = settings
+    _check_needed(needed)
+    arguments = _fallback_arguments(value, offset_mask, grad_output, settings)
+    gradients = fallback.backward(value, offset_mask, grad_output, *arguments, needed)
+    return tuple(value.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+# torch's name of AMD's GPUs is "cuda" too.
+_WITH_KERNELS = ("CPU",) if torch.version.hip else ("CPU", "CUDA")
+_WITHOUT = ("MPS", "XPU", "PrivateUse1", *(("CUDA",) if torch.version.hip else ()))
+for _devices, _kernels in (
+    (_WITH_KERNELS, (_forward_kernel, _backward_kernel)),
+    (_WITHOUT, (_forward_fallback, _backward_fallback)),
+):
+    for _device in _devices:
+        _library.impl("forward", _kernels[0], _device)
+        _library.impl("backward", _kernels[1], _device)
 
 
 def _shape(value, offset_mask, settings) -> tuple[int, int, int, int]:
@@ -306,10 +336,9 @@ def _keys(*names: str) -> int:
 _ORDINARY_CLASSES = frozenset((Tensor, torch.nn.Parameter))
 if _FAMILIAR:
     _ORDINARY_TENSORS = frozenset(
-        _keys(device, "ADInplaceOrView", f"Autograd{device}", f"Autocast{device}")
-        for device in ("CPU", "CUDA")
+        _keys(device, "ADInplaceOrView", f"Autograd{device}", f"Autocast{device}") for device in _WITH_KERNELS
     )
-    _INFERENCE_TENSORS = frozenset(_keys(device, f"Autocast{device}") for device in ("CPU", "CUDA"))
+    _INFERENCE_TENSORS = frozenset(_keys(device, f"Autocast{device}") for device in _WITH_KERNELS)
     # The tensors that are ordinary in a state: outside of inference mode, and in it, where nothing is recorded of either kind.
     _ORDINARY_STATES = {
         _keys("BackendSelect", "ADInplaceOrView"): _ORDINARY_TENSORS,
@@ -553,8 +582,8 @@ def _register_autocast(device: str) -> None:
     _library.impl("forward", kernel, f"Autocast{device}")
 
 
-_register_autocast("CPU")
-_register_autocast("CUDA")
+for _device in ("CPU", "CUDA", "MPS", "XPU"):
+    _register_autocast(_device)
 
 
 def operations(output_elements: int, taps: int) -> tuple[int, int]:
