@@ -185,15 +185,22 @@ def test_inputs_that_cannot_be_scored_are_refused(tmp_path, digits):
 # --------------------------------------------------------------------------------------------------- the table
 
 
-@pytest.fixture
-def small_reference(tmp_path, digits) -> Path:
+@pytest.fixture(scope="module")
+def small_reference(tmp_path_factory, digits) -> Path:
     """A class folder of 300 digits: quick to compare with."""
     images, labels = digits
+    folder = tmp_path_factory.mktemp("small") / "reference"
     for i in range(300):
-        place = tmp_path / "reference" / str(int(labels[i]))
+        place = folder / str(int(labels[i]))
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(images[i, 0].numpy()).save(place / f"{i:03}.png")
-    return tmp_path / "reference"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quick(small_reference) -> dict[str, str]:
+    """Settings of `fid.evaluate` for what does not depend on the reference: a table of all digits takes a second and more."""
+    return {"reference": str(small_reference), "extractor": "digits"}
 
 
 def test_folder_and_npz_of_the_same_images_score_alike(tmp_path, digits, small_reference, capsys):
@@ -343,11 +350,11 @@ def test_a_run_is_drawn_from_once_for_each_guidance(export, capsys):
     )  # whatever the batch
 
 
-def test_a_run_may_be_drawn_in_fewer_bits_and_with_less_contrast(export, tmp_path, capsys):
+def test_a_run_may_be_drawn_in_fewer_bits_and_with_less_contrast(export, quick, tmp_path, capsys):
     """As sample.py's --precision and --guidance-rescale draw; the tags of a column say both."""
     given = [str(export), "--num", "20", "--steps", "2", "--guidance", "3", "--json", str(tmp_path / "fid.json"),
-             "--save-npz", str(tmp_path)]  # fmt: skip
-    model, labels = load_model(str(export)), open_dataset("digits", image_size=32).labels
+             "--save-npz", str(tmp_path), "--reference", quick["reference"], "--extractor", "digits"]  # fmt: skip
+    model, labels = load_model(str(export)), open_dataset(quick["reference"], image_size=32).labels
     labels = labels[torch.arange(20) * len(labels) // 20]
     for options, dtype, said in (
         ([], None, {"precision": "fp32"}),
@@ -384,7 +391,7 @@ def exports(export, tmp_path) -> dict[str, Path]:
     return folders
 
 
-def test_models_are_on_the_device_one_at_a_time(exports, monkeypatch):
+def test_models_are_on_the_device_one_at_a_time(exports, quick, monkeypatch):
     loaded, load = [], stored_models.load_denoiser
 
     def watched(*arguments):
@@ -393,7 +400,7 @@ def test_models_are_on_the_device_one_at_a_time(exports, monkeypatch):
         loaded.append(weakref.ref(network))
         return network
 
-    settings = {"num": 20, "steps": 1, "guidance": (1.0, 2.0), "progress": False}
+    settings = {**quick, "num": 20, "steps": 1, "guidance": (1.0, 2.0), "progress": False}
     alone = [fid.evaluate([str(path)], **settings).columns[:2] for path in exports.values()]
     monkeypatch.setattr(stored_models, "load_denoiser", watched)
     together = fid.evaluate([str(path) for path in exports.values()], **settings)
@@ -433,7 +440,7 @@ def test_exports_that_cannot_be_drawn_from_are_seen_before_anything_is_measured(
     assert not measured
 
 
-def test_an_export_that_is_replaced_meanwhile_is_not_taken_for_itself(exports, monkeypatch):
+def test_an_export_that_is_replaced_meanwhile_is_not_taken_for_itself(exports, quick, monkeypatch):
     """As that of a run that goes on."""
     from ldm_dcn.export import load_model, save_export
 
@@ -449,15 +456,17 @@ def test_an_export_that_is_replaced_meanwhile_is_not_taken_for_itself(exports, m
     with pytest.raises(
         UserError, match=r"later was written again .* \(step 9, now 11\); give an export that stays"
     ):
-        fid.evaluate([str(exports["narrow"]), str(exports["later"])], num=20, steps=1, progress=False)
+        fid.evaluate(
+            [str(exports["narrow"]), str(exports["later"])], num=20, steps=1, progress=False, **quick
+        )
 
 
-def test_exports_of_one_run_have_columns_of_their_own(exports, export):
+def test_exports_of_one_run_have_columns_of_their_own(exports, quick):
     copy = exports["wide"].parent / "copy"
     shutil.copytree(exports["wide"], copy)
 
     def names(*paths: Path) -> list[str]:
-        table = fid.evaluate(list(map(str, paths)), num=20, steps=1, progress=False)
+        table = fid.evaluate(list(map(str, paths)), num=20, steps=1, progress=False, **quick)
         return [column.name.removesuffix(" g=1") for column in table.columns[: len(paths)]]
 
     assert names(exports["narrow"], exports["later"]) == ["untrained step 7", "untrained step 9"]
@@ -469,12 +478,13 @@ def test_exports_of_one_run_have_columns_of_their_own(exports, export):
     ]
 
 
-def test_what_was_kept_is_replaced_by_its_like_alone(exports, capsys, monkeypatch):
+def test_what_was_kept_is_replaced_by_its_like_alone(exports, quick, capsys, monkeypatch):
     """A quick look with few images leaves the table of all of them, and so does one with other settings."""
     folder = exports["narrow"]
+    given = [str(folder), "--steps", "1", "--device", "cpu", "--reference", quick["reference"], "--extractor", "digits"]  # fmt: skip
 
     def score(*options: str) -> str:
-        fid.main([str(folder), "--steps", "1", "--device", "cpu", *options])
+        fid.main([*given, *options])
         name = capsys.readouterr().out.splitlines()[-1].removeprefix(f"The table is kept in {folder}/")
         assert len(json.loads((folder / name).read_text())["columns"]) == 4
         return name
@@ -500,9 +510,10 @@ def test_what_was_kept_is_replaced_by_its_like_alone(exports, capsys, monkeypatc
     ]
 
 
-def test_a_table_of_several_runs_lies_with_each(exports, export, capsys):
+def test_a_table_of_several_runs_lies_with_each(exports, quick, capsys):
     folders = [exports["narrow"], exports["later"]]
-    fid.main([*map(str, folders), "--num", "20", "--steps", "1", "--device", "cpu"])
+    fid.main([*map(str, folders), "--num", "20", "--steps", "1", "--device", "cpu", "--reference", quick["reference"],
+              "--extractor", "digits"])  # fmt: skip
     first, second = (folder / "fid-digits-v1-20.json" for folder in folders)
     assert capsys.readouterr().out.endswith(f"The table is kept in {first}\nThe table is kept in {second}\n")
     assert first.read_bytes() == second.read_bytes()
@@ -705,11 +716,11 @@ def test_moments_do_not_depend_on_how_they_came():
 
 
 @pytest.fixture(scope="module")
-def scored_alone(export, tmp_path_factory) -> tuple[dict, np.ndarray]:
-    """300 samples, two blocks, scored by one process; the table and the images."""
+def scored_alone(export, quick, tmp_path_factory) -> tuple[dict, np.ndarray]:
+    """300 samples against 300 images, two blocks each, scored by one process; the table and the images."""
     folder = tmp_path_factory.mktemp("alone")
     fid.main([str(export), "--num", "300", "--steps", "1", "--json", str(folder / "fid.json"), "--save-npz", str(folder),
-              "--device", "cpu"])  # fmt: skip
+              "--device", "cpu", "--reference", quick["reference"], "--extractor", "digits"])  # fmt: skip
     return json.loads((folder / "fid.json").read_text()), np.load(folder / "untrained_g=1.npz")["arr_0"]
 
 
@@ -720,9 +731,10 @@ def numbers(table: dict) -> dict[str, dict[str, float]]:
     }
 
 
-def test_two_processes_make_the_numbers_of_one(export, scored_alone, tmp_path):
+def test_two_processes_make_the_numbers_of_one(export, quick, scored_alone, tmp_path):
     command = ["-m", "eval.fid", str(export), "--samples", "300", "--steps", "1", "--json", str(tmp_path / "fid.json"),
-               "--save-npz", str(tmp_path), "--device", "cpu"]  # fmt: skip
+               "--save-npz", str(tmp_path), "--device", "cpu", "--reference", quick["reference"],
+               "--extractor", "digits"]  # fmt: skip
     texts = [ended.stdout for ended in run_together(*command)]
     assert [text.count("FD-digits-v1, share") for text in texts] == [1, 0]  # one table
     table, (alone, images) = json.loads((tmp_path / "fid.json").read_text()), scored_alone
@@ -758,9 +770,9 @@ def test_an_error_in_one_process_ends_all(tmp_path):
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["block 5 is broken"] * 2
 
 
-def test_batches_do_not_change_the_numbers(export, scored_alone, digits):
+def test_batches_do_not_change_the_numbers(export, quick, scored_alone):
     alone, _ = scored_alone
-    again = fid.evaluate([str(export)], num=300, steps=1, batch_size=70, progress=False)
+    again = fid.evaluate([str(export)], num=300, steps=1, batch_size=70, progress=False, **quick)
     assert again.columns[0].scores["fd"] == pytest.approx(numbers(alone)["untrained g=1"]["fd"], rel=1e-6)
     for column in again.columns[1:]:  # what is read, not drawn, is the same to the last bit
         assert column.scores == pytest.approx(numbers(alone)[column.name], rel=1e-12)
