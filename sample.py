@@ -2,6 +2,7 @@
 
 python sample.py runs/digits_dcn                            grid.png: a row a class, a column a seed
 python sample.py runs/digits_dcn --labels 3 7 --seeds 0-9   two rows of ten
+python sample.py RUN --labels fox "polar bear"              classes by the names that the training data gave them
 python sample.py RUN --n 50000 --npz samples.npz            50,000 images, classes in turn, seeds from 0
 python sample.py RUN --prompts "a red fox" "a blue bird"    of a model trained on captions: a row a prompt
 torchrun --standalone --nproc_per_node 8 sample.py RUN --count 50000 --npz samples.npz      the same images, on 8 GPUs
@@ -27,7 +28,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm_dcn.errors import Parser, UserError, exit_on_user_error
+from ldm_dcn.errors import Parser, UserError, exit_on_user_error, warn
 
 if TYPE_CHECKING:
     from ldm_dcn.drawn import Drawn
@@ -39,6 +40,7 @@ COLUMNS = 8  # seeds a class where neither --seeds nor --n says how many
 ROWS = 20  # classes at most in a grid where --labels does not say which
 MOST = 10**7  # images, labels or seeds in one command
 LARGEST = 2**63 - 1  # seed
+NUMBERS = re.compile(r"\s*([0-9]+)(?:-([0-9]+))?\s*")  # a number, or a range
 AT_ONCE = 256  # images in memory while an npz is written
 PRECISIONS = ("fp32", "bf16", "fp16")  # those of ldm_dcn.arithmetic, which takes torch: --help does without
 
@@ -67,7 +69,7 @@ class Task:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    labels, seeds = _numbers(arguments.labels, "label"), _numbers(arguments.seeds, "seed")
+    seeds = _numbers(arguments.seeds, "seed")
     if arguments.n is not None and not 1 <= arguments.n <= MOST:
         raise UserError(f"--n {arguments.n}: ask for at least one image, and at most {MOST:,} at a time")
     if arguments.batch_size < 1:
@@ -99,8 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if model.latent_shape_at(arguments.size) == model.latent_shape:
             arguments.size = None  # the size that is not given
         prompts = _checked_prompts(arguments, model)
+        labels = _numbers(_by_number(arguments.labels, model), "label")
         if labels and not prompts:
             check_labels(model, labels)
+            _warn_of_numbers(arguments.labels, labels, model)
         task = Task(*_plan(labels, seeds, arguments.n, len(prompts) or model.num_classes), prompts)
         return _make(arguments, model, task, processes)
 
@@ -272,7 +276,8 @@ def _parser() -> argparse.ArgumentParser:
         "--labels",
         nargs="+",
         metavar="L",
-        help="classes: numbers and ranges such as 0-9 (default: all; 20 at most without --n)",
+        help="classes: numbers, ranges such as 0-9, and names that the training data gave them; what is a number is never taken for "
+        "a name (default: all; 20 at most without --n)",
     )
     parser.add_argument(
         "--seeds", nargs="+", metavar="S", help="numbers and ranges (default: 0-7 for each label)"
@@ -439,13 +444,42 @@ def _sides(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2] or match[1])
 
 
+def _by_number(texts: Sequence[str] | None, model: Model) -> list[str] | None:
+    """`texts` with the number of each class in the place of its name: ["0-3", "fox,7"] -> ["0-3", "21", "7"].
+
+    A text with commas is a list, unless it is a name. Raises `UserError` for what is neither number, range nor name.
+    """
+    if texts is None:
+        return None
+    found: list[str] = []
+    for text in texts:
+        parts = text.split(",")
+        if text in model.class_names and not all(map(NUMBERS.fullmatch, parts)):
+            parts = [text]
+        found += [part if NUMBERS.fullmatch(part) else str(model.class_named(part.strip())) for part in parts]
+    return found
+
+
+def _warn_of_numbers(texts: Sequence[str], labels: Sequence[int], model: Model) -> None:
+    """Of a label that is the number of one class and the name of another, such as 2 of folders 0, 1, 10, 2, say which was drawn."""
+    named = {part.strip() for text in texts for part in text.split(",")} & {*model.class_names}
+    for label in labels:
+        if str(label) in named and label < len(model.class_names) and model.class_names[label] != str(label):
+            other = model.class_names.index(str(label))
+            warn(
+                f"label {label} is the class of that number, which is called {model.class_names[label]!r}; the class called '{label}' "
+                f"has number {other}"
+            )
+            return
+
+
 def _numbers(texts: Sequence[str] | None, what: str) -> list[int] | None:
     """["0-3", "7,9"] -> [0, 1, 2, 3, 7, 9]."""
     if texts is None:
         return None
     numbers: list[int] = []
     for text in ",".join(texts).split(","):
-        match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", text)
+        match = NUMBERS.fullmatch(text)
         if not match:
             raise UserError(f"{what} '{text}' is no number and no range; write such as 3 or 0-9")
         if any(

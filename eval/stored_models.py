@@ -98,5 +98,9 @@ class StoredModel:
         return self.export.num_classes
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.export.class_names
+
+    @property
     def text_encoder(self) -> dict[str, Any] | None:
         return self.export.text_encoder

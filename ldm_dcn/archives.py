@@ -1,7 +1,8 @@
 """Images packed in archives: tar shards in webdataset's layout, and what Hugging Face's `datasets` saved to disk.
 
 In a tar the files of one sample share everything up to the first dot of their name: `0001.jpg`, `0001.cls` (a class number),
-`0001.txt` (captions, one a line) or `0001.json` ({"text": ..., "label": ...}). Tars are read in place, never unpacked.
+`0001.txt` (captions, one a line) or `0001.json` ({"text": ..., "label": ...}). Tars are read in place, never unpacked. What the
+classes are called may stand in `classnames.txt` beside them, a line a class in the order of their numbers, as in CLIP_benchmark's sets.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .images import CAPTION_FIELDS, SUFFIXES, Images, as_captions, split_lines
 Choose = Callable[[Tensor], Tensor]  # labels (N,) to the indices wanted, ascending
 
 LABEL_FIELDS = ("label", "cls", "labels")
+CLASS_NAMES = "classnames.txt"
 BLOCK = 512  # bytes; tar's unit
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -81,7 +83,8 @@ class Tars(Images):
             raise UserError(f"the tars of {source} hold no images ({', '.join(sorted(SUFFIXES))})")
         self._all_places = np.array(places, dtype=np.int64)
         self._all_notes = notes
-        labels, class_names = _as_classes(self._read_labels(names), source)
+        labels, numbers = _as_classes(self._read_labels(names), source)
+        class_names = _read_class_names(os.path.join(os.path.dirname(tars[0]), CLASS_NAMES), numbers)
         chosen = choose(labels)
         super().__init__(source, image_size, image_channels, labels[chosen], class_names, max_bad)
         self._names = [names[i] for i in chosen.tolist()]
@@ -197,6 +200,25 @@ def _read_json(tar: str, place: tuple[int, int], name: str) -> dict[str, Any]:
 
 def _first(entry: dict[str, Any], fields: Sequence[str]) -> Any:
     return next((entry[field] for field in fields if field in entry), None)
+
+
+def _read_class_names(path: str, numbers: list[str]) -> list[str]:
+    """The lines of `path`; the classes' own `numbers`, which there are none of without classes, where there is no such file."""
+    if not numbers or not os.path.exists(path):
+        return numbers
+    try:
+        with open(path, encoding="utf-8") as file:
+            names = [line.strip() for line in file.read().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"the names of the classes, {path}, cannot be read ({error}); repair it, as UTF-8 text"
+        ) from None
+    if len(names) < len(numbers) or "" in names:
+        raise UserError(
+            f"{path} names {len([*filter(None, names)])} classes in {len(names)} lines, and the images have {len(numbers)}; write a "
+            "name for each, one a line"
+        )
+    return names
 
 
 def _as_classes(labels: list[int | None], source: str) -> tuple[Tensor, list[str]]:

@@ -1,7 +1,7 @@
 """The export of a model: a folder in diffusers layout, written whole or not at all, and read again by `load_model`.
 
 export/
-  model_index.json                what lies where
+  model_index.json                what lies where; id2label, what the data called each class, as in diffusers' DiTPipeline
   unet/                           averaged weights and config, with the swap plan in it
   class_embedding/                (classes + 1) x width; the last row is the null class; of a text model instead:
   text/                           the empty prompt's tokens, and which text encoder made them
@@ -15,7 +15,7 @@ export/
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from .autoencoder import Autoencoder, load_autoencoder
 from .config import DiffusionConfig
 from .denoiser import Denoiser
 from .diffusion import Schedule
-from .errors import UserError
+from .errors import UserError, shown
 from .files import write_json
 from .folders import MANIFEST, Damaged, committed_folder, verify
 from .hub import HUB_ID, from_hub_or_cache
@@ -87,9 +87,24 @@ def save_export(folder: Path, model: Model) -> None:
                 "unet": ["ldm_dcn" if swapped_sites(model.unet) else "diffusers", type(model.unet).__name__],
                 "scheduler": ["diffusers", type(scheduler).__name__],
                 **conditioning,
+                **({"id2label": _id2label(model.class_names)} if model.class_names else {}),
             },
         )
         (new / CARD).write_text(model_card(model), encoding="utf-8")
+
+
+def _id2label(class_names: Sequence[str]) -> dict[str, str]:
+    """{"0": "cat", "1": "dog"}"""
+    return {str(number): name for number, name in enumerate(class_names)}
+
+
+def _read_class_names(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """What `_id2label` was made of; an export of before there was one, or of data without names, has none."""
+    named = index.get("id2label", {})
+    names = tuple(named.values()) if isinstance(named, Mapping) else (None,)
+    if not all(isinstance(name, str) for name in names) or named != _id2label(names):
+        raise ValueError(f"{INDEX} has id2label {shown(named)}")
+    return names
 
 
 def _save_conditioning(model: Model, folder: Path) -> dict[str, list[str]]:
@@ -117,6 +132,11 @@ def model_card(model: Model) -> str:
     """README.md of an export: what it is, how to draw with it, what was swapped, and how it was trained."""
     text = model.text_encoder is not None
     draw = 'prompts=["a red fox"]' if text else "labels=[0, 1, 2]" if model.num_classes else "count=3"
+    named = (
+        "\nWhat the data called the class of each label stands in its `class_names`.\n"
+        if model.class_names
+        else ""
+    )
     tags = "\n".join(f"| {key} | {value} |" for key, value in model.tags.items())
     sites = swapped_sites(model.unet)
     table = swap_table(model.unet, sites) if sites else "Nothing was swapped: this is diffusers' own U-Net."
@@ -136,7 +156,7 @@ from ldm_dcn import LatentDiffusion
 
 images = LatentDiffusion.from_pretrained("THIS FOLDER OR HUB ID")({draw}, seed=0)
 ```
-
+{named}
 | | |
 |---|---|
 {tags}
@@ -161,6 +181,7 @@ class Export:
 
     run            run.json
     autoencoder    autoencoder.json: spec and fingerprint
+    class_names    as of `Model`
     embedding      (classes + 1, D), the last row meaning none; or of a text model
     empty_tokens   (T, D), and
     text_encoder   its fingerprint
@@ -174,6 +195,7 @@ class Export:
     embedding: torch.Tensor | None
     empty_tokens: torch.Tensor | None
     text_encoder: dict[str, Any] | None
+    class_names: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -192,6 +214,7 @@ class Export:
             config,
             tags,
             self.text_encoder,
+            self.class_names,
         )
 
 
@@ -219,11 +242,14 @@ def read_export(path: str | Path) -> Export:
         schedule = Schedule(**DiffusionConfig.model_validate(run["schedule"]).model_dump())
         embedding, empty, text_encoder = _read_conditioning(folder)
         latent_shape = tuple(run["latent_shape"])
+        class_names = _read_class_names(_read_json(folder / INDEX))
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise UserError(
             f"{folder} is not a whole export: {type(error).__name__} {error}; export it again"
         ) from None
-    return Export(folder, run, schedule, latent_shape, autoencoder, embedding, empty, text_encoder)
+    return Export(
+        folder, run, schedule, latent_shape, autoencoder, embedding, empty, text_encoder, class_names
+    )
 
 
 def load_model(
@@ -285,8 +311,11 @@ def _check_facts(run: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
 
 
 def check_widths(export: Export, unet: UNet2DConditionModel) -> None:
-    """Raise `UserError` where the U-Net of an export is not the one that the rest of it belongs to."""
+    """Raise `UserError` where the U-Net of an export is not the one that the rest of it belongs to, or it names more classes than it
+    has."""
     folder, latent_shape, embedding, what = export.folder, export.latent_shape, export.embedding, None
+    if len(export.class_names) > export.num_classes:
+        what = f"it has names of {len(export.class_names)} classes and is of {export.num_classes}"
     if unet.config.in_channels != latent_shape[0]:
         what = f"its latent_shape is {latent_shape} and its U-Net takes {unet.config.in_channels} channels"
     width = unet.config.cross_attention_dim

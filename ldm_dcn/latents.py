@@ -33,6 +33,7 @@ class Latents:
     labels: Tensor
     num_classes: int
     fingerprint: dict
+    class_names: tuple[str, ...] = ()
     has_flips: ClassVar[bool] = False
     text: ClassVar[None] = None
 
@@ -80,7 +81,13 @@ def encode_dataset(
             progress(len(indices))
     if not moments:
         raise UserError(f"no image of {images.source} can be read; give a folder of images")
-    return Latents(torch.cat(moments), torch.cat(labels), images.num_classes, autoencoder.fingerprint())
+    return Latents(
+        torch.cat(moments),
+        torch.cat(labels),
+        images.num_classes,
+        autoencoder.fingerprint(),
+        images.class_names,
+    )
 
 
 def open_latents(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +15,10 @@ from dcnv4_ext.geometry import is_whole
 from .autoencoder import Autoencoder
 from .denoiser import Denoiser
 from .diffusion import Schedule
-from .errors import UserError
+from .errors import UserError, shown
 from .text import TextEncoder, load_text_encoder
 
+MOST_ALIKE = 3  # names of classes in an error
 LARGEST_SIDE = 2**14  # pixels, as of data.image_size
 
 
@@ -28,6 +30,7 @@ class Model:
     config          the run's resolved settings, as plain values
     tags            what must stand beside every number measured with this model
     text_encoder    fingerprint of the text encoder of a model that takes text
+    class_names     what its data called the classes, in the order of their numbers; fewer where it named the first alone, or none
     between_batches called by `generate`; what it raises ends the drawing
     """
 
@@ -40,6 +43,7 @@ class Model:
     config: dict[str, Any] = field(default_factory=dict)
     tags: dict[str, Any] = field(default_factory=dict)
     text_encoder: dict[str, Any] | None = None
+    class_names: tuple[str, ...] = ()
     between_batches: Callable[[], object] | None = field(default=None, repr=False)
     _encoder: TextEncoder | None = field(default=None, repr=False)
 
@@ -80,6 +84,35 @@ class Model:
                 f"{2**halvings} of the U-Net; give such as {near}"
             )
         return self.latent_shape[0], size[0] // factor, size[1] // factor
+
+    def class_named(self, name: str) -> int:
+        """The number of the class of that name. Raises `UserError` where several have it, and with the names that are like it where
+        none has."""
+        if not self.num_classes:
+            raise UserError(
+                f"label {shown(name)} does not exist: {self.name} knows no classes (leave the labels out)"
+            )
+        if numbers := [number for number, own in enumerate(self.class_names) if own == name]:
+            if len(numbers) > 1:
+                raise UserError(
+                    f"label {shown(name)} is the name of {len(numbers)} classes of {self.name}; give the number, one of "
+                    f"{', '.join(map(str, numbers))}"
+                )
+            return numbers[0]
+        if not self.class_names:
+            raise UserError(
+                f"label {shown(name)} is no number and no range, and {self.name} knows no names of its classes; write such as 3 or 0-9"
+            )
+        holding = [own for own in self.class_names if name and name.lower() in own.lower()]
+        lowered = {own.lower(): own for own in reversed(self.class_names)}
+        alike = [lowered[own] for own in difflib.get_close_matches(name.lower(), lowered)]
+        if near := list(dict.fromkeys([*alike, *holding]))[:MOST_ALIKE]:
+            hint = f"did you mean {' or '.join(map(repr, near))}?"
+        else:
+            hint = f"names are such as {', '.join(map(repr, self.class_names[:MOST_ALIKE]))}"
+        raise UserError(
+            f"label {shown(name)} is no number, no range and no name of a class of {self.name}; {hint}"
+        )
 
     def encode_prompts(self, prompts: Sequence[str], spec: str | None = None) -> torch.Tensor:
         """(len(prompts), T, D) tokens for `generate`; `spec` says where the text encoder lies on this machine."""

@@ -34,6 +34,12 @@ class LatentDiffusion:
             )
         self.model = model
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the training data called the classes, in the order of their numbers: `class_names.index("fox")` is a label. Empty where
+        it had no names, or the export is from before they were kept."""
+        return self.model.class_names
+
     @classmethod
     def from_pretrained(
         cls, path: str | Path, *, device: torch.device | str | None = None, autoencoder: str | None = None
@@ -53,7 +59,7 @@ class LatentDiffusion:
     ) -> list[Image.Image]:
         """One picture for each label or prompt, from the seeds seed, seed + 1, ...; or `count` without a condition.
 
-        labels     classes; one alone needs no list, nor does a prompt
+        labels     numbers of classes; one alone needs no list, nor does a prompt
         settings   of `ldm_dcn.sampling.generate`: sampler, steps, guidance, guidance_interval and guidance_rescale, by default the
                    run's own (its `sample` section), size, precision, batch_size, progress
 

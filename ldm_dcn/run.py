@@ -31,7 +31,7 @@ from .latents import Latents
 from .matching import Matching, new_parameters
 from .metrics import MetricsLog
 from .model import Model
-from .parallel import Optimizer, collected, in_shares_of, replicate, reshard, state_of
+from .parallel import collected, in_shares_of, replicate, reshard
 from .processes import Processes
 from .sampling import generate, resolved
 from .signals import StopSignals
@@ -40,7 +40,6 @@ from .unet import (
     any_attention,
     empty_twin,
 )
-from .zero import Zero
 
 GRID_ROWS = 10  # classes at most in the grids drawn on the way
 EMA_GROUPS = ("ema", "ema_2")  # names in a checkpoint
@@ -96,7 +95,7 @@ class Run:
     latents: Latents | LatentCache
     denoiser: Denoiser
     averages: list[ema.EMA]  # the first is used for samples and the export
-    optimizer: Optimizer
+    optimizer: torch.optim.Optimizer
     batches: Batches
     schedule: diffusion.Schedule
     levels: tuple[torch.Tensor, torch.Tensor]  # alpha and sigma at each time, on the device
@@ -170,10 +169,8 @@ class Run:
         )()
         self.parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
         self.model = self.denoiser
-        if self._shares("ddp"):
+        if self.accelerator.num_processes > 1 and not self._is_sharded:
             self.model = replicate(self.denoiser, self.accelerator.device)
-        if self._shares("zero"):
-            self.optimizer = Zero(self.denoiser, self.optimizer, self.accelerator.device)
         if phase != "all":
             count = sum(p.numel() for p in self.parameters)
             what = "match the blocks they replace" if phase == "match" else "learn alone"
@@ -325,25 +322,23 @@ class Run:
             settings,
             tags,
             text_encoder=self.latents.text.encoder if self.latents.text else None,
+            class_names=self.latents.class_names[: self.denoiser.num_classes],
             between_batches=self._look_up,
         )
 
     def _look_up(self) -> None:
-        """Between two batches of images. With FSDP all processes must draw to the end together."""
+        """Between two batches of images. Those with shares of one network must draw to the end together."""
         if self.stop is not None and self.stop.received and not self._is_sharded:
             raise Interrupted
 
     @property
     def _draws(self) -> bool:
-        """Whether this process takes part in drawing: with FSDP no process has the whole network."""
+        """Whether this process takes part in drawing: where the network is shared out, none has the whole of it."""
         return self.accelerator.is_main_process or self._is_sharded
 
     @property
     def _is_sharded(self) -> bool:
-        return self._shares("fsdp")
-
-    def _shares(self, parallel: str) -> bool:
-        return self.config.train.parallel == parallel and self.accelerator.num_processes > 1
+        return self.config.train.parallel != "ddp" and self.accelerator.num_processes > 1
 
     def draw_grid(self) -> None:
         """samples/step-N.png: one row a class or prompt, one column a seed, the same seeds every time."""
@@ -403,7 +398,7 @@ class Run:
         One more than `train.keep_checkpoints` are kept until a step was taken from the new one: the last step may have been one
         too many. Raises `NonFinite`, and saves nothing, where the state holds NaN or infinity.
         """
-        if not (self._draws or self._shares("zero")):
+        if not self._draws:
             return
         with self.pause():
             tensors = self._tensors()
@@ -496,7 +491,7 @@ class Run:
         optimizer = (
             (f"{key}/{name}", value)
             for name, p in self.denoiser.named_parameters()
-            for key, value in state_of(self.optimizer, p).items()
+            for key, value in self.optimizer.state.get(p, {}).items()
         )
         groups = {"model": self.denoiser.state_dict().items(), "optimizer": optimizer}
         for name, average in zip(EMA_GROUPS, self.averages, strict=False):

@@ -395,8 +395,11 @@ def check_labels(model: Model, values: Sequence[int] | torch.Tensor) -> torch.Te
     classes, labels = model.num_classes, whole_numbers(values, "label")
     wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
+        number = str(int(wrong[0]))
         known = f"{classes} classes, 0 to {classes - 1}" if classes else "no classes (leave the labels out)"
-        raise UserError(f"label {int(wrong[0])} does not exist: {model.name} knows {known}")
+        if number in model.class_names:
+            known += f"; the class called {number} has number {model.class_names.index(number)}"
+        raise UserError(f"label {number} does not exist: {model.name} knows {known}")
     return labels
 
 

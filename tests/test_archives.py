@@ -63,6 +63,18 @@ def test_tars_are_read_in_place(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_names_of_classes_lie_beside_tars(tmp_path: Path) -> None:
+    shards(tmp_path)
+    names = tmp_path / "classnames.txt"
+    names.write_text("cat\nred fox\ndog\n", encoding="utf-8")
+    for source in (tmp_path, tmp_path / "train-001.tar"):
+        assert open_dataset(source).class_names == ("cat", "red fox", "dog")
+    for content, told in (("cat\n", "names 1 classes in 1 lines, and the images have 2"), ("cat\n\ndog", "names 2 classes in 3 lines")):  # fmt: skip
+        names.write_text(content)
+        with pytest.raises(UserError, match=rf"classnames.txt {told}"):
+            open_dataset(tmp_path)
+
+
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_names_of_every_kind(tmp_path: Path, format: int) -> None:
     long = "a" * (120 if format != tarfile.USTAR_FORMAT else 90)

@@ -26,7 +26,9 @@ def grid(run: Run, model: Model, drawing: Drawing, file: Path) -> Markup:
     if model.denoiser.takes_text:
         what = "rows: " + "; ".join(repr(prompt) for prompt in drawing.prompts)
     else:
-        what = "without a condition" if conditions is None else f"rows: labels {_list(drawing.labels)}"
+        what = (
+            "without a condition" if conditions is None else f"rows: labels {_named(drawing.labels, model)}"
+        )
     picture = tag("img", src=data_uri(file.read_bytes()), alt=f"Samples of {run.name}, {what}")
     return tag("div", tag("h4", run.name, tag("span", f" ({what})")), picture, class_="grid")
 
@@ -42,6 +44,16 @@ def samples(
         f"{drawing.guidance:g}; weights: {', '.join(weights)}. Also {', '.join(file.name for file in files)}."
     )
     return figure(tag("div", *grids, class_="side"), caption, command)
+
+
+def _named(labels: Sequence[int], model: Model) -> str:
+    """The labels, with the names of their classes where these say more than the numbers."""
+    names = dict(enumerate(model.class_names))
+    if all(names.get(label, str(label)) == str(label) for label in labels):
+        return _list(labels)
+    # a folder's name may be no UTF-8, in which a page is written
+    texts = (f"{label} {names.get(label, '')}".encode("utf-8", "replace").decode() for label in labels)
+    return ", ".join(map(str.strip, texts))
 
 
 def _list(numbers: Sequence[int]) -> str:
