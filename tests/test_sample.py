@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 import sample
+from eval import fid
 from ldm_dcn import drawn, sampling
 from ldm_dcn.arithmetic import ARITHMETIC
 from ldm_dcn.errors import UserError
@@ -396,6 +397,19 @@ def test_a_power_cut_and_damage_are_seen(run: str, tmp_path: Path, counted: list
         sample.main(command)
     second.unlink()
     assert sample.main(command) == 0
+
+
+def test_an_npz_scores_as_the_run_that_it_was_drawn_from(run: str, tmp_path: Path) -> None:
+    """As docs/training.md has it: where a job may be stopped, `sample.py` draws what `eval.fid` would."""
+    npz = tmp_path / "samples.npz"
+    settings = ["--sampler", "dpm++", "--steps", "2", "--guidance", "2", "--guidance-interval", "0", "1"]
+    assert sample.main([run, "--n", "45", *settings, "--guidance-rescale", "0", "--npz", str(npz)]) == 0
+    drawn = fid.evaluate([run], num=45, labels="balanced", steps=2, guidance=[2.0], progress=False)
+    scored = fid.evaluate([str(npz)], reference="digits", image_size=8, progress=False)
+    expected = drawn.columns[0].scores
+    del expected["images_per_second"]
+    assert scored.columns[0].scores == expected and len(expected) > 6
+    assert scored.columns[0].tags["source"] == str(npz)
 
 
 def test_two_processes_draw_the_files_of_one(run: str, tmp_path: Path) -> None:
