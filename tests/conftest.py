@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 # Those that take longest, in that order: of the files shared out among processes (`make test`), one that comes last would have
@@ -26,6 +28,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         for mark in item.iter_markers("slow"):
             item.add_marker(pytest.mark.skip(reason=f"{mark.kwargs['why']}: run it with -m slow"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is there to stay, and takes half a second to look through at each collection: `eval.operators`, for one, asks
+    for one after each measurement."""
+    gc.collect()
+    gc.freeze()
 
 
 def _place(item: pytest.Item) -> int:
