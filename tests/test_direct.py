@@ -360,20 +360,25 @@ def test_compiled_autograd_traces_backward(
     monkeypatch.setattr(ops, "_answers", road == "direct")
     torch._dynamo.reset()
     leaves = tuple(tensor.requires_grad_(want) for tensor, want in zip(inputs(), wanted, strict=True))
-    # The second has the same graph and other settings, the third two nodes, the fourth hooks.
-    for call in (
+    # The second has two nodes, the third the first one's graph and other settings, the fourth hooks.
+    calls = [
         lambda: dcnv4(*leaves, groups=2),
-        lambda: dcnv4(*leaves, groups=1, offset_scale=0.5, softmax=True),
         lambda: dcnv4(*leaves, groups=2) + dcnv4(*leaves, groups=2, kernel_size=(3, 3), offset_scale=2.0),
+        lambda: dcnv4(*leaves, groups=1, offset_scale=0.5, softmax=True),
         lambda: with_hooks(*leaves),
-    ):
+    ]
+    if not all(wanted):
+        del calls[
+            2:
+        ]  # settings and hooks are the same whatever is wanted, and to compile takes most of a second
+    for call in calls:
         want = gradients(call().square().sum(), leaves)
         loss = call().square().sum()
         with enabled(lambda graph: torch.compile(graph, backend=backend, fullgraph=True)):
             got = gradients(loss, leaves)
         for of_graph, eager in zip(got, want, strict=True):
             assert of_graph is eager is None or torch.equal(of_graph, eager)
-    assert [graph.count(BACKWARD) for graph in graphs] == [1, 1, 2, 1]
+    assert [graph.count(BACKWARD) for graph in graphs] == [1, 2, 1, 1][: len(calls)]
 
 
 def test_compiled_autograd_meets_the_error_of_second_derivatives() -> None:
