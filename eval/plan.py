@@ -4,16 +4,16 @@ Nothing is computed: the network runs on tensors without data, and what it would
 taken from measurements (`--measured`), or, where there is none of a network, from an assumed speed (`--tflops`).
 
     memory a GPU   (weights 4 + gradients 4 + AdamW 8 + 4 for each average, of which train.ema=power has two) bytes x parameters P,
-                   whole (ddp) or shared by n (fsdp with one block gathered; zero: gradients, AdamW and a second copy of the weights),
-                   + bytes kept by autograd: once (16-bit copies of weights), and for each image of a micro-step. FSDP keeps
-                   gradients whole between the parts of an accumulated batch
+                   whole (ddp) or shared by n (with one block gathered under fsdp, and under zero, in fp32, all weights),
+                   + bytes kept by autograd: once (16-bit copies of weights), and for each image of a micro-step. What is shared out
+                   has whole gradients between the parts of an accumulated batch
     s a step       measured: images a GPU x s an image (forward, backward, waiting for data) + s a step (optimiser and average; the
                    optimiser's shared by n with fsdp and zero) + exchange
                    assumed: FLOPs a step / (n x FLOP/s) + exchange, where a step takes 3 x the FLOPs of a forward x batch (forward 1,
                    backward 2; 4 x with gradient checkpointing)
     exchange       bytes that a GPU sends a step / bandwidth, where --bandwidth is given, as if nothing of it were hidden behind the
                    backward pass. With r = (n - 1) / n, m parts of the batch, and parameters gathered in w bytes:
-                   ddp 2 r 4 P; fsdp r (2 m w P + 4 P); zero r (m 4 P + 4 P)
+                   ddp 2 r 4 P; fsdp r (2 m w P + 4 P); zero r (w P + 4 P)
     time           s a step x steps
 
     python -m eval.throughput CONFIG --train --set data.source=CACHE --json FILE      measures on the device at hand
@@ -246,7 +246,7 @@ def sent_bytes(parameters: int, config: Config, gpus: int) -> float:
     bytes_a_parameter = {
         "ddp": 2 * FP32,
         "fsdp": 2 * train.gradient_accumulation * gathered + FP32,  # for forward and backward; the gradients
-        "zero": train.gradient_accumulation * FP32 + FP32,  # gradients of every part; the new weights
+        "zero": gathered + FP32,
     }
     return others * bytes_a_parameter[train.parallel] * parameters
 
@@ -312,12 +312,11 @@ def _state_bytes(counted: Counted, config: Config, gpus: int) -> int:
     whole = sum(own.values()) * counted.parameters
     if gpus == 1 or config.train.parallel == "ddp":
         return whole
-    if config.train.parallel == "zero":
-        # DeepSpeed steps a copy of its part of the weights, even where they are fp32
-        shared = own["gradients"] + own["AdamW"] + own["weights"]
-        return (own["weights"] + own["averages"]) * counted.parameters + shared * counted.parameters // gpus
+    gathered = counted.largest_block
+    if config.train.parallel == "zero":  # in 16 bits they are the copies that autograd keeps
+        gathered = counted.parameters if ARITHMETIC[config.train.precision] is None else 0
     gradients = counted.parameters if config.train.gradient_accumulation > 1 else 0
-    return whole // gpus + own["weights"] * counted.largest_block + own["gradients"] * gradients
+    return whole // gpus + own["weights"] * gathered + own["gradients"] * gradients
 
 
 def table(

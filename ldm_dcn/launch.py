@@ -44,7 +44,7 @@ def check_plugins(environ: Mapping[str, str]) -> None:
     """Refuse what accelerate's launcher would put around the model behind the run's back."""
     mends = {
         "FSDP": "train.parallel=fsdp, which is FSDP2",
-        "DeepSpeed": "train.parallel=zero, which is DeepSpeed's ZeRO stage 2, or fsdp, which does what its stage 3 does",
+        "DeepSpeed": "train.parallel=zero or fsdp, which do by FSDP2 what its ZeRO stages 2 and 3 do",
     }
     for what, mend in mends.items():
         if environ.get(f"ACCELERATE_USE_{what.upper()}", "").lower() in ("true", "1"):

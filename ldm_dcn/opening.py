@@ -39,7 +39,6 @@ from .run import Run, Score, State
 from .run_folder import run_lock
 from .swap import apply_swap, plan_swap, swapped_sites
 from .unet import build_unet, empty_twin, set_attention, swap_options
-from .zero import import_deepspeed
 
 SMALL_NETWORK = 10**7  # parameters, of which one forward pass takes less than a second on a CPU
 # Where things lie, which may differ between machines: what lies there is compared instead.
@@ -62,7 +61,7 @@ def open_run(config: Config, allow_change: Sequence[str] = (), scorer: Score | N
         run = _build(config, accelerator, facts)
         _check_alike(run)
         run.scorer = scorer
-        if config.train.parallel != "fsdp":  # there no process draws alone
+        if config.train.parallel == "ddp":  # else no process draws alone
             run.peers = peers_of(accelerator)
         if facts:
             run.restore(tensors, facts)
@@ -117,15 +116,7 @@ def _check_settings(settings: TrainConfig, accelerator: Accelerator) -> None:
             f"train.parallel={settings.parallel} cannot change what learns during a run (train.match_steps, "
             "train.new_only_steps); do those steps with train.parallel=ddp: a run may go on under the other"
         )
-    if settings.parallel == "fsdp":
-        check_sharding()
-    if settings.parallel == "zero":
-        if settings.parameter_groups:
-            raise UserError(
-                "train.parallel=zero keeps all parameters in one group, and there are train.parameter_groups; set "
-                "train.parallel=fsdp"
-            )
-        import_deepspeed(accelerator.device)
+    check_sharding(settings.parallel)
 
 
 def _find_checkpoint(config: Config, accelerator: Accelerator) -> Path | None:
@@ -203,9 +194,10 @@ def _build(config: Config, accelerator: Accelerator, facts: dict[str, Any]) -> R
     denoiser.train().to(device=device)
     for old in originals.values():
         old.to(device=device, memory_format=torch.channels_last)
-    if settings.parallel == "fsdp" and accelerator.num_processes > 1:
-        shard(denoiser, device, ARITHMETIC[settings.precision])  # it takes contiguous parameters only
-    elif settings.parallel == "ddp" or accelerator.num_processes == 1:  # and ZeRO makes them so
+    if settings.parallel != "ddp" and accelerator.num_processes > 1:
+        # It takes contiguous parameters only.
+        shard(denoiser, settings.parallel, device, ARITHMETIC[settings.precision])
+    else:
         denoiser.to(memory_format=torch.channels_last)
     if settings.ema == "constant":
         rules = [ema.Constant(settings.ema_decay)]

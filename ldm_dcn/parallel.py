@@ -1,4 +1,4 @@
-"""Several processes on one model: DDP, FSDP2's shares of every tensor, or ZeRO's; and the whole tensors back."""
+"""Several processes on one model: DDP, or FSDP2's shares of every tensor; and the whole tensors back."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import UserError
-from .zero import Zero
 
 # What FSDP gathers and frees as one: large enough to hide the exchange, small enough to save memory.
 _SHARDED_TOGETHER = ("resnets", "attentions")
 
 
-def check_sharding() -> None:
-    """Raises `UserError` where torch has no FSDP2."""
+def check_sharding(parallel: str) -> None:
+    """Raises `UserError` where torch has no FSDP2 and `parallel` needs it."""
     from torch.distributed import fsdp
 
-    if not hasattr(fsdp, "fully_shard"):
+    if parallel != "ddp" and not hasattr(fsdp, "fully_shard"):
         raise UserError(
-            f"train.parallel=fsdp needs torch 2.6 or newer, and this is {torch.__version__}; use train.parallel=ddp or zero"
+            f"train.parallel={parallel} needs torch 2.6 or newer, and this is {torch.__version__}; use train.parallel=ddp"
         )
 
 
-def shard(denoiser: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Share out the parameters of `denoiser` between all processes, block by block (FSDP2, which is ZeRO-3).
+def shard(denoiser: nn.Module, parallel: str, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Share out the parameters of `denoiser` between all processes, block by block (FSDP2).
+
+    With "fsdp" a block is gathered when it is needed, twice a step, and freed after it: ZeRO-3. With "zero" what the forward pass has
+    gathered stays until the backward pass is through: the exchange of ZeRO-2.
 
     `dtype` is what the parameters are gathered and computed in; None keeps theirs. Gradients are summed in fp32. The
     parameters become `DTensor`s: make the optimiser and the averages afterwards.
@@ -36,13 +38,15 @@ def shard(denoiser: nn.Module, device: torch.device, dtype: torch.dtype | None) 
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    options = {
+        "mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+    }
     for name, module in denoiser.named_modules():
         if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in _SHARDED_TOGETHER:
             for block in module:
-                fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(denoiser, mesh=mesh, mp_policy=policy)
+                fully_shard(block, reshard_after_forward=parallel == "fsdp", **options)
+    fully_shard(denoiser, reshard_after_forward=False, **options)  # its backward pass follows at once
 
 
 def replicate(denoiser: nn.Module, device: torch.device) -> nn.Module:
@@ -51,31 +55,20 @@ def replicate(denoiser: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(denoiser, device_ids=ids, gradient_as_bucket_view=True)
 
 
-Optimizer = torch.optim.Optimizer | Zero
-
-
 @contextmanager
-def gradients_exchanged(model: nn.Module, optimizer: Optimizer, wanted: bool) -> Iterator[None]:
-    """Whether the backward pass inside sums the gradients over the processes: only an accumulation's last must."""
-    if isinstance(optimizer, Zero):
-        with optimizer.exchanged(wanted):
-            yield
-        return
+def gradients_exchanged(model: nn.Module, parallel: str, last: bool) -> Iterator[None]:
+    """The backward pass inside sums the gradients over the processes where it is the `last` of an accumulation."""
     if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(wanted)
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last or parallel == "fsdp")  # "zero" gathers once a step
         yield
         return
-    with nullcontext() if wanted or not hasattr(model, "no_sync") else model.no_sync():
+    with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
         yield
 
 
-def gradients(parameters: Sequence[nn.Parameter], optimizer: Optimizer) -> tuple[list[torch.Tensor], float]:
-    """What `optimizer` steps by in this process, to be scaled in place, and the norm of the whole gradient."""
-    if isinstance(optimizer, Zero):
-        own = optimizer.gradients()
-        square = _norm(own).double().square()
-        torch.distributed.all_reduce(square)
-        return own, float(square.sqrt())
+def gradients(parameters: Sequence[nn.Parameter]) -> tuple[list[torch.Tensor], float]:
+    """Those of this process, to be scaled in place, and the norm of the whole gradient."""
     own = [p.grad for p in parameters if p.grad is not None]
     return own, float(whole(_norm(own)))
 
@@ -86,17 +79,12 @@ def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
 
 
-def state_of(optimizer: Optimizer, p: nn.Parameter) -> dict[str, torch.Tensor]:
-    """What `optimizer` holds of `p`: of ZeRO's whole, in main memory, else in shares. All processes must call it together."""
-    if isinstance(optimizer, Zero):
-        return {name: value.cpu() for name, value in optimizer.state_of(p).items()}
-    return dict(optimizer.state.get(p, {}))
-
-
 def reshard(model: nn.Module) -> None:
-    """Back to shares: after a forward pass without a backward one, FSDP keeps the outermost parameters whole."""
-    if hasattr(model, "reshard"):
-        model.reshard()
+    """Back to shares, before they are read or written: after a forward pass without a backward one, FSDP keeps gathered what the
+    backward pass would need."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,8 @@ def training_step(run: Run, stop: StopSignals) -> float | None:
     total = torch.zeros(2, device=run.accelerator.device)  # loss, stop signal
     for micro in range(settings.gradient_accumulation):
         batch = run.batches.at(step, micro)
-        with gradients_exchanged(run.model, run.optimizer, micro == settings.gradient_accumulation - 1):
+        last = micro == settings.gradient_accumulation - 1
+        with gradients_exchanged(run.model, settings.parallel, last):
             total[0] += backpropagate(run, batch)
     total[1] = stop.received
     loss, run.stopped_by = run.mean_loss_and_signal(total)
@@ -153,7 +154,7 @@ def learning_rate(step: int, settings: TrainConfig) -> float:
 @torch.no_grad()
 def _scale_gradients(run: Run) -> bool:
     """Undo the loss scale and clip, in one pass; False, with nothing changed, where the gradient is not finite."""
-    own, norm = gradients(run.parameters, run.optimizer)
+    own, norm = gradients(run.parameters)
     norm /= run.state.loss_scale
     run.gradient_norm = norm
     if not math.isfinite(norm):

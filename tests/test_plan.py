@@ -127,10 +127,13 @@ POWER = "train.ema=power"  # two averages
         ((), 8, 8, 20e6, 8 * 4e6 + 2e6, 3 * 64e9 / 8e14),
         ((FSDP,), 8, 8, 20e6 / 8 + 4 * 50e3, 8 * 4e6 + 2e6, 3 * 64e9 / 8e14),
         ((FSDP, PARTS), 8, 2, 20e6 / 8 + 4 * 50e3 + 4e6, 2 * 4e6 + 2e6, 3 * 64e9 / 8e14),
-        ((ZERO,), 8, 8, 8e6 + 16e6 / 8, 8 * 4e6 + 2e6, 3 * 64e9 / 8e14),
+        ((ZERO,), 8, 8, 20e6 / 8 + 4e6, 8 * 4e6 + 2e6, 3 * 64e9 / 8e14),
+        ((ZERO, PARTS), 8, 2, 20e6 / 8 + 8e6, 2 * 4e6 + 2e6, 3 * 64e9 / 8e14),
+        # Its copies in 16 bits are among the activations.
+        ((ZERO, "train.precision=bf16"), 8, 8, 20e6 / 8, 8 * 4e6 + 2e6, 3 * 64e9 / 8e14),
         ((POWER,), 8, 8, 24e6, 8 * 4e6 + 2e6, 3 * 64e9 / 8e14),
         ((POWER, FSDP), 8, 8, 24e6 / 8 + 4 * 50e3, 8 * 4e6 + 2e6, 3 * 64e9 / 8e14),
-        ((POWER, ZERO), 8, 8, 12e6 + 16e6 / 8, 8 * 4e6 + 2e6, 3 * 64e9 / 8e14),
+        ((POWER, ZERO), 8, 8, 24e6 / 8 + 4e6, 8 * 4e6 + 2e6, 3 * 64e9 / 8e14),
         (("train.gradient_checkpointing=true",), 8, 8, 20e6, 8 * 5e5, 4 * 64e9 / 8e14),
         ((PARTS,), 8, 2, 20e6, 2 * 4e6 + 2e6, 3 * 64e9 / 8e14),
     ],
@@ -162,7 +165,8 @@ def test_the_formula(
         ((FSDP, "train.precision=bf16"), 2 * 2 + 4),
         ((FSDP, PARTS), 8 * 4 + 4),
         ((ZERO,), 4 + 4),
-        ((ZERO, PARTS), 4 * 4 + 4),
+        ((ZERO, PARTS), 4 + 4),
+        ((ZERO, PARTS, "train.precision=bf16"), 2 + 4),
     ],
 )
 def test_what_a_gpu_sends(tmp_path: Path, overrides: tuple[str, ...], a_parameter: int) -> None:

@@ -1,0 +1,88 @@
+"""train.parallel=zero and fsdp on two processes leave what one process leaves. (test_run.py goes from one to the other and back.)"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from ldm_dcn import metrics
+from ldm_dcn.config import Config
+from ldm_dcn.opening import open_run
+from ldm_dcn.signals import StopSignals
+from ldm_dcn.trainer import train, training_step
+from programs import run_together
+from tiny import tiny_config
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_a_fresh_accelerator() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    torch.set_num_threads(threads)
+
+
+def column(config: Config, key: str) -> list[float]:
+    return [line[key] for line in metrics.read(config.folder / "metrics.jsonl")]
+
+
+def saved(config: Config, step: int, group: str) -> dict[str, torch.Tensor]:
+    return load_file(config.folder / "checkpoints" / f"step-{step}" / f"{group}.safetensors")
+
+
+def assert_alike(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_zero_goes_on_from_zero_with_the_same_files_as_one_process(tmp_path: Path) -> None:
+    """Two parts a step, clipped gradients, two rates of learning, two averages and their snapshots; AdamW's state too."""
+    settings = (
+        "model.swap={sites: [resnet], group_channels: 4}",
+        "train.gradient_accumulation=2",
+        "train.gradient_clip=0.5",
+        "train.parameter_groups=[{match: offset_mask, lr_factor: 0.1, weight_decay: 0.0}]",
+        "train.ema=power",
+        "train.ema_snapshot_every=4",
+    )
+    one, two = (tiny_config(tmp_path, *settings, name=name) for name in ("one", "two"))
+    assert train(one) == 0
+    command = ("train.py", str(tmp_path / "two.yaml"), *settings, "train.parallel=zero")
+    run_together(*command, "train.steps=4")
+    run_together(*command)
+    assert column(two, "loss") == pytest.approx(column(one, "loss"), rel=1e-4)
+    for key in ("gradient_norm", "lr"):
+        assert column(two, key) == pytest.approx(column(one, key), rel=1e-3)
+    for group in ("model", "ema", "ema_2", "optimizer"):
+        assert_alike(saved(two, 8, group), saved(one, 8, group))
+    snapshots = [sorted(p.name for p in (c.folder / "averages").glob("*/*")) for c in (two, one)]
+    assert snapshots[0] == snapshots[1] != []
+
+
+def test_fp16_steps_that_overflow_are_taken_again_in_all_processes(tmp_path: Path) -> None:
+    """And parameters that have been stepped more often than others keep their own count."""
+    one, two = (tiny_config(tmp_path, "train.precision=fp16", name=name) for name in ("one", "two"))
+    with open_run(one) as run:
+        run.record(training_step(run, StopSignals()))
+        run.state.loss_scale = 2.0**27
+        for p in run.parameters[::3]:  # as after train.new_only_steps
+            run.optimizer.state[p]["step"] += 5
+        run.save()
+    shutil.copytree(one.folder, two.folder)
+    assert train(one) == 0
+    run_together("train.py", str(tmp_path / "two.yaml"), "train.precision=fp16", "train.parallel=zero")
+    # A process's gradient, of half as many images, leaves the range a halving earlier.
+    overflows = [column(config, "overflows")[-1] for config in (one, two)]
+    assert 3 < overflows[0] <= overflows[1] <= overflows[0] + 1
+    assert column(two, "loss") == pytest.approx(column(one, "loss"), rel=1e-3)
+    ours, theirs = (saved(config, 8, "optimizer") for config in (two, one))
+    counts = {name: int(value) for name, value in theirs.items() if name.startswith("step/")}
+    assert counts == {name: int(ours[name]) for name in counts} and set(counts.values()) == {8, 13}
