@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -12,9 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm_dcn.errors import UserError
-from ldm_dcn.parallel import check_sharding, collected, gradients, replicate
+from ldm_dcn.parallel import (
+    check_sharding,
+    collected,
+    gradients,
+    gradients_exchanged,
+    replicate,
+    reshard,
+    shard,
+)
 from programs import server
 
 SIZES = (7, 6, 5)
@@ -82,24 +92,78 @@ def test_ddp_keeps_gradients_once(tmp_path: Path) -> None:
     assert storages < parameters
 
 
-def test_only_the_process_that_keeps_them_has_the_whole_tensors(tmp_path: Path) -> None:
+def from_two_processes(target: Callable, folder: Path) -> list:
+    """What `target` tells in each."""
     ends = [server.Pipe() for _ in range(2)]
     processes = [
-        server.Process(target=collect, args=(rank, str(tmp_path / "store"), ends[rank][1]))
-        for rank in range(2)
+        server.Process(target=target, args=(rank, str(folder / "store"), ends[rank][1])) for rank in range(2)
     ]
     for process in processes:
         process.start()
     try:
-        answers = [end.recv() if end.poll(120) else None for end, _ in ends]
+        return [end.recv() if end.poll(120) else None for end, _ in ends]
     finally:
         for process in processes:
             process.kill()
+
+
+def test_only_the_process_that_keeps_them_has_the_whole_tensors(tmp_path: Path) -> None:
+    answers = from_two_processes(collect, tmp_path)
     expected = {name: tensor.tolist() for name, tensor in network().state_dict().items()}
     assert answers[0] is not None and answers[1] is not None
     assert answers[0][0] == expected and answers[1][0] == {}
     assert answers[1][1:] == (1, len(expected), True)  # one at a time
     assert answers[0][2:] == (len(expected), True)
+
+
+class Blocks(nn.Module):
+    """As much of a U-Net as is shared out block by block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.resnets:
+            x = block(x)
+        return self.head(x)
+
+
+class Gathers(TorchDispatchMode):
+    """Counts the calls in which processes put their shares together."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "allgather" in str(func)
+        return func(*args, **kwargs or {})
+
+
+def count_gathers(rank: int, store: str, told: Connection) -> None:
+    """Of a step in two parts, and whether a forward pass alone leaves shares once `reshard` was called."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    answers = []
+    for parallel in ("zero", "fsdp"):
+        model = Blocks()
+        shard(model, parallel, torch.device("cpu"), None)
+        with Gathers() as a_step:
+            for last in (False, True):
+                with gradients_exchanged(model, parallel, last):
+                    model(torch.ones(2, 4)).sum().backward()
+        with torch.no_grad():
+            model(torch.ones(2, 4))
+        reshard(model)
+        answers.append((a_step.count, all(isinstance(p, DTensor) for p in model.parameters())))
+    told.send(answers)
+    dist.destroy_process_group()
+
+
+def test_zero_gathers_once_a_step_and_fsdp_twice_a_part(tmp_path: Path) -> None:
+    # Two blocks and the rest, whose backward pass follows its forward pass at once.
+    expected = [(3, True), (2 * (2 * 2 + 1), True)]
+    assert from_two_processes(count_gathers, tmp_path) == [expected, expected]
 
 
 def test_a_torch_without_fsdp2_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
