@@ -383,24 +383,24 @@ def test_new_blocks_learn_the_old_ones_outputs_first(pretrained: Path, tmp_path:
         "model.unet=null",
         f"model.pretrained={pretrained}",
         "model.swap={sites: [resnet], group_channels: 4}",
-        "train.match_steps=150",
-        "train.new_only_steps=152",
-        "train.steps=154",
+        "train.match_steps=60",
+        "train.new_only_steps=62",
+        "train.steps=64",
         "train.lr=1e-2",
-        "train.save_every=150",
+        "train.save_every=60",
         "train.log_every=1",
     )
     assert train(config) == 0
     matching = [line["loss"] for line in lines(config) if line.get("phase") == "match"]
-    assert len(matching) == 150 and matching[-1] < 0.35 * matching[0]
-    assert [line.get("phase") for line in lines(config)[149:]] == ["match", "new", "new", None, None]
+    assert len(matching) == 60 and matching[-1] < 0.35 * matching[0]
+    assert [line.get("phase") for line in lines(config)[59:]] == ["match", "new", "new", None, None]
 
     old = load_file(pretrained / "unet" / "diffusion_pytorch_model.safetensors")
-    new = load_file(config.folder / "checkpoints" / "step-150" / "model.safetensors")
+    new = load_file(config.folder / "checkpoints" / "step-60" / "model.safetensors")
     sites = [site.name for site in plan_swap(build_unet(UNET), sites=["resnet"], group_channels=4)]
     stayed = [name for name in old if not name.startswith(tuple(f"{site}." for site in sites))]
     assert stayed and all(torch.equal(new[f"unet.{name}"], old[name]) for name in stayed)
-    end = load_file(config.folder / "checkpoints" / "step-154" / "model.safetensors")
+    end = load_file(config.folder / "checkpoints" / "step-64" / "model.safetensors")
     assert not all(torch.equal(end[f"unet.{name}"], old[name]) for name in stayed)
 
 
