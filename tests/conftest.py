@@ -10,14 +10,16 @@ import pytest
 # the others wait for it.
 LONGEST = (
     "faults",
-    "operator",
     "run",
+    "operator",
+    "trainer",
     "plan",
     "cuda_emulated",
-    "trainer",
-    "cuda_build",
-    "operators_benchmark",
     "fid",
+    "cuda_build",
+    "framework",
+    "study",
+    "operators_benchmark",
 )
 
 
