@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 # run without diffusers too.
 PRELOADED = ["torch", "pytest"]  # a function of a test file brings its file's imports along
 if importlib.util.find_spec("diffusers"):
-    PRELOADED += ["ldm_dcn.trainer", "ldm_dcn.encoding", "eval.columns"]
+    PRELOADED += ["ldm_dcn.trainer", "ldm_dcn.encoding", "eval.columns", "eval.fid", "torchmetrics.image"]
 FORKS = hasattr(os, "fork")  # elsewhere a program imports everything itself
 server = multiprocessing.get_context("forkserver" if FORKS else "spawn")
 if FORKS:
