@@ -18,12 +18,13 @@ UNET = {
     "block_out_channels": [8, 16],
     "layers_per_block": 1,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    # Attention on the way down and in the middle is enough: each takes its time at every step and save.
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],  # attention there too would take a sixth of each step
     "cross_attention_dim": 8,
     "attention_head_dim": 2,
     "norm_num_groups": 4,
 }
+# For the tests that are to meet it on the way up as well.
+ATTENTION_UP = "model.unet.up_block_types=[CrossAttnUpBlock2D, UpBlock2D]"
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": {"unet": UNET},
     "autoencoder": {"spec": "identity"},
