@@ -186,10 +186,10 @@ def test_each_run_has_a_gpu_of_its_own_and_leaves_it_to_the_next(tmp_path, monke
     path = write_study(tmp_path, seeds=list(range(4)), variants={name: {"config": "tiny.yaml"} for name in "ab"})  # fmt: skip
     monkeypatch.setenv(gpus.VISIBLE, "5,7,6")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    together, taken, seen = threading.Barrier(3), set(), []
+    together, begun, taken, seen = threading.Barrier(3), itertools.count(), set(), []
 
     def run_job(job: study.Job, scoring: protocol.Scoring, threads: int, own: Sequence[str]) -> dict:
-        if len(seen) < 3:
+        if next(begun) < 3:
             together.wait(timeout=60)
         assert len(own) == 1 and taken.isdisjoint(own)
         taken.update(own)
