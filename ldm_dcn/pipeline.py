@@ -36,8 +36,8 @@ class LatentDiffusion:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """What the training data called the classes, in the order of their numbers: `class_names.index("fox")` is a label. Empty where
-        it had no names, or the export is from before they were kept."""
+        """What the training data called the classes, in the order of their numbers. Empty where it had no names, or the export is from
+        before they were kept."""
         return self.model.class_names
 
     @classmethod
@@ -51,7 +51,7 @@ class LatentDiffusion:
     def __call__(
         self,
         *,
-        labels: int | Iterable[int] | torch.Tensor | None = None,
+        labels: int | str | Iterable[int | str] | torch.Tensor | None = None,
         prompts: str | Sequence[str] | None = None,
         count: int | None = None,
         seed: int = 0,
@@ -59,7 +59,7 @@ class LatentDiffusion:
     ) -> list[Image.Image]:
         """One picture for each label or prompt, from the seeds seed, seed + 1, ...; or `count` without a condition.
 
-        labels     numbers of classes; one alone needs no list, nor does a prompt
+        labels     classes by number or, as texts, by name ("7" is a name too); one alone needs no list, nor does a prompt
         settings   of `ldm_dcn.sampling.generate`: sampler, steps, guidance, guidance_interval and guidance_rescale, by default the
                    run's own (its `sample` section), size, precision, batch_size, progress
 
@@ -82,7 +82,11 @@ class LatentDiffusion:
         images = generate(self.model, conditions, range(seed, seed + number), **settings)
         return [to_pil(image) for image in images]
 
-    def _labels(self, labels: int | Iterable[int] | torch.Tensor) -> torch.Tensor:
+    def _labels(self, labels: int | str | Iterable[int | str] | torch.Tensor) -> torch.Tensor:
         if self.model.text_encoder is not None:
             raise UserError(f"{self.model.name} takes prompts, not labels; give prompts=[...]")
+        if isinstance(labels, str):
+            labels = [labels]
+        if isinstance(labels, (list, tuple)):
+            labels = [self.model.class_named(label) if isinstance(label, str) else label for label in labels]
         return check_labels(self.model, labels)

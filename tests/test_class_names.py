@@ -66,7 +66,14 @@ def model(run: Path) -> Model:
 
 
 def test_an_export_keeps_them_as_diffusers_does(run: Path, pictures: Path, tmp_path: Path) -> None:
-    assert LatentDiffusion.from_pretrained(run).class_names == NAMES
+    drawing = LatentDiffusion.from_pretrained(run)
+    assert drawing.class_names == NAMES
+    by_name, by_number = (
+        [image.tobytes() for image in drawing(labels=labels, steps=1)] for labels in ([NAMES[1], 0], [1, 0])
+    )
+    assert by_name == by_number != [image.tobytes() for image in drawing(labels=NAMES[0], steps=1)] * 2
+    with pytest.raises(UserError, match="label 'nothing' is no number, no range and no name"):
+        drawing(labels=["nothing"])
     index = json.loads((run / "export" / "model_index.json").read_text())
     assert index["id2label"] == {"0": NAMES[0], "1": NAMES[1], "2": NAMES[2]}  # as of DiTPipeline
     source = f"data.source={pictures}"

@@ -73,10 +73,10 @@ def test_one_prompt_is_not_a_list_of_letters(draw_text: LatentDiffusion) -> None
     ("arguments", "expected"),
     [
         ({"labels": []}, "there is nothing to draw; ask for at least one image"),
-        ({"labels": "12"}, "labels are '12'; give whole numbers in a list"),
+        ({"labels": "12"}, "label '12' is no number, no range and no name of a class of tiny"),
         ({"labels": {1, 2}}, "labels are {1, 2}; give whole numbers in a list"),
         ({"labels": 1.5}, "labels are 1.5; give whole numbers in a list"),
-        ({"labels": ["1"]}, "label '1' is no whole number"),
+        ({"labels": ["one"]}, "label 'one' is no number, no range and no name of a class of tiny"),
         ({"labels": [1.5]}, "label 1.5 is no whole number"),
         ({"labels": [True]}, "label True is no whole number"),
         ({"labels": [None]}, "label None is no whole number"),
