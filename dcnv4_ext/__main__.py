@@ -35,7 +35,7 @@ def _cuda_lines() -> list[str]:
         nvcc = shutil.which("nvcc")
         here = f"nvcc is at {nvcc} now" if nvcc else f"with {native.NVCC_FROM}"
         return [
-            "CUDA library   not built: the build found no nvcc, nor a driver to fetch one for, or was given DCNV4_CUDA=OFF",
+            "CUDA library   not built: the build found no nvcc and fetched none, or was given DCNV4_CUDA=OFF",
             f"  to build it  {here}: run `{native.BUILD_COMMAND}` in the project's folder, without DCNV4_CUDA=OFF",
         ]
     try:

@@ -1,5 +1,5 @@
 """The operator in torch's own operators, for devices that have no kernels here: Apple's MPS, Intel's XPU, AMD's GPUs, and those
-that other packages add to torch (PrivateUse1).
+that other packages add to torch under its key PrivateUse1.
 
 The same results, many times slower than a kernel: each tap gathers four corners into tensors of the output's size. Sums are in
 fp32 as in the kernels (fp64 for fp64), without those devices' fp64, which not all of them have.
@@ -166,8 +166,9 @@ def backward(
 
 @lru_cache
 def _warn(device: str) -> None:
+    kind = "AMD's" if device == "cuda" else f"{device!r}"
     warnings.warn(
-        f"dcnv4_ext has no kernels for {device!r} devices: torch's own operators take their place, with the same results, "
+        f"dcnv4_ext has no kernels for {kind} devices: torch's own operators take their place, with the same results, "
         "many times slower",
         stacklevel=2,
     )

@@ -56,9 +56,7 @@ def library_file(device: str) -> Path | None:
 NO_ROCM = "dcnv4_ext has kernels for NVIDIA GPUs and CPUs; on AMD's, for which this torch is built (ROCm), torch's own operators take their place, many times slower"
 
 
-NVCC_FROM = (
-    "a driver of CUDA 13 or newer (nvcc then comes from PyPI), or nvcc of an older CUDA toolkit on PATH"
-)
+NVCC_FROM = "nvcc in CUDA_HOME or on PATH, or a driver of CUDA 13 or newer, for which pip fetches nvcc"
 
 
 def _open(device: str) -> ctypes.CDLL:

@@ -81,17 +81,41 @@ def test_nvcc_comes_from_pypi_where_a_driver_could_use_it(machine) -> None:
     ("environ", "settings"),
     [
         (dict(CMAKE_ARGS="-G Ninja -DDCNV4_CUDA=OFF"), None),
-        (dict(SKBUILD_CMAKE_ARGS="-DDCNV4_CUDA:STRING=off"), {}),
+        (dict(CMAKE_ARGS="-DDCNV4_CUDA:STRING='off'"), ON),  # comes last on CMake's command line
+        (dict(SKBUILD_CMAKE_ARGS="-DX=1;-DDCNV4_CUDA:STRING=No"), {}),
         (dict(SKBUILD_CMAKE_DEFINE="X=1;DCNV4_CUDA=0"), {}),
-        (dict(CMAKE_ARGS="-DDCNV4_CUDA=ON"), OFF),
+        (dict(SKBUILD_CMAKE_DEFINE="DCNV4_CUDA=ON"), OFF),
         ({}, {"cmake.args": ["-DX=1", "-DDCNV4_CUDA=FALSE"]}),
+        ({}, {"skbuild.cmake.define.DCNV4_CUDA": "N"}),
+        (dict(CMAKE_ARGS="-DCMAKE_CUDA_COMPILER=/theirs/nvcc"), ON),
+        ({}, {"cmake.define.CMAKE_CUDA_COMPILER": "/theirs/nvcc"}),
     ],
 )
-def test_every_way_to_leave_cuda_out_is_understood(machine, monkeypatch, environ, settings) -> None:
+def test_every_way_to_leave_cuda_out_or_to_name_a_compiler_is_understood(
+    machine, monkeypatch, tmp_path: Path, environ, settings
+) -> None:
     machine(13000)
+    put_nvcc(tmp_path / "packages" / "nvidia" / "cu13")
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     assert backend.nvcc_requirements(settings) == []
+    assert built(monkeypatch, settings)[0] is None
+
+
+def test_what_is_no_setting_of_ours_is_no_choice(machine, monkeypatch) -> None:
+    machine(13000)
+    monkeypatch.setenv("CMAKE_ARGS", "-DXDCNV4_CUDA=OFF -DDCNV4_CUDA=ON")
+    assert backend.nvcc_requirements({"cmake.define.X": "DCNV4_CUDA=OFF"}) == backend.NVCC
+    assert backend.nvcc_requirements(OFF) == backend.NVCC
+
+
+def test_an_nvcc_on_path_may_lie_anywhere(machine, monkeypatch, tmp_path: Path) -> None:
+    """Of ccache, for example, whose folder has its own name."""
+    machine(13000)
+    nvcc = put_nvcc(tmp_path / "toolkit").rename(tmp_path / "toolkit" / "nvcc")
+    monkeypatch.setenv("PATH", str(nvcc.parent))
+    assert backend.nvcc_requirements(None) == []
+    assert built(monkeypatch)[0] == str(nvcc)
 
 
 @pytest.mark.parametrize("place", ["CUDACXX", "CUDA_HOME", "CUDA_PATH", "PATH", "DEFAULT_ROOT"])

@@ -44,7 +44,7 @@ def test_the_oldest_python_is_the_same_everywhere() -> None:
 
 @pytest.mark.parametrize(
     ("nvcc", "mend"),
-    [(None, "nvcc of an older CUDA toolkit on PATH: run"), ("/cuda/nvcc", "nvcc is at /cuda/nvcc now: run")],
+    [(None, "for which pip fetches nvcc: run"), ("/cuda/nvcc", "nvcc is at /cuda/nvcc now: run")],
 )
 def test_why_there_is_no_cuda_library_is_told(
     nvcc: str | None, mend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -55,7 +55,7 @@ def test_why_there_is_no_cuda_library_is_told(
     monkeypatch.setattr(sys, "argv", ["dcnv4_ext"])
     assert main() == 0
     printed = capsys.readouterr().out
-    assert "not built: the build found no nvcc, nor a driver to fetch one for" in printed
+    assert "not built: the build found no nvcc and fetched none" in printed
     assert f"{mend} `{native.BUILD_COMMAND}` in the project's folder, without DCNV4_CUDA=OFF" in printed
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -67,35 +67,52 @@ def _base():
 
 def nvcc_requirements(config_settings: Settings) -> list[str]:
     """What pip installs for the build so that there is an nvcc; nothing where there is one, or none is wanted or would be of use."""
-    choice = _choice(config_settings)
-    if choice == "OFF" or sys.platform != "linux" or os.environ.get("CUDACXX") or _toolkit():
+    definitions = _definitions(config_settings)
+    choice = _choice(definitions)
+    if choice == "OFF" or sys.platform != "linux" or _is_named(definitions) or _toolkit():
         return []
     driver = driver_version()
     of_use = choice == "ON" if driver is None else driver >= LEAST_DRIVER
     return NVCC if of_use else []
 
 
-def _choice(config_settings: Settings) -> str:
-    """AUTO, ON or OFF: DCNV4_CUDA as scikit-build-core takes it from pip's options, or from the environment."""
-    given = [
-        os.environ.get(name, "") for name in ("CMAKE_ARGS", "SKBUILD_CMAKE_ARGS", "SKBUILD_CMAKE_DEFINE")
-    ]
+def _definitions(config_settings: Settings) -> dict[str, str]:
+    """CMake's cache entries as scikit-build-core will hand them over: of its settings, by pip's options or the environment, and of
+    CMAKE_ARGS, which comes last on the command line."""
+    given: dict[str, list[str]] = {"cmake.define": [], "cmake.args": []}
+    for name, variable in (("cmake.define", "SKBUILD_CMAKE_DEFINE"), ("cmake.args", "SKBUILD_CMAKE_ARGS")):
+        given[name] += os.environ.get(variable, "").split(";")
     for name, value in (config_settings or {}).items():
-        given += [f"{name}={one}" for one in ([value] if isinstance(value, str) else value)]
-    found = re.findall(r"DCNV4_CUDA(?::\w+)?=(\w+)", " ".join(given))
-    last = found[-1].upper() if found else "AUTO"
-    return {"1": "ON", "TRUE": "ON", "YES": "ON", "0": "OFF", "FALSE": "OFF", "NO": "OFF"}.get(last, last)
+        setting, values = name.removeprefix("skbuild."), [value] if isinstance(value, str) else value
+        if setting.startswith("cmake.define."):
+            given["cmake.define"] += [f"{setting.removeprefix('cmake.define.')}={one}" for one in values]
+        elif setting in given:
+            given[setting] += [part for one in values for part in one.split(";")]
+    arguments = given["cmake.args"] + shlex.split(os.environ.get("CMAKE_ARGS", ""))
+    entries = given["cmake.define"] + [one[2:] for one in arguments if one.startswith("-D")]
+    pairs = (entry.partition("=") for entry in entries)
+    return {name.partition(":")[0].strip(): value.strip() for name, _, value in pairs}
+
+
+def _choice(definitions: dict[str, str]) -> str:
+    """AUTO, ON or OFF, from what CMake takes for a truth."""
+    text = definitions.get("DCNV4_CUDA", "AUTO").upper()
+    if text in ("", "0", "OFF", "NO", "N", "FALSE", "IGNORE", "NOTFOUND"):
+        return "OFF"
+    return "AUTO" if text == "AUTO" else "ON"
+
+
+def _is_named(definitions: dict[str, str]) -> bool:
+    """Whether the user names the CUDA compiler."""
+    return bool(os.environ.get("CUDACXX") or definitions.get("CMAKE_CUDA_COMPILER"))
 
 
 def _toolkit() -> Path | None:
     """The nvcc of this machine, looked for where torch's extensions look: CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda."""
+    roots = [*map(os.environ.get, ("CUDA_HOME", "CUDA_PATH"))]
+    named = (Path(root, "bin", "nvcc") for root in roots if root)
     on_path = shutil.which("nvcc")
-    roots = [
-        *map(os.environ.get, ("CUDA_HOME", "CUDA_PATH")),
-        on_path and Path(on_path).parent.parent,
-        DEFAULT_ROOT,
-    ]
-    nvccs = (Path(root, "bin", "nvcc") for root in roots if root)
+    nvccs = [*named, *([Path(on_path)] if on_path else []), Path(DEFAULT_ROOT, "bin", "nvcc")]
     return next((nvcc for nvcc in nvccs if nvcc.is_file()), None)
 
 
@@ -113,7 +130,8 @@ def driver_version() -> int | None:
 @contextmanager
 def _nvcc_named(config_settings: Settings) -> Iterator[None]:
     """Tells CMake, which looks on PATH alone, of the machine's nvcc, or else of PyPI's."""
-    if os.environ.get("CUDACXX") or _choice(config_settings) == "OFF":
+    definitions = _definitions(config_settings)
+    if _is_named(definitions) or _choice(definitions) == "OFF":
         yield
         return
     nvcc, before = _toolkit(), dict(os.environ)
