@@ -4,7 +4,7 @@ Nothing is computed: the network runs on tensors without data, and what it would
 taken from measurements (`--measured`), or, where there is none of a network, from an assumed speed (`--tflops`).
 
     memory a GPU   (weights 4 + gradients 4 + AdamW 8 + 4 for each average, of which train.ema=power has two) bytes x parameters P,
-                   whole (ddp) or shared by n (with one block gathered under fsdp, and under zero, in fp32, all weights),
+                   whole (ddp) or shared by n (with the weights of one block gathered under fsdp, and all under zero),
                    + bytes kept by autograd: once (16-bit copies of weights), and for each image of a micro-step. What is shared out
                    has whole gradients between the parts of an accumulated batch
     s a step       measured: images a GPU x s an image (forward, backward, waiting for data) + s a step (optimiser and average; the
@@ -289,7 +289,7 @@ def plan(
         settings.parallel if gpus > 1 else "-",
         images,
         settings.gradient_accumulation,
-        _state_bytes(counted, config, gpus),
+        _state_bytes(counted, config, gpus, once),
         an_image * images + once,
         settings.gradient_checkpointing,
         flops,
@@ -307,16 +307,20 @@ def _bytes_a_parameter(config: Config) -> dict[str, int]:
     return {"weights": FP32, "gradients": FP32, "AdamW": 2 * FP32, "averages": averages * FP32}
 
 
-def _state_bytes(counted: Counted, config: Config, gpus: int) -> int:
+def _state_bytes(counted: Counted, config: Config, gpus: int, once: int) -> int:
+    """`once` is what autograd keeps whatever the images, copies of the weights in 16 bits among it."""
     own = _bytes_a_parameter(config)
     whole = sum(own.values()) * counted.parameters
     if gpus == 1 or config.train.parallel == "ddp":
         return whole
-    gathered = counted.largest_block
-    if config.train.parallel == "zero":  # in 16 bits they are the copies that autograd keeps
-        gathered = counted.parameters if ARITHMETIC[config.train.precision] is None else 0
+    dtype = ARITHMETIC[config.train.precision]
+    gathered = FP32 * counted.largest_block
+    if config.train.parallel == "zero":
+        gathered = counted.parameters * FP32
+        if dtype is not None:  # then autograd keeps the same, unless it computes blocks again
+            gathered = max(0, counted.parameters * dtype.itemsize - once)
     gradients = counted.parameters if config.train.gradient_accumulation > 1 else 0
-    return whole // gpus + own["weights"] * gathered + own["gradients"] * gradients
+    return whole // gpus + gathered + own["gradients"] * gradients
 
 
 def table(
@@ -383,7 +387,7 @@ def _basis(counted: Counted, config: Config, measured: Measured | None, tflops: 
     )
     if measured.peak_bytes is not None:
         an_image, once = counted.kept_checkpointed if checkpointing else counted.kept
-        foreseen = _state_bytes(counted, config, 1) + an_image * measured.images + once
+        foreseen = _state_bytes(counted, config, 1, once) + an_image * measured.images + once
         text += f"; {measured.peak_bytes / 2**30:.1f} GiB of memory there, {foreseen / 2**30:.1f} GiB by the formula"
     return text
 

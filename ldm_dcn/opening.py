@@ -116,7 +116,8 @@ def _check_settings(settings: TrainConfig, accelerator: Accelerator) -> None:
             f"train.parallel={settings.parallel} cannot change what learns during a run (train.match_steps, "
             "train.new_only_steps); do those steps with train.parallel=ddp: a run may go on under the other"
         )
-    check_sharding(settings.parallel)
+    if processes > 1:
+        check_sharding(settings.parallel)
 
 
 def _find_checkpoint(config: Config, accelerator: Accelerator) -> Path | None:

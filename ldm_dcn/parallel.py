@@ -79,10 +79,10 @@ def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(denoiser: nn.Module) -> None:
     """Back to shares, before they are read or written: after a forward pass without a backward one, FSDP keeps gathered what the
     backward pass would need."""
-    for module in model.modules():
+    for module in denoiser.modules():
         if hasattr(module, "reshard"):
             module.reshard()
 

@@ -294,10 +294,12 @@ class Run:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The denoiser has the averaged weights inside, computes as in training, and draws with any attention there is."""
-        reshard(self.model)
+        reshard(self.denoiser)
         with self.averages[0].in_place(), any_attention(self.config.train.attention), self.arithmetic():
-            yield
-            reshard(self.model)
+            try:
+                yield
+            finally:  # a failure is spared, and the next step would compute with what is gathered
+                reshard(self.denoiser)
 
     def averaged_model(self, denoiser: Denoiser | None = None) -> Model:
         """The model for use; only inside `self.averaged()` does it have the averaged weights."""
@@ -487,7 +489,7 @@ class Run:
 
     def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """All that a resumed run needs, whole, by group and name; empty groups but on the main process."""
-        reshard(self.model)
+        reshard(self.denoiser)
         optimizer = (
             (f"{key}/{name}", value)
             for name, p in self.denoiser.named_parameters()

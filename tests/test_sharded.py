@@ -17,7 +17,7 @@ from ldm_dcn.opening import open_run
 from ldm_dcn.signals import StopSignals
 from ldm_dcn.trainer import train, training_step
 from programs import run_together
-from tiny import tiny_config
+from tiny import tiny_config, write_config
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +65,42 @@ def test_zero_goes_on_from_zero_with_the_same_files_as_one_process(tmp_path: Pat
         assert_alike(saved(two, 8, group), saved(one, 8, group))
     snapshots = [sorted(p.name for p in (c.folder / "averages").glob("*/*")) for c in (two, one)]
     assert snapshots[0] == snapshots[1] != []
+
+
+# Averaged weights of zeros, which a step after a drawing that failed would show.
+FAILING = """
+import sys
+import torch
+from ldm_dcn.config import load_config
+from ldm_dcn.opening import open_run
+from ldm_dcn.signals import StopSignals
+from ldm_dcn.trainer import batch_loss
+
+def loss():
+    with torch.no_grad(), run.arithmetic():
+        return float(batch_loss(run, batch))
+
+with open_run(load_config(sys.argv[1], [f"train.parallel={sys.argv[2]}"])) as run:
+    batch = run.batches.at(0, 0)
+    before = loss()
+    for tensor in run.averages[0].shadow.values():
+        tensor.zero_()
+    try:
+        with run.averaged():
+            assert loss() != before
+            raise OSError("No space left on device")
+    except OSError:
+        assert loss() == before
+        print("alike")
+"""
+
+
+@pytest.mark.parametrize("parallel", ["zero", "fsdp"])
+def test_a_drawing_that_fails_leaves_the_next_step_its_weights(tmp_path: Path, parallel: str) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    ended = run_together(str(script), str(write_config(tmp_path)), parallel)
+    assert ["alike" in program.stdout for program in ended] == [True, True]
 
 
 def test_fp16_steps_that_overflow_are_taken_again_in_all_processes(tmp_path: Path) -> None:
