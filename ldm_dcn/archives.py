@@ -2,7 +2,8 @@
 
 In a tar the files of one sample share everything up to the first dot of their name: `0001.jpg`, `0001.cls` (a class number),
 `0001.txt` (captions, one a line) or `0001.json` ({"text": ..., "label": ...}). Tars are read in place, never unpacked. What the
-classes are called may stand in `classnames.txt` beside them, a line a class in the order of their numbers, as in CLIP_benchmark's sets.
+classes are called may stand in `classnames.txt` beside them or in the folder above, a line a class in the order of their numbers, as in
+CLIP_benchmark's sets.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Tars(Images):
         self._all_places = np.array(places, dtype=np.int64)
         self._all_notes = notes
         labels, numbers = _as_classes(self._read_labels(names), source)
-        class_names = _read_class_names(os.path.join(os.path.dirname(tars[0]), CLASS_NAMES), numbers)
+        class_names = _read_class_names(os.path.dirname(tars[0]), numbers)
         chosen = choose(labels)
         super().__init__(source, image_size, image_channels, labels[chosen], class_names, max_bad)
         self._names = [names[i] for i in chosen.tolist()]
@@ -202,9 +203,14 @@ def _first(entry: dict[str, Any], fields: Sequence[str]) -> Any:
     return next((entry[field] for field in fields if field in entry), None)
 
 
-def _read_class_names(path: str, numbers: list[str]) -> list[str]:
-    """The lines of `path`; the classes' own `numbers`, which there are none of without classes, where there is no such file."""
-    if not numbers or not os.path.exists(path):
+def _read_class_names(folder: str, numbers: list[str]) -> list[str]:
+    """The lines of classnames.txt in `folder`, or above it; the classes' own `numbers`, which there are none of without classes, where
+    there is no such file."""
+    places = (
+        os.path.join(place, CLASS_NAMES) for place in (folder, os.path.dirname(os.path.abspath(folder)))
+    )
+    path = next(filter(os.path.exists, places), None)
+    if not numbers or path is None:
         return numbers
     try:
         with open(path, encoding="utf-8") as file:

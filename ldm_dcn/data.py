@@ -97,6 +97,9 @@ class _Digits(Images):
     def content(self, index: int) -> bytes:
         return b""  # the package's own
 
+    def contents(self, indices: Sequence[int]) -> list[bytes]:
+        return [b""] * len(indices)
+
     def _read(self, index: int) -> Tensor:
         return self._pixels[index]
 

@@ -101,8 +101,13 @@ def _id2label(class_names: Sequence[str]) -> dict[str, str]:
 def _read_class_names(index: Mapping[str, Any]) -> tuple[str, ...]:
     """What `_id2label` was made of; an export of before there was one, or of data without names, has none."""
     named = index.get("id2label", {})
-    names = tuple(named.values()) if isinstance(named, Mapping) else (None,)
-    if not all(isinstance(name, str) for name in names) or named != _id2label(names):
+    # By number: what writes JSON with sorted keys has "10" before "2".
+    names = (
+        tuple(named.get(str(number)) for number in range(len(named)))
+        if isinstance(named, Mapping)
+        else (None,)
+    )
+    if not all(isinstance(name, str) for name in names):
         raise ValueError(f"{INDEX} has id2label {shown(named)}")
     return names
 

@@ -69,10 +69,15 @@ def test_names_of_classes_lie_beside_tars(tmp_path: Path) -> None:
     names.write_text("cat\nred fox\ndog\n", encoding="utf-8")
     for source in (tmp_path, tmp_path / "train-001.tar"):
         assert open_dataset(source).class_names == ("cat", "red fox", "dog")
+    above = tmp_path / "test"  # as CLIP_benchmark lays its sets out
+    above.mkdir()
+    for tar in tmp_path.glob("*.tar"):
+        tar.rename(above / tar.name)
+    assert open_dataset(above).class_names == ("cat", "red fox", "dog")
     for content, told in (("cat\n", "names 1 classes in 1 lines, and the images have 2"), ("cat\n\ndog", "names 2 classes in 3 lines")):  # fmt: skip
         names.write_text(content)
         with pytest.raises(UserError, match=rf"classnames.txt {told}"):
-            open_dataset(tmp_path)
+            open_dataset(above)
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

@@ -16,7 +16,7 @@ from PIL import Image
 
 import sample
 from eval.report.grids import _named
-from ldm_dcn import LatentDiffusion, encode
+from ldm_dcn import LatentDiffusion, encode, export
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import load_model
 from ldm_dcn.model import Model
@@ -125,6 +125,8 @@ def test_exports_from_before_there_were_names_go_on_working(run: Path, tmp_path:
         told = "names of 4 classes and is of 3" if len(wrong) == 4 else "model_index.json has id2label"
         with pytest.raises(UserError, match=rf"not a whole export: .*{told}"):
             load_model(written(id2label=wrong))
+    many = {str(number): f"class {number}" for number in range(12)}
+    assert export._read_class_names({"id2label": dict(sorted(many.items()))}) == tuple(many.values())
     del index["id2label"]
     nameless = load_model(written())
     assert nameless.class_names == () and sample._by_number(["0-2"], nameless) == ["0-2"]
