@@ -185,7 +185,7 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
         real, statistics = _open_reference(
             reference, next(iter(models.values()), None), extractor, image_size
         )
-        warning = _check_extractor(scorer, real, chosen=extractor is not None)
+        warning = _check_extractor(scorer, real, statistics, chosen=extractor is not None)
         opened = _Opened(scorer, [], real, statistics, warning)
         names = _names(models)
         for path in inputs:
@@ -266,7 +266,7 @@ def check_run(config: Config, name: str, *, extractor: str | None = None, refere
     scorer = load_extractor(extractor or DEFAULT_EXTRACTOR)
     data = config.data.model_dump()
     real, statistics = _reference_of(name, data, config.data.image_channels, reference, image_size)
-    _check_extractor(scorer, real, chosen=extractor is not None)
+    _check_extractor(scorer, real, statistics, chosen=extractor is not None)
     opened = _Opened(scorer, [], real, statistics)
     opened.check()
     count = num or min(opened.reference_size, MOST_IMAGES)
@@ -293,12 +293,22 @@ def _names(models: Mapping[str, StoredModel]) -> dict[str, str]:
     return names
 
 
-def _check_extractor(scorer: FeatureExtractor, real: Source | None, *, chosen: bool) -> str | None:
-    """A warning where `real` are other images than the extractor learned from, or may be; without having been `chosen` for them it
-    is refused. Its classes mean nothing to images with others."""
-    if scorer.knows is None or real is None or real.tags["source"] == scorer.knows[0]:
+def _check_extractor(
+    scorer: FeatureExtractor, real: Source | None, statistics: Statistics | None, *, chosen: bool
+) -> str | None:
+    """A warning where the reference is of other images than the extractor learned from, or may be; without having been `chosen` for
+    such images it is refused. Its classes mean nothing to images with others."""
+    if scorer.knows is None or (real is None and statistics is None):
         return None
     data, classes = scorer.knows
+    if statistics is not None:
+        source = statistics.said.get("source")
+        if source == data:
+            return None
+        scorer.names_classes = False
+        return f"it learned from the {data}, and the reference's images are {source or 'not known'}"
+    if real.tags["source"] == data:
+        return None
     if not chosen:
         raise UserError(
             f"{real.tags['source']} is not the {data} that the default extractor learned from; give --extractor inception:FILE (FID) "

@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 from ldm_dcn.arithmetic import ARITHMETIC, computing_in
 from ldm_dcn.config import load_config
-from ldm_dcn.data import open_dataset
 from ldm_dcn.denoiser import Denoiser
 from ldm_dcn.diffusion import Schedule, add_noise, at, levels, loss, target
 from ldm_dcn.ema import EMA, Constant
@@ -46,6 +45,7 @@ from .environment import environment
 from .flops import flop_counter
 from .plan import CLIP_TOKENS
 from .results import write
+from .sources import classes_of
 from .stopwatch import Rounds
 
 DEFAULT_CONFIG = "configs/digits_dcn.yaml"
@@ -128,8 +128,7 @@ def open_subject(path: str, overrides: Sequence[str] = (), device: str = "cpu") 
     if config.data.condition == "text":
         classes, tokens = 0, torch.zeros(CLIP_TOKENS, unet.config.cross_attention_dim)
     elif classes is None:
-        classes = open_dataset(config.data.source, image_size=config.data.image_size,
-                               image_channels=config.data.image_channels).num_classes  # fmt: skip
+        classes = classes_of(config, None)
     denoiser = Denoiser(unet, classes, tokens).to(device=device, memory_format=torch.channels_last)
     side = config.data.image_size // (autoencoder.factor if autoencoder else PIXELS_PER_LATENT)
     model = Model(denoiser, autoencoder, Schedule(**config.diffusion.model_dump()), (unet.config.in_channels, side, side),

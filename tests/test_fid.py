@@ -266,6 +266,13 @@ def test_the_digits_extractor_is_not_taken_for_other_images_unasked(tmp_path, ca
     text = capsys.readouterr().out
     assert f"warning it learned from the digits, and the reference is {images}" in text
     assert "class accuracy" not in text and "FD-digits-v1" in text
+    # Nor do statistics of such images know the classes, whose source they name.
+    statistics = tmp_path / "statistics.npz"
+    asked = dict(image_size=16, extractor="digits", progress=False)
+    fid.evaluate([], reference=images, save_statistics=statistics, **asked)
+    text = str(fid.evaluate([images], reference=str(statistics), **asked))
+    assert f"warning it learned from the digits, and the reference's images are {images}" in text
+    assert "class accuracy" not in text
     assert "warning it learned" not in str(fid.evaluate(["digits"], progress=False))
 
 

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 import sample
+from eval import throughput
 from ldm_dcn import encode, metrics, randomness
 from ldm_dcn.cache import LatentCache
 from ldm_dcn.config import Config
@@ -26,7 +27,7 @@ from ldm_dcn.sampling import generate
 from ldm_dcn.trainer import train
 from ldm_dcn.unet import build_unet, load_unet
 from programs import ROOT, environment, run
-from tiny import UNET, tiny_config
+from tiny import UNET, tiny_config, write_config
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +99,12 @@ def test_pixels_of_another_number_of_channels_name_the_setting(digits_cache: Pat
     overrides = (f"data.source={digits_cache}", "data.image_channels=3")
     with pytest.raises(UserError, match=r"its latent_channels is 3, theirs 1; set data.image_channels=1"):
         train(tiny_config(tmp_path, *overrides))
+
+
+def test_the_network_of_a_cache_can_be_timed(digits_cache: Path, tmp_path: Path) -> None:
+    """As a study does after its runs: the cache says how many classes there are."""
+    subject = throughput.open_subject(str(write_config(tmp_path)), [f"data.source={digits_cache}"])
+    assert subject.model.num_classes == 10
 
 
 # ------------------------------------------------------------------------------------------------ text
