@@ -1,7 +1,7 @@
 """The operator in torch's own operators, for devices that have no kernels here: Apple's MPS, Intel's XPU, AMD's GPUs, and those
 that other packages add to torch under its key PrivateUse1.
 
-The same results, many times slower than a kernel: each tap gathers four corners into tensors of the output's size. Sums are in
+The same results, slower than a kernel: each tap gathers four corners into tensors of the output's size. Sums are in
 fp32 as in the kernels (fp64 for fp64), without those devices' fp64, which not all of them have.
 """
 
@@ -20,7 +20,7 @@ from .geometry import Geometry
 class _Corner(NamedTuple):
     """One of a tap's four cells, for M = N * Ho * Wo * G places."""
 
-    row: Tensor  # (M,) int64, into `_rows`; the last one, of zeros, where the corner lies outside the map or the tap does not count
+    row: Tensor  # (M,) int64, into `_Call.rows`; the last one, of zeros, where the corner lies outside the map or the tap does not count
     share: Tensor  # (M,) of the value
     by_x: Tensor  # (M,) derivative of `share`
     by_y: Tensor
@@ -169,6 +169,6 @@ def _warn(device: str) -> None:
     kind = "AMD's" if device == "cuda" else f"{device!r}"
     warnings.warn(
         f"dcnv4_ext has no kernels for {kind} devices: torch's own operators take their place, with the same results, "
-        "many times slower",
+        "more slowly",
         stacklevel=2,
     )

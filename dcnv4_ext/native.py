@@ -53,9 +53,7 @@ def library_file(device: str) -> Path | None:
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
-NO_ROCM = "dcnv4_ext has kernels for NVIDIA GPUs and CPUs; on AMD's, for which this torch is built (ROCm), torch's own operators take their place, many times slower"
-
-
+NO_ROCM = "dcnv4_ext has kernels for NVIDIA GPUs and CPUs; on AMD's, for which this torch is built (ROCm), torch's own operators take their place, more slowly"
 NVCC_FROM = "nvcc in CUDA_HOME or on PATH, or a driver of CUDA 13 or newer, for which pip fetches nvcc"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 
@@ -37,6 +38,19 @@ def pytest_collection_finish() -> None:
     for one after each measurement."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def one_thread_and_a_fresh_accelerator() -> Iterator[None]:
+    """For tests that open runs: threads would wait for those of other processes, and accelerate keeps what the last run made it."""
+    import torch
+    from accelerate.state import AcceleratorState  # which the operator's tests do without
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _place(item: pytest.Item) -> int:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
@@ -28,13 +26,7 @@ from tiny import tiny_config
 NAMES = ("brown bear", "fox", "polar bear")
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_a_fresh_accelerator() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_and_a_fresh_accelerator")
 
 
 @pytest.fixture(scope="module")

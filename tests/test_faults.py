@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -43,13 +43,7 @@ from tiny import tiny_config, write_config
 LONG = ("train.steps=400", "train.save_every=5", "train.keep_checkpoints=3")
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_a_fresh_accelerator() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_and_a_fresh_accelerator")
 
 
 def losses(config: Config) -> list[float]:

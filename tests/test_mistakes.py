@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -45,13 +45,7 @@ from tiny import ROOT, tiny_config, write_config
 Line = Callable[[Callable[[], object]], str]
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_a_fresh_accelerator() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_and_a_fresh_accelerator")
 
 
 @pytest.fixture

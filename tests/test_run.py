@@ -8,14 +8,12 @@ import math
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
@@ -40,14 +38,7 @@ from ldm_dcn.unet import build_unet, set_attention
 from programs import run_together
 from tiny import ROOT, UNET, tiny_config, write_config
 
-
-@pytest.fixture(autouse=True)
-def one_thread_and_a_fresh_accelerator() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_and_a_fresh_accelerator")
 
 
 def lines(config: Config) -> list[dict]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from ldm_dcn import metrics
@@ -19,14 +17,7 @@ from ldm_dcn.trainer import train, training_step
 from programs import run_together
 from tiny import tiny_config, write_config
 
-
-@pytest.fixture(autouse=True)
-def one_thread_and_a_fresh_accelerator() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_and_a_fresh_accelerator")
 
 
 def column(config: Config, key: str) -> list[float]:
