@@ -7,6 +7,8 @@ torchrun --standalone --nproc_per_node 2 train.py configs/digits_dcn.yaml
 
 from __future__ import annotations
 
+import sys
+
 from ldm_dcn.errors import Parser, exit_on_user_error, report
 
 
@@ -25,6 +27,9 @@ def main() -> int:
     parser.add_argument(
         "--allow-change", nargs="+", default=[], metavar="KEY", help="settings that may differ from the run's"
     )
+    for argument in sys.argv[1:]:
+        if argument.startswith("--") and "." in argument.partition("=")[0]:
+            parser.error(f"{argument}: settings have no dashes; write {argument.lstrip('-')}")
     arguments = parser.parse_intermixed_args()
     if arguments.config is None:  # argparse itself would ask for overrides too
         parser.error("give a config, such as configs/digits_dcn.yaml")

@@ -220,7 +220,10 @@ def main(arguments: Iterable[str] | None = None) -> None:
         "--only", nargs="+", choices=tuple(ABLATIONS), default=list(ABLATIONS), help="default: all"
     )
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
     )
     parser.add_argument(
         "--rows", nargs="+", default=["sd"], metavar="ROWS", help="as of eval.operators (default: sd)"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ from .sources import (
 )
 from .stored_models import StoredModel, StoredModels
 
-DEFAULT_EXTRACTOR = "digits"  # and the default reference beside it
+DEFAULT_EXTRACTOR = "digits"
 MOST_VALUES = 4096  # values an image, up to which nearest neighbours are looked for among pixels, above it among features
 MOST_IMAGES = 50_000  # drawn from a run when --num is not given and the reference is larger, or has no images
 MOST_NOISE = 5_000  # images: what noise scores hardly depends on their number
@@ -152,14 +152,16 @@ class _Opened:
 def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: str | None = None,
              guidance: Sequence[float] = (1.0,), guidance_interval: tuple[float, float] = (0.0, 1.0),
              guidance_rescale: float = 0.0, sampler: str = "dpm++", steps: int = 50, precision: str = "fp32", seed: int = 0,
-             num: int | None = None, labels: str = "auto", image_size: int | None = None, batch_size: int = 128,
-             device: str = "cpu", save_statistics: Path | None = None, save_npz: Path | None = None,
+             num: int | None = None, labels: str = "auto", image_size: int | None = None, max_bad: float | None = None,
+             batch_size: int = 128, device: str = "cpu", save_statistics: Path | None = None, save_npz: Path | None = None,
              processes: Processes | None = None, progress: bool = True) -> Table | None:  # fmt: skip
     """Score `inputs` (runs, exports, folders, npz files) against `reference`; a run gives one column for each guidance.
 
     Without `reference` it is what the first run was trained on; without `extractor` it is the digits classifier, and the reference
     must be the digits. Beside the inputs stand real images against real ones (held out against the rest, half against half) and noise.
 
+    max_bad          broken images that are left out of a set before it is an error: a count, or a share below 1; None takes what
+                     the first run was trained with for the reference, 0 for others
     save_statistics  file for mean and covariance of the reference's features; with it, `inputs` may be empty
     save_npz         folder for the images of each column, as ADM's evaluator reads them
     processes        that share the work; the table is on the first of them, the others get None
@@ -175,7 +177,7 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
             f"--save-statistics {save_statistics} does not end in .npz, by which --reference knows statistics from folders; give "
             f"{save_statistics}.npz"
         )
-    _check_counts(num, batch_size)
+    _check_counts(num, batch_size, max_bad)
 
     stored = StoredModels(device)
 
@@ -183,16 +185,18 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
         scorer = load_extractor(extractor or DEFAULT_EXTRACTOR, device)
         models = {path: stored.open(path) for path in inputs if is_run(path)}
         real, statistics = _open_reference(
-            reference, next(iter(models.values()), None), extractor, image_size
+            reference, next(iter(models.values()), None), extractor, image_size, max_bad
         )
         warning = _check_extractor(scorer, real, statistics, chosen=extractor is not None)
         opened = _Opened(scorer, [], real, statistics, warning)
         names = _names(models)
         for path in inputs:
             if path not in models:
-                channels = real.shape[0] if real is not None else _channels(extractor)
+                channels = real.shape[0] if real is not None else _channels(statistics.said.get("source"))
                 opened.sources.append(
-                    open_file_or_folder(path, image_channels=channels, image_size=image_size)
+                    open_file_or_folder(
+                        path, image_channels=channels, image_size=image_size, max_bad=max_bad or 0
+                    )
                 )
                 continue
             count, model = num or min(opened.reference_size, MOST_IMAGES), models[path]
@@ -252,20 +256,21 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
 def check_run(config: Config, name: str, *, extractor: str | None = None, reference: str | None = None,
               guidance: Sequence[float] = (1.0,), guidance_interval: tuple[float, float] = (0.0, 1.0),
               guidance_rescale: float = 0.0, sampler: str = "dpm++", steps: int = 50, num: int | None = None,
-              labels: str = "auto", image_size: int | None = None, batch_size: int = 128) -> None:  # fmt: skip
+              labels: str = "auto", image_size: int | None = None, max_bad: float | None = None,
+              batch_size: int = 128) -> None:  # fmt: skip
     """Raise `UserError` for what `evaluate`, asked the same, would refuse of a run of `config`, called `name`: before it is trained."""
     if config.data.condition == "text":
         raise UserError(
             f"{name} draws from prompts, and eval.fid knows classes; train it alone, draw with sample.py --npz and score that file"
         )
-    _check_counts(num, batch_size)
+    _check_counts(num, batch_size, max_bad)
     for scale in guidance:
         check_guidance(scale, guidance_interval, guidance_rescale)
     check_sampler(sampler)
     check_steps(steps, Schedule(**config.diffusion.model_dump()))
     scorer = load_extractor(extractor or DEFAULT_EXTRACTOR)
     data = config.data.model_dump()
-    real, statistics = _reference_of(name, data, config.data.image_channels, reference, image_size)
+    real, statistics = _reference_of(name, data, config.data.image_channels, reference, image_size, max_bad)
     _check_extractor(scorer, real, statistics, chosen=extractor is not None)
     opened = _Opened(scorer, [], real, statistics)
     opened.check()
@@ -273,7 +278,9 @@ def check_run(config: Config, name: str, *, extractor: str | None = None, refere
     choose_labels(labels, count, classes_of(config, real), real, 0, learned_from=config.data.source)
 
 
-def _check_counts(num: int | None, batch_size: int) -> None:
+def _check_counts(num: int | None, batch_size: int, max_bad: float | None) -> None:
+    if max_bad is not None and not 0 <= max_bad < math.inf:
+        raise UserError(f"--max-bad is {max_bad:g}; give a count of broken images, or a share below 1")
     for option, value, least in (("--samples", num, FEWEST), ("--batch-size", batch_size, 1)):
         if value is not None and value < least:
             raise UserError(f"{option} is {value}, too few; give at least {least}")
@@ -318,25 +325,33 @@ def _check_extractor(
     return f"it learned from the {data}, and the reference is {real.tags['source']}"
 
 
-def _channels(extractor: str | None) -> int:
-    return 1 if extractor in (None, DEFAULT_EXTRACTOR) else 3
+def _channels(source: str | None) -> int:
+    """What images of `source` are read in where no run says it: in their colours. Only the digits are known to be grey."""
+    return 1 if source == "digits" else 3
 
 
 def _open_reference(
-    reference: str | None, model: StoredModel | None, extractor: str | None, image_size: int | None
+    reference: str | None,
+    model: StoredModel | None,
+    extractor: str | None,
+    image_size: int | None,
+    max_bad: float | None,
 ) -> tuple[Source | None, Statistics | None]:
     if model is not None:
         data = model.config.get("data", {})
-        return _reference_of(model.name, data, model.autoencoder.image_channels, reference, image_size)
+        return _reference_of(
+            model.name, data, model.autoencoder.image_channels, reference, image_size, max_bad
+        )
     if reference is None and extractor not in (None, DEFAULT_EXTRACTOR):
         raise UserError("what to compare with? give --reference: a folder of images, an npz, or digits")
+    reference = reference or "digits"
     return open_reference(
-        reference or DEFAULT_EXTRACTOR, image_channels=_channels(extractor), image_size=image_size
+        reference, image_channels=_channels(reference), image_size=image_size, max_bad=max_bad or 0
     )
 
 
 def _reference_of(name: str, data: Mapping[str, Any], image_channels: int, reference: str | None,
-                  image_size: int | None) -> tuple[Source | None, Statistics | None]:  # fmt: skip
+                  image_size: int | None, max_bad: float | None) -> tuple[Source | None, Statistics | None]:  # fmt: skip
     """What the run `name` is compared with, `data` being that section of its config."""
     reference = reference or data.get("source")
     if reference is None:
@@ -346,8 +361,13 @@ def _reference_of(name: str, data: Mapping[str, Any], image_channels: int, refer
             f"{name} learns from the latent cache {reference}, which holds no images to compare with; give "
             "--reference FOLDER, the images that it was made of, or statistics of theirs"
         )
+    if max_bad is None:
+        max_bad = data.get("max_bad", 0) if reference == data.get("source") else 0
     return open_reference(
-        reference, image_channels=image_channels, image_size=image_size or data.get("image_size")
+        reference,
+        image_channels=image_channels,
+        image_size=image_size or data.get("image_size"),
+        max_bad=max_bad,
     )
 
 
@@ -503,9 +523,20 @@ def _parser() -> Parser:
     )
     parser.add_argument("--image-size", type=int, help="crop and resize folders of images to this size")
     parser.add_argument(
+        "--max-bad",
+        type=float,
+        metavar="N",
+        help="broken images to leave out of a set before it is an error: a count, or a share below 1 (default: data.max_bad of the "
+        "first run for what it learned from, else 0)",
+    )
+    parser.add_argument(
         "--batch-size", type=int, default=128, help="images drawn at once, at most 256 (default: %(default)s)"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="such as cuda:1 (default: %(default)s)",
+    )
     parser.add_argument(
         "--json",
         type=Path,
@@ -524,12 +555,36 @@ def _parser() -> Parser:
     return parser
 
 
+def _check_drawing(options: Mapping[str, Any], usual: Callable[[str], Any]) -> None:
+    """Raise `UserError` for options of drawing where nothing is drawn: images that are there were drawn in some way already."""
+    if any(is_run(path) for path in options["inputs"]):
+        return
+    for name in (
+        "guidance",
+        "guidance_interval",
+        "guidance_rescale",
+        "sampler",
+        "steps",
+        "precision",
+        "seed",
+        "num",
+        "labels",
+    ):
+        if options[name] != usual(name):
+            option = "samples" if name == "num" else name.replace("_", "-")
+            raise UserError(
+                f"--{option} says how a run is drawn, and there is none among the inputs; leave it out, or give a run"
+            )
+
+
 def main(arguments: list[str] | None = None) -> None:
-    options = vars(_parser().parse_args(arguments))
+    parser = _parser()
+    options = vars(parser.parse_args(arguments))
     found = (folder_of(path) for path in options["inputs"] if is_run(path))
     json_file, folders = options.pop("json"), list(dict.fromkeys(filter(None, found)))
     with exit_on_user_error(), joined_processes() as processes:
         try:
+            _check_drawing(options, parser.get_default)
             if processes.is_first:  # before hours of drawing
                 written = [json_file] if json_file else [folder / "fid.json" for folder in folders]
                 for option, place in (

@@ -47,7 +47,10 @@ class OnTheWay:
         self._reference_name = settings.score_reference or config.data.source
         self._scorer: FeatureExtractor = load_extractor(settings.score_extractor)
         self._images, self._statistics = open_reference(
-            self._reference_name, image_channels=config.data.image_channels, image_size=config.data.image_size
+            self._reference_name,
+            image_channels=config.data.image_channels,
+            image_size=config.data.image_size,
+            max_bad=config.data.max_bad if settings.score_reference is None else 0,
         )
         if self._statistics is not None:
             self._statistics.check(self._scorer)

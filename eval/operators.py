@@ -235,7 +235,10 @@ def parse_rows(names: Sequence[str]) -> list[str]:
 def main(arguments: Iterable[str] | None = None) -> int:
     parser = Parser(prog="python -m eval.operators", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
     )
     parser.add_argument(
         "--rows",

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ldm_dcn.config import Count, Fraction
-from ldm_dcn.errors import UserError
+from ldm_dcn.config import Config, Count, Fraction, NonNegative, dotted, wrong_value
+from ldm_dcn.errors import UserError, shown
+from ldm_dcn.key_names import unknown_beside
+from ldm_dcn.strict_yaml import Loader
+
+_OF_A_CONFIG = {"base", *Config.model_fields}  # keys that a study has none of
 
 
 class _Strict(BaseModel):
@@ -43,6 +48,7 @@ class Scoring(_Strict):
     num: Count | None = None
     labels: Literal["auto", "reference", "balanced", "random"] = "auto"
     image_size: Count | None = None
+    max_bad: NonNegative | None = None
     batch_size: Count = 128
     device: str | None = None
 
@@ -76,7 +82,11 @@ class Study(_Strict):
 def load_study(path: Path) -> Study:
     """Raises `UserError` for what is no study."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        if isinstance(content, dict) and "variants" not in content and content.keys() & _OF_A_CONFIG:
+            raise UserError(
+                f"{path} is the config of one run; run python train.py {path}, or give one of configs/studies"
+            )
         return Study.model_validate(content)
     except OSError as error:
         raise UserError(
@@ -85,11 +95,18 @@ def load_study(path: Path) -> Study:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     except ValidationError as error:
-        problems = (
-            f"{'.'.join(map(str, problem['loc'])) or 'study'}: {problem['msg'].removeprefix('Value error, ')}"
-            for problem in error.errors()
-        )
-        raise UserError(f"{path}: {'; '.join(problems)}") from None
+        raise UserError(f"{path}: {'; '.join(map(_explain, error.errors()))}") from None
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    place = error["loc"]
+    if error["type"] == "extra_forbidden":
+        return f"{dotted(place)}: unknown setting{unknown_beside(Study, place)}"
+    if error["type"] == "missing":
+        return f"{dotted(place)}: missing; set it"
+    if not place and error["type"] != "value_error":
+        return f"it holds no study but {shown(error['input'])}; see configs/studies"
+    return wrong_value(error)
 
 
 def comparisons_of(study: Study) -> dict[str, tuple[str, ...]]:

@@ -63,34 +63,54 @@ class Source(ABC):
 
 
 class DatasetSource(Source):
+    """The images of a data set. Where it may have broken ones, all are read once to know them, and left out."""
+
     def __init__(self, images: Images, name: str) -> None:
         self.name = name
         self.tags = {"source": images.source}
         self.shape = (images.image_channels, images.image_size, images.image_size)
-        self.labels = images.labels if images.num_classes else None
         self.classes = images.class_names or None
         self._images = images
+        self._numbers = torch.arange(len(images))
+        if images.bad_allowed:
+            parts = [self._readable(some)[1] for some in self._numbers.split(AT_ONCE)]
+            self._numbers = torch.cat(parts)
+        if images.bad:
+            self.tags["broken, left out"] = len(images.bad)
+        self.labels = images.labels[self._numbers] if images.num_classes else None
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._numbers)
 
     def read(self, start: int, stop: int, batch_size: int) -> Tensor:
-        try:
-            pixels, kept = self._images.read(range(start, stop))
-        except UserError:  # its way out is a setting of training
-            if not self._images.bad:
-                raise
-        if self._images.bad:
-            # a set with holes would pair the wrong labels with the images
-            raise UserError(complaint(self._images.bad, len(self), self._images.source))
-        assert len(kept) == len(pixels)
+        numbers = self._numbers[start:stop]
+        pixels, kept = self._readable(numbers)
+        if len(kept) < len(
+            numbers
+        ):  # one that could be read before: a hole would pair images with others' labels
+            raise UserError(complaint(self._images.bad, len(self._images), self._images.source))
         return pixels
+
+    def _readable(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        images = self._images
+        try:
+            return images.read(numbers)
+        except UserError:  # its way out is a setting of training
+            if not images.bad:
+                raise
+            told, count = complaint(images.bad, len(images), images.source), len(images.bad)
+            raise UserError(
+                f"{told}, or leave out as many with --max-bad {count} (data.max_bad={count} of a run)"
+            ) from None
 
 
 class NpzSource(Source):
-    """`arr_0`: uint8 (N, H, W, 3 or 1), and perhaps labels `arr_1` (N,): the layout of ADM's evaluator."""
+    """`arr_0`: uint8 (N, H, W, 3 or 1), and perhaps labels `arr_1` (N,): the layout of ADM's evaluator.
 
-    def __init__(self, path: str) -> None:
+    as_grey   colours are read as `open_dataset` reads them where it makes grey images
+    """
+
+    def __init__(self, path: str, *, as_grey: bool = False) -> None:
         names = npz_names(path)
         if "arr_0" not in names:
             if "mu" in names:
@@ -103,7 +123,7 @@ class NpzSource(Source):
         _check_pixels(path, array)
         self.name = Path(path).stem
         self.tags = {"source": path}
-        self.shape = (array.shape[3], array.shape[1], array.shape[2])
+        self.shape = (1 if as_grey else array.shape[3], array.shape[1], array.shape[2])
         self.labels = (
             None if labels is None or labels.shape != array.shape[:1] else torch.from_numpy(labels).long()
         )
@@ -114,7 +134,8 @@ class NpzSource(Source):
 
     def read(self, start: int, stop: int, batch_size: int) -> Tensor:
         # a copy of its own: what is mapped must not be written to
-        return torch.from_numpy(np.array(self._array[start:stop])).permute(0, 3, 1, 2).contiguous()
+        images = torch.from_numpy(np.array(self._array[start:stop])).permute(0, 3, 1, 2)
+        return (_grey(images) if self.shape[0] < images.shape[1] else images).contiguous()
 
 
 class NoiseSource(Source):
@@ -222,22 +243,32 @@ def is_run(path: str) -> bool:
     return not os.path.exists(path) and not path.endswith(".npz") and path != "digits"
 
 
-def open_file_or_folder(path: str, *, image_channels: int, image_size: int | None = None) -> Source:
-    """An npz, or what `open_dataset` opens. A folder's images must be square and of one size, unless `image_size` crops them."""
+def open_file_or_folder(
+    path: str, *, image_channels: int, image_size: int | None = None, max_bad: float = 0
+) -> Source:
+    """An npz, or what `open_dataset` opens, in grey where `image_channels` is 1: the same images are the same in either.
+
+    A folder's images must be square and of one size, unless `image_size` crops them; of broken ones, `max_bad` are left out.
+    """
     if path.endswith(".npz"):
-        return NpzSource(path)
+        return NpzSource(path, as_grey=image_channels == 1)
     size = image_size or (32 if path == "digits" else _common_size(path))
     # Whatever is compared with grey images is grey.
-    images = open_dataset(path, image_size=size, image_channels=image_channels, say_grey=False)
+    images = open_dataset(
+        path, image_size=size, image_channels=image_channels, max_bad=max_bad, say_grey=False
+    )
     return DatasetSource(images, Path(path).name)
 
 
 def open_reference(
-    path: str, *, image_channels: int, image_size: int | None = None
+    path: str, *, image_channels: int, image_size: int | None = None, max_bad: float = 0
 ) -> tuple[Source | None, Statistics | None]:
     """The images of a reference, its statistics, or both: ADM's npz holds 10,000 images beside statistics of all."""
     if not path.endswith(".npz"):
-        return open_file_or_folder(path, image_channels=image_channels, image_size=image_size), None
+        images = open_file_or_folder(
+            path, image_channels=image_channels, image_size=image_size, max_bad=max_bad
+        )
+        return images, None
     statistics = read_statistics(path)
     images = NpzSource(path) if statistics is None or "arr_0" in npz_names(path) else None
     return images, statistics
@@ -305,6 +336,13 @@ def classes_of(config: Config, opened: Source | None = None) -> int:
     return images.num_classes
 
 
+def _grey(images: Tensor) -> Tensor:
+    """uint8 (N, 3, H, W) as (N, 1, H, W): Pillow's "L", the luma of ITU-R BT.601 in 16 bits of fraction."""
+    shares = torch.tensor((19595, 38470, 7471), dtype=torch.int32)  # 0.299, 0.587 and 0.114 of 2^16
+    levels = (images.int() * shares[:, None, None]).sum(1, keepdim=True)
+    return (levels + 2**15 >> 16).to(torch.uint8)
+
+
 def _check_pixels(path: str, array: np.ndarray) -> None:
     """Raise `UserError` for what are not uint8 images (N, H, W, 3 or 1) in 0..255."""
     if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape:
@@ -337,7 +375,7 @@ def _common_size(folder: str) -> int:
         try:
             with Image.open(file) as picture:
                 size = picture.size
-        except UNREADABLE as error:
+        except UNREADABLE as error:  # what reads the images counts them
             bad[number] = broken(file, error)
             continue
         if size[0] != size[1]:
@@ -352,7 +390,6 @@ def _common_size(folder: str) -> int:
                 f"{first[1][0]}x{first[1][1]}, {os.path.basename(file)} {size[0]}x{size[1]}); "
                 "score one size at a time, or give --image-size to crop them alike"
             )
-    if bad:
+    if first is None:
         raise UserError(complaint(bad, len(files), folder))
-    assert first is not None  # list_pictures refuses an empty folder
     return first[1][0]

@@ -440,7 +440,11 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--sampler", default="dpm++", help=f"{', '.join(SAMPLERS)} (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=1.5, help="default: %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="such as cuda:1 (default: %(default)s)",
+    )
     parser.add_argument(
         "--train", action="store_true", help="time the parts of the training loop of one config"
     )

@@ -104,7 +104,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).exists():
         if not is_cache(folder):
             raise UserError(
-                f"{folder} is no latent cache; make one with `python -m ldm_dcn.encode IMAGES {folder}`"
+                f"{folder} is no latent cache; make one with `python -m ldm_dcn.encode IMAGES {'OUT' if folder.exists() else folder}`"
             )
         plan = read_plan(folder)
         ranges = shard_ranges(plan["images"], plan["shard_size"])

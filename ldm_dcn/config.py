@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from .errors import SHOWN, UserError, shown
-from .key_names import meant
+from .key_names import meant, unknown_beside
 from .strict_yaml import LARGEST, Loader
 
 LONGEST_NAME = 200  # bytes of a run's name; file systems take 255, and temporary names are longer
@@ -241,6 +241,15 @@ class Config(_Section):
     run: RunConfig
 
     @model_validator(mode="after")
+    def _something_is_held_out(self) -> Config:
+        if self.train.validate_every and self.data.split != "train":
+            raise ValueError(
+                f"train.validate_every is on and data.split={self.data.split} holds nothing out; set data.split=train, or "
+                "train.validate_every=0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _enough_times(self) -> Config:
         if self.sample.steps > self.diffusion.num_steps:
             raise ValueError(
@@ -314,6 +323,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} holds no settings; it should start with `base: base.yaml`, then sections")
+    if "variants" in settings:
+        raise UserError(f"{path} is a study of several runs; run python -m eval.study {path}")
     settings = _normalised(settings)
     base = settings.pop("base", None)
     if base is None:
@@ -404,7 +415,7 @@ def check_keys(option: str, keys: Sequence[str]) -> None:
 
 def _is_from(overrides: Sequence[str], error: Mapping[str, Any]) -> bool:
     """Whether the setting that is wrong, or all of its section that there is, was set by one of `overrides`."""
-    key = ".".join(str(part) for part in error["loc"])
+    key = dotted(error["loc"])
     unknown = error["type"] == "extra_forbidden"
     given = [override.partition("=")[0].strip() for override in overrides]
     return any(
@@ -413,15 +424,26 @@ def _is_from(overrides: Sequence[str], error: Mapping[str, Any]) -> bool:
 
 
 def _explain(error: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    place = error["loc"]
+    key, is_in_list = dotted(place), any(isinstance(part, int) for part in place)
     if error["type"] == "extra_forbidden":
-        return f"{key}: unknown setting{_unknown(key)}"
+        return f"{key}: unknown setting{unknown_beside(Config, place) if is_in_list else _unknown(key)}"
     if error["type"] == "missing":
-        return f"{key}: missing; set it, or start the file with `base: base.yaml`"
+        return f"{key}: missing; set it{'' if is_in_list else ', or start the file with `base: base.yaml`'}"
+    return wrong_value(error)
+
+
+def dotted(place: Sequence[str | int]) -> str:
+    """Where pydantic found a mistake: train.betas.0."""
+    return ".".join(map(str, place))
+
+
+def wrong_value(error: Mapping[str, Any]) -> str:
+    """One of pydantic's errors about a value in words, its key before it."""
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and not isinstance(error["input"], str):
         return message  # of a section, which names its keys
-    return f"{key}: {message[0].lower()}{message[1:]} (got {shown(error['input'])})"
+    return f"{dotted(error['loc'])}: {message[0].lower()}{message[1:]} (got {shown(error['input'])})"
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

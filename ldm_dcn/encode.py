@@ -172,9 +172,14 @@ def _report(out: Path, manifest: dict[str, Any]) -> None:
     extras += ["and captions"] if plan["text"] else []
     broken = f"; broken, and named in {out / cache_layout.BAD}: {manifest['bad']}" if manifest["bad"] else ""
     print(
-        f"{out}: {manifest['images']} images {' '.join(extras)} as {shape} latents, {size / 1e9:.2f} GB in "
+        f"{out}: {manifest['images']} images {' '.join(extras)} as {shape} latents, {_in_words(size)} in "
         f"{len(manifest['shards'])} shards, fingerprint {manifest['identity']}{broken}"
     )
+
+
+def _in_words(size: int) -> str:
+    """Bytes."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 def _verify(folder: str) -> int:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
 
 # What other programs of this field call these settings, by the last part of the name or by all of it.
 OTHER_NAMES = {
@@ -77,3 +80,31 @@ def meant(key: str, keys: Collection[str], sections: Collection[str]) -> list[st
         return near
     words = leaf.split("_")
     return [k for k in own if all(re.search(rf"[._]{re.escape(word)}", k) for word in words)]
+
+
+def unknown_beside(root: type[BaseModel], place: Sequence[str | int]) -> str:
+    """The tail of an error about the last key of `place`, ("train", "parameter_groups", 0, "lr"), which its section of `root` does not
+    have: what may be meant, or all that there is."""
+    key, fields = str(place[-1]), list(_section_at(root, place).model_fields)
+    name, colon, value = key.partition(":")
+    if colon and name in fields:
+        return f"; YAML wants a space after the colon: {name}: {value}"
+    if near := difflib.get_close_matches(key, fields, n=1, cutoff=0.7):
+        return f"; did you mean {near[0]}?"
+    return f"; there are {', '.join(fields)}"
+
+
+def _section_at(root: type[BaseModel], place: Sequence[str | int]) -> type[BaseModel]:
+    section, is_name = root, False
+    for part in place[:-1]:
+        if is_name:  # of an entry of a dict or a list
+            is_name = False
+            continue
+        annotation = section.model_fields[str(part)].annotation
+        is_name = get_origin(annotation) in (dict, tuple)
+        section = next(kind for kind in (annotation, *get_args(annotation)) if _is_section(kind))
+    return section
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and not get_args(kind) and issubclass(kind, BaseModel)

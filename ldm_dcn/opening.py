@@ -266,11 +266,6 @@ def _held_out(
     settings = config.train
     if not settings.validate_every:
         return None
-    if config.data.split != "train":
-        raise UserError(
-            f"train.validate_every is on and data.split={config.data.split} holds nothing out; set data.split=train, or "
-            "train.validate_every=0"
-        )
     times = -(-settings.validation_images // settings.batch_size)
     whole = {
         "batch_size": times * settings.batch_size,

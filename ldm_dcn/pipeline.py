@@ -54,11 +54,12 @@ class LatentDiffusion:
         labels: int | str | Iterable[int | str] | torch.Tensor | None = None,
         prompts: str | Sequence[str] | None = None,
         count: int | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         **settings: Any,
     ) -> list[Image.Image]:
-        """One picture for each label or prompt, from the seeds seed, seed + 1, ...; or `count` without a condition.
+        """One picture for each label or prompt, or `count` without a condition.
 
+        seed       of the first picture, the next being seed + 1; or a list of one for each
         labels     classes by number or, as texts, by name ("7" is a name too); one alone needs no list, nor does a prompt
         settings   of `ldm_dcn.sampling.generate`: sampler, steps, guidance, guidance_interval and guidance_rescale, by default the
                    run's own (its `sample` section), size, precision, batch_size, progress
@@ -70,16 +71,23 @@ class LatentDiffusion:
             raise UserError(f"unknown setting {name!r}{hint}; there are {', '.join(SETTINGS)}")
         if [value is None for value in (labels, prompts, count)].count(True) != 2:
             raise UserError("give exactly one of labels, prompts and count")
-        if not is_whole(seed):
-            raise UserError(f"seed {seed!r} is no whole number; give the first picture's seed, 0 or more")
+        if not (is_whole(seed) or (isinstance(seed, (list, tuple, range)) and all(map(is_whole, seed)))):
+            raise UserError(
+                f"seed {seed!r} is no whole number; give the first picture's seed, 0 or more, or a list of one for each"
+            )
         conditions = self._labels(labels) if labels is not None else None
         if prompts is not None:
             conditions = self.model.encode_prompts([prompts] if isinstance(prompts, str) else prompts)
         if count is not None and not (is_whole(count) and 1 <= count <= MOST):
             raise UserError(f"count {count!r}: ask for 1 to {MOST:,} pictures, a whole number")
         number = count if conditions is None else len(conditions)
+        seeds = range(seed, seed + number) if is_whole(seed) else seed
+        if len(seeds) != number:
+            raise UserError(
+                f"{number} pictures came with {len(seeds)} seeds; give one for each, or the first one's"
+            )
         settings = resolved(self.model, settings)
-        images = generate(self.model, conditions, range(seed, seed + number), **settings)
+        images = generate(self.model, conditions, seeds, **settings)
         return [to_pil(image) for image in images]
 
     def _labels(self, labels: int | str | Iterable[int | str] | torch.Tensor) -> torch.Tensor:

@@ -124,7 +124,7 @@ class Site:
     def __str__(self) -> str:
         return (
             f"{self.name}: {self.kind}, {self.channels} -> {self.out_channels} channels, "
-            f"{self.groups} groups of {self.channels // self.groups}, "
+            f"{self.groups} group{'s' * (self.groups > 1)} of {self.channels // self.groups}, "
             f"{self.parameters_before:,} -> {self.parameters_after:,} parameters"
         )
 

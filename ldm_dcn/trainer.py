@@ -55,6 +55,8 @@ def train(config: Config, allow_change: Sequence[str] = (), score: Score | None 
                 run.score()
             if run.due(config.train.validate_every):
                 validate(run)
+        if run.finished:
+            run.say(f"trained to step {run.state.step}; python sample.py {config.folder} draws from it")
         return 128 + run.stopped_by if run.stopped_by not in (0, REQUEUE) else 0
 
 

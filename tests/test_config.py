@@ -240,6 +240,17 @@ def test_nonsense_has_no_suggestion() -> None:
         ("sample.guidance=-1", "sample.guidance: input should be"),
         ("sample.guidance_interval=[0.6, 0.2]", "runs backwards; write [0.2, 0.6]"),
         ("train.learning_rate=3", "train.learning_rate: unknown setting; did you mean train.lr?"),
+        (
+            "train.parameter_groups=[{match: dcn, lr_facter: 2}]",
+            "train.parameter_groups.0.lr_facter: unknown setting; did you mean lr_factor?",
+        ),
+        (
+            "train.parameter_groups=[{match: dcn, betas: 2}]",
+            "parameter_groups.0.betas: unknown setting; there are match, lr_factor, weight_decay",
+        ),
+        ("train.parameter_groups=[{match:dcn}]", "YAML wants a space after the colon: match: dcn"),
+        ("train.parameter_groups=[{lr_factor: 2}]", "train.parameter_groups.0.match: missing; set it"),
+        ("train.validate_every=2", "data.split=all holds nothing out; set data.split=train"),
         ("run.zzqqxx=3", "run.zzqqxx: unknown setting; there are dir, name"),
         ("run.name=..", "run.name: names one folder in run.dir"),
         ("run.name=.", "run.name: names one folder in run.dir"),

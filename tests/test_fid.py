@@ -136,16 +136,20 @@ def test_inputs_that_cannot_be_scored_are_refused(tmp_path, digits):
     cut = folder("cut_png", *[(32, 32)] * 20)
     Image.fromarray(images[0, 0].numpy()).save(Path(cut, "7.png"))
     Path(cut, "7.png").write_bytes(Path(cut, "7.png").read_bytes()[:200])
-    with pytest.raises(UserError, match=r"^1 of 20 images .*/7\.png \(.*\); delete or repair it$"):
+    with pytest.raises(
+        UserError,
+        match=r"^1 of 20 images .*/7\.png \(.*\); delete or repair it, or leave out .* --max-bad 1 ",
+    ):
         fid.evaluate([cut], extractor="digits", reference=cut, progress=False)
     for number in (3, 5, 11):  # of these not even the headers can be read
         Path(cut, f"{number}.png").write_text("no picture")
-    told = r"^3 of 20 images of .*cut_png cannot be read: .*/11\.png \(not an image.*/3\.png .*/5\.png .*; delete or repair them$"
-    with pytest.raises(UserError, match=told):
-        fid.evaluate([cut], extractor="digits", reference=cut, progress=False)
-    told = r"^4 of 20 images .*/11\.png .*/3\.png .*/5\.png .*; and 1 more; delete or repair them$"
-    with pytest.raises(UserError, match=told):
-        fid.evaluate([cut], extractor="digits", reference=cut, image_size=32, progress=False)
+    told = (
+        r"^4 of 20 images of .*cut_png cannot be read: .*/11\.png \(not an image.*/3\.png .*/5\.png .*; and 1 more; "
+        "delete or repair them, or leave out as many with --max-bad 4 "
+    )
+    for size in (None, 32):
+        with pytest.raises(UserError, match=told):
+            fid.evaluate([cut], extractor="digits", reference=cut, image_size=size, progress=False)
     cases = {
         folder("eight", *[(32, 32)] * 8): "8 images, too few",
         str(tmp_path / "cut.npz"): "cannot be read",
@@ -237,6 +241,82 @@ def test_folder_and_npz_of_the_same_images_score_alike(tmp_path, digits, small_r
     assert all(column["tags"]["N"] == column["scores"]["images"] for column in result["columns"])
     assert result["extractor"]["weights"] == load_extractor("digits").fingerprint
     assert result["reference"]["images"] == 300 and result["environment"]["versions"]["torch"]
+
+
+def test_colours_are_read_alike_from_folder_and_npz(tmp_path, digits, capsys):
+    """Whatever they stand beside: alone, beside a run that makes colours, against statistics, against grey digits."""
+    grey = digits[0][:80]
+    tints = torch.tensor([1.0, 0.6, 0.2])[:, None, None]
+    images = (grey * tints).round().to(torch.uint8)
+    folder = tmp_path / "colours"
+    folder.mkdir()
+    for i, pixels in enumerate(images):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{i:03}.png")
+    packed = tmp_path / "colours.npz"
+    np.savez(packed, images.permute(0, 2, 3, 1).numpy())
+
+    def distances(reference: str) -> list[float]:
+        table = fid.evaluate(
+            [str(folder), str(packed)], extractor="digits", reference=reference, progress=False
+        )
+        return [column.scores["fd"] for column in table.columns[:2]]
+
+    assert distances(str(folder)) == pytest.approx([0, 0], abs=1e-6)
+    # An npz has its colours, as a run's images have: a folder read in grey would be other images.
+    assert distances(str(packed)) == pytest.approx([0, 0], abs=1e-6)
+    statistics = tmp_path / "statistics.npz"
+    fid.evaluate([], extractor="digits", reference=str(folder), save_statistics=statistics, progress=False)
+    assert distances(str(statistics)) == pytest.approx([0, 0], abs=1e-6)
+    of_folder, of_npz = distances("digits")
+    assert of_folder == pytest.approx(of_npz, rel=1e-9) and of_folder > 1
+    as_pillow = torch.stack(
+        [torch.from_numpy(np.array(Image.open(file).convert("L"))) for file in sorted(folder.iterdir())]
+    )
+    assert torch.equal(sources.NpzSource(str(packed), as_grey=True).read(0, 80, 1)[:, 0], as_pillow)
+
+
+def test_broken_images_of_a_reference_are_left_out_as_far_as_allowed(tmp_path, digits, capsys):
+    images, labels = digits
+    folder = tmp_path / "reference"
+    for i in range(60):
+        place = folder / str(int(labels[i]))
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[i, 0].numpy()).save(place / f"{i:03}.png")
+    whole = fid.evaluate([str(folder)], extractor="digits", reference=str(folder), progress=False)
+    broken = next(place for place in sorted(folder.rglob("*.png")))
+    torn = broken.with_name("torn.png")
+    torn.write_bytes(broken.read_bytes()[:-40])  # its header is whole
+    (broken.with_name("empty.png")).write_bytes(b"")
+
+    def score(*more: str) -> str:
+        with pytest.raises(SystemExit) if "2" not in more else nullcontext():
+            fid.main(
+                [str(folder), "--reference", str(folder), "--extractor", "digits", "--device", "cpu", *more]
+            )
+        return "".join(capsys.readouterr())
+
+    refused = score()
+    assert "2 of 62 images" in refused and "torn.png" in refused and "--max-bad 2" in refused
+    assert "2 of 62 images" in score("--max-bad", "1")
+    assert "--max-bad is -1" in score("--max-bad", "-1")
+    for option, value in (
+        ("--guidance", "1.5"),
+        ("--labels", "balanced"),
+        ("--samples", "100"),
+        ("--steps", "20"),
+    ):
+        assert f"{option} says how a run is drawn" in score(option, value)
+    text = score("--max-bad", "2")
+    assert text.count("broken, left out 2") == 2 and "images 60" in text
+    table = fid.evaluate(
+        [str(folder)], extractor="digits", reference=str(folder), max_bad=0.04, progress=False
+    )
+    assert table.columns[1].scores == whole.columns[1].scores  # the labels are still those of their images
+    trained = {"source": str(folder), "image_size": 32, "max_bad": 2}
+    assert len(fid._reference_of("a run", trained, 1, None, None, None)[0]) == 60
+    elsewhere = {**trained, "source": "digits"}
+    with pytest.raises(UserError, match="2 of 62"):
+        fid._reference_of("a run", elsewhere, 1, str(folder), None, None)[0].read(0, 62, 1)
 
 
 def test_copies_of_the_reference_show_themselves(small_reference):

@@ -102,6 +102,7 @@ def test_what_is_missing_is_said_before_models_are_fetched(
     assert "`pip install -c constraints.txt tensorboard`" in line(
         launch_train(config, "train.trackers=[tensorboard]", here)
     )
+    assert "write train.steps=5; see" in line(launch_train(config, "--train.steps=5"))
     assert "use one of dpm++, ddim, euler" in line(lambda: sample.main([str(tmp_path), "--sampler", "dpmpp"]))
 
 

@@ -58,6 +58,12 @@ def test_labels_are_whole_numbers_in_any_row(draw: LatentDiffusion, labels: Any)
     assert pixels(draw, labels=labels) == pixels(draw, labels=[3, 7])
 
 
+def test_seeds_are_counted_from_the_first_or_given_one_by_one(draw: LatentDiffusion) -> None:
+    third, fourth = pixels(draw, labels=[3, 3], seed=3)
+    assert pixels(draw, labels=[3, 3], seed=[4, 3]) == [fourth, third] != [third, fourth]
+    assert pixels(draw, labels=[3, 3], seed=range(3, 5)) == [third, fourth]
+
+
 @pytest.mark.parametrize("label", [3, np.int64(3), np.array(3), torch.tensor(3)])
 def test_one_label_needs_no_list(draw: LatentDiffusion, label: Any) -> None:
     assert pixels(draw, labels=label) == pixels(draw, labels=[3])
@@ -97,6 +103,9 @@ def test_one_prompt_is_not_a_list_of_letters(draw_text: LatentDiffusion) -> None
         ({"count": 1, "seed": 1.5}, "seed 1.5 is no whole number"),
         ({"count": 1, "seed": "a"}, "seed 'a' is no whole number"),
         ({"count": 1, "seed": True}, "seed True is no whole number"),
+        ({"count": 1, "seed": [1.5]}, "seed [1.5] is no whole number"),
+        ({"count": 1, "seed": [1, 2]}, "1 pictures came with 2 seeds"),
+        ({"count": 2, "seed": [1, -1]}, "seed -1 is negative"),
         ({"count": 1, "seed": -1}, "seed -1 is negative"),
         ({"count": 2, "seed": 2**63 - 1}, "every seed must be a whole number of at most"),
         ({"count": 1, "guidance": math.nan}, "guidance nan: guidance must be finite"),

@@ -75,7 +75,14 @@ def scores_file(path: Path, **changes) -> Path:
         fid.Column("real half", {"fd": 0.1}, {"N": 900, "reference": "the other 897"}),
         fid.Column("unknown", {"fd": 0.987654321}, {}),
     ]
-    extractor = {"name": "digits-v1", "weights": "cafe0123", "resize": "area to 32x32"}
+    for column in columns[:2]:
+        column.tags["warning"] = "fewer images than features"
+    extractor = {
+        "name": "digits-v1",
+        "weights": "cafe0123",
+        "resize": "area to 32x32",
+        "warning": "it learned from others",
+    }
     reference = {"source": "digits", "images": 1797}
     table = {"metric": "FD-digits-v1", "names": {}, "columns": columns, "reference": reference, "extractor": extractor,
              "environment": MADE_WITH, **changes}  # fmt: skip
@@ -189,6 +196,11 @@ def test_scores_stand_beside_their_eight_tags(report) -> None:
         "–",
         "–",
         "–",
+    ]
+    warned = [words(p) for p in parsed(report / "index.html").iter("p") if words(p).startswith("Warning.")]
+    assert warned == [
+        "Warning. Extractor digits-v1: it learned from others.",
+        "Warning. dcn g=1.25, real half: fewer images than features.",
     ]
     # a number without tags is none
     assert rows["unknown"][0] == ["not measured"] * 3 and rows["unknown"][1] == ["not stated"] * 8

@@ -28,6 +28,7 @@ from eval import comparison, fid, gpus, protocol, study
 from eval.report.__main__ import main as report
 from eval.sources import LABEL_RULES
 from ldm_dcn.arithmetic import ARITHMETIC
+from ldm_dcn.config import load_config
 from ldm_dcn.errors import UserError
 from tiny import ROOT, write_config
 
@@ -71,9 +72,17 @@ def test_the_projects_studies_can_be_run(path, tmp_path):
     [
         ({"comparisons": {"pair": ["a", "c"]}}, r"pair names c, which is no variant; there are a, b"),
         ({"comparisons": {"pair": ["a"]}}, r"comparisons.pair"),
-        ({"qeustion": "?"}, r"qeustion: Extra"),
+        ({"qeustion": "?"}, r"qeustion: unknown setting; did you mean question\?"),
+        (
+            {"variants": {"a": {"confg": "x.yaml"}}},
+            r"variants.a.config: missing.*variants.a.confg: unknown .* mean config\?",
+        ),
         ({"seeds": []}, r"seeds"),
-        ({"scoring": {"guidence": [1.0]}}, r"scoring.guidence"),
+        ({"scoring": {"guidence": [1.0]}}, r"scoring.guidence: unknown setting; did you mean guidance\?"),
+        (
+            {"scoring": {"cfg": 2}},
+            r"scoring.cfg: unknown setting; there are extractor, reference, guidance, ",
+        ),
         ({"scoring": {"guidance": []}}, r"scoring.guidance"),
         ({"scoring": {"guidance_interval": [0.2, 1.2]}}, r"scoring.guidance_interval"),
         ({"scoring": {"precision": "int8"}}, r"scoring.precision"),
@@ -105,6 +114,18 @@ def test_a_study_that_cannot_be_read_is_refused(tmp_path):
     broken.write_text("a: [", encoding="utf-8")
     with pytest.raises(UserError, match=r"broken\.yaml is not valid YAML"):
         protocol.load_study(broken)
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("")
+    with pytest.raises(UserError, match=r"empty\.yaml: it holds no study but None"):
+        protocol.load_study(empty)
+
+
+def test_a_config_is_no_study_and_a_study_no_config():
+    config, study_file = ROOT / "configs/digits_dcn.yaml", STUDIES[0]
+    with pytest.raises(UserError, match=rf"run python train.py {config}"):
+        protocol.load_study(config)
+    with pytest.raises(UserError, match=rf"run python -m eval.study {study_file}"):
+        load_config(study_file)
 
 
 def test_runs_come_seed_by_seed(tmp_path):

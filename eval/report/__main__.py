@@ -208,7 +208,11 @@ def _parser() -> Parser:
     )  # fmt: skip
     parser.add_argument("--autoencoder", metavar="SPEC", help="where it lies, when not where the runs had it")
     parser.add_argument("--text-encoder", metavar="SPEC", help="likewise")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="such as cuda:1 (default: %(default)s)",
+    )
     return parser
 
 
