@@ -136,12 +136,10 @@ def count(config: Config) -> Counted:
         own = {name: p.requires_grad_() for name, p in own.items()}
         own |= {name: torch.empty(b.shape, dtype=b.dtype) for name, b in denoiser.named_buffers()}
         shape = (unet.config.in_channels, side, side)
-        kept = _kept(denoiser, own, config, shape)
+        with flop_counter() as counter:
+            kept = _kept(denoiser, own, config, shape)
         unet.enable_gradient_checkpointing()
         kept_checkpointed = _kept(denoiser, own, config, shape)
-        unet.disable_gradient_checkpointing()
-        with torch.no_grad(), flop_counter() as counter:
-            functional_call(denoiser, own, _inputs(1, shape, denoiser))
     blocks = [
         sum(p.numel() for p in block.parameters())
         for name, modules in denoiser.named_modules()
@@ -152,7 +150,7 @@ def count(config: Config) -> Counted:
         str(config.run.name),
         sum(p.numel() for p in denoiser.parameters()),
         max(blocks),
-        counter.get_total_flops(),
+        counter.get_total_flops() // sum(PROBES),
         kept,
         kept_checkpointed,
     )
