@@ -387,6 +387,8 @@ def _check_places(arguments: argparse.Namespace) -> None:
             continue
         if not path.name and option != "png_dir":
             raise UserError(f"{name} {path} is a folder; give another {name}")
+        if option == "grid" and path.suffix.lower() not in ("", ".png"):
+            raise UserError(f"--grid {path}: grids are PNG files; give {path.with_suffix('.png')}")
         place = os.path.realpath(path)
         if place in taken:
             raise UserError(f"{taken[place]} and {name} are both {path}; give each a place of its own")

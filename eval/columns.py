@@ -1,8 +1,9 @@
-"""Columns of a table of text."""
+"""Columns of a table of text, and what speaks against them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -12,3 +13,14 @@ def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
+
+
+def warnings_of(columns: Iterable[Any], extractor: Mapping[str, Any]) -> list[str]:
+    """What `eval.fid` says against the numbers of a table, each once with the columns that it is about; they have `name` and `tags`."""
+    said: dict[str, list[str]] = {}
+    if warning := extractor.get("warning"):
+        said[warning] = [f"extractor {extractor.get('name')}"]
+    for column in columns:
+        if warning := column.tags.get("warning"):
+            said.setdefault(warning, []).append(column.name)
+    return [f"{', '.join(names)}: {warning}" for warning, names in said.items()]

@@ -52,7 +52,15 @@ class ForeignExtractor(FeatureExtractor):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        features = self.network(images)
+        try:
+            features = self.network(images)
+        except UserError:
+            raise
+        except Exception as error:  # of another's code
+            raise UserError(
+                f"extractor {self.name} failed on uint8 images {tuple(images.shape)}: {one_line(error)}; it takes uint8 (N, c, H, W) "
+                "in 0..255 and returns (N, features): convert and scale them inside"
+            ) from error
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
             got = (
                 f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__

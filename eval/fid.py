@@ -32,7 +32,7 @@ from ldm_dcn.places import check_file_place, check_folder_place
 from ldm_dcn.processes import Processes, joined_processes
 from ldm_dcn.sampling import SAMPLERS, check_guidance, check_sampler, check_steps
 
-from .columns import in_columns
+from .columns import in_columns, warnings_of
 from .environment import environment
 from .extractors import KINDS, load_extractor
 from .features import FeatureExtractor
@@ -113,11 +113,16 @@ class Table:
                                        for column in self.columns)])  # fmt: skip
         lines = in_columns(cells)
         lines.insert(1, "-" * len(lines[0]))
-        lines += ["", f"reference  {_in_words(self.reference)}", f"extractor  {_in_words(self.extractor)}"]
-        lines += [f"{column.name}  {_in_words(column.tags)}" for column in self.columns]
+        lines += [
+            "",
+            f"reference  {_in_words(self.reference)}",
+            f"extractor  {_in_words(self.extractor, but='warning')}",
+        ]
+        lines += [f"{column.name}  {_in_words(column.tags, but='warning')}" for column in self.columns]
         lines.append(
             f"Lower {self.metric} is better; it falls as images are added, so compare at equal numbers of images."
         )
+        lines += [f"Warning: {warning}" for warning in warnings_of(self.columns, self.extractor)]
         return "\n".join(lines)
 
 
@@ -137,6 +142,13 @@ class _Opened:
         if self.statistics is not None:
             return self.statistics.moments.count or MOST_IMAGES
         return len(self.reference)
+
+    def knows_classes_of(self, source: Source) -> bool:
+        """Whether label k of `source` means class k of the extractor's: by the names, where both say them."""
+        names = self.reference.classes if self.reference is not None else None
+        if self.scorer.knows is not None:
+            _, names = self.scorer.knows
+        return source.classes is None or names is None or tuple(source.classes) == tuple(names)
 
     def check(self) -> None:
         """Raise `UserError` for too few images, and for statistics of other features than the extractor's."""
@@ -237,6 +249,8 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
     for source, file in zip(opened.sources, _file_names(save_npz, opened.sources), strict=True):
         images = measured(source, file)
         if images is not None:  # the first process scores while the others draw on
+            if not opened.knows_classes_of(source):
+                images = replace(images, labels=None)
             columns.append(_column(source.name, images, real, opened.scorer, source.tags, device))
     stored.release()
     if opened.sources:
@@ -457,8 +471,8 @@ def _real_columns(real: Measured, scorer: FeatureExtractor, device: str) -> list
             for name, (some, rest) in parts.items() if min(len(some), len(rest)) > NEIGHBOURS]  # fmt: skip
 
 
-def _in_words(tags: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in tags.items() if value is not None)
+def _in_words(tags: dict[str, Any], but: str | None = None) -> str:
+    return ", ".join(f"{key} {value}" for key, value in tags.items() if value is not None and key != but)
 
 
 def write_json(table: Table, path: Path) -> None:

@@ -28,7 +28,7 @@ class Measured:
     """N images as numbers.
 
     count, moments, spatial  of all: N, and what Frechet distances compare
-    features, labels         of all, or of `MOST_KEPT` evenly chosen; None where only statistics are known
+    features, labels         of all, or of `MOST_KEPT` chosen at random, the same ones each time; None where only statistics are known
     pixels                   (N, c*H*W) uint8, where they are small
     images_per_second        how fast they were drawn
     dataset_hash             of all pixels and their order
@@ -80,7 +80,7 @@ def measure(source: Source, extractor: FeatureExtractor, *, keep_shape: tuple[in
         digest = hashlib.sha256(images.numpy().tobytes()).digest()
         return _Block(features, images if wants_pixels else None, digest, seconds)
 
-    blocks = -(-len(source) // BLOCK)
+    blocks, is_kept = -(-len(source) // BLOCK), _chosen(len(source))
     kept_features, kept_pixels, kept = [], [], []
     moments, spatial = None, None
     seconds: dict[int, float] = {}
@@ -98,7 +98,7 @@ def measure(source: Source, extractor: FeatureExtractor, *, keep_shape: tuple[in
             moments = (moments or Moments(values.shape[1])).add(values)
             if block.features.spatial is not None:
                 spatial = (spatial or Moments(block.features.spatial.shape[1])).add(block.features.spatial)
-            chosen = _evenly(number * BLOCK, len(values), len(source))
+            chosen = is_kept[number * BLOCK :][: len(values)].nonzero().flatten()
             kept.append(number * BLOCK + chosen)
             kept_features.append(Features(values, None, block.features.logits)[chosen])
             if keep_shape is not None:
@@ -120,12 +120,11 @@ def measure(source: Source, extractor: FeatureExtractor, *, keep_shape: tuple[in
                     len(source) / max(seconds.values()) if seconds else None, digest.hexdigest()[:16])  # fmt: skip
 
 
-def _evenly(first: int, count: int, total: int) -> Tensor:
-    """Which of images first, ..., first + count - 1 are kept (from 0), so that at most `MOST_KEPT` of `total` are, evenly."""
-    numbers = torch.arange(first, first + count)
-    if total <= MOST_KEPT:
-        return numbers - first
-    return ((numbers + 1) * MOST_KEPT // total > numbers * MOST_KEPT // total).nonzero().flatten()
+def _chosen(total: int) -> Tensor:
+    """(total,) bool: which images are kept. Every k-th would be those of some classes alone where classes come in turn."""
+    is_kept = torch.zeros(total, dtype=torch.bool)
+    is_kept[torch.randperm(total, generator=torch.Generator().manual_seed(0))[:MOST_KEPT]] = True
+    return is_kept
 
 
 def _as_reference(images: Tensor, shape: tuple[int, int, int]) -> Tensor | None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,24 @@ def open_results(
         )
     print(f"{path} is measured anew: {texts}", flush=True)
     return fresh
+
+
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Inside, no other process that does so too changes `path`, as far as its file system has locks: they are of its folder, so that
+    none is left behind."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def write(content: dict[str, Any], path: Path) -> None:

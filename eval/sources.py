@@ -198,6 +198,7 @@ class SampleSource(Source):
             )
         self.name = name
         self.labels = labels
+        self.classes = model.class_names or None
         self.shape = (
             model.autoencoder.image_channels,
             *(side * model.autoencoder.factor for side in model.latent_shape[1:]),
@@ -314,9 +315,10 @@ def choose_labels(
         raise UserError(
             f"the reference {source} has label {int(labels.max())}, the model {num_classes} classes; {mend}"
         )
-    # What is left beside the whole set, or there is of it, is every k-th image, so that sorted classes all have their share.
+    # What is left beside the whole set, or there is of it, is every k-th of its labels in order: all classes have their share.
     whole, rest = divmod(count, len(labels))
-    return rule, torch.cat([labels.repeat(whole), labels[torch.arange(rest) * len(labels) // max(rest, 1)]])
+    in_order = labels.sort().values
+    return rule, torch.cat([labels.repeat(whole), in_order[torch.arange(rest) * len(labels) // max(rest, 1)]])
 
 
 def classes_of(config: Config, opened: Source | None = None) -> int:

@@ -41,7 +41,7 @@ from .environment import environment, noted
 from .fid import check_run
 from .gpus import VISIBLE, shared_out, visible_gpus
 from .protocol import Scoring, Study, comparisons_of, load_study
-from .results import write
+from .results import in_turn, write
 
 ROOT = Path(__file__).resolve().parent.parent
 CURVE_POINTS = 60  # of a training curve, kept in the results
@@ -369,9 +369,14 @@ def run(options: Any) -> None:
     todo = [job for job in jobs if (job.variant, job.seed) not in done]
 
     def keep(record: dict[str, Any]) -> None:
-        content["runs"].append(noted(record, content, options.threads))
-        content["runs"].sort(key=lambda r: (list(study.variants).index(r["variant"]), r["seed"]))
-        write(content, results)
+        results.parent.mkdir(parents=True, exist_ok=True)
+        with in_turn(results):
+            _take_over(results, content)
+            known = {(run["variant"], run["seed"]): run for run in content["runs"]}
+            known[record["variant"], record["seed"]] = noted(record, content, options.threads)
+            order = list(study.variants)
+            content["runs"] = sorted(known.values(), key=lambda r: (order.index(r["variant"]), r["seed"]))
+            write(content, results)
         tqdm.write(_line(record), file=sys.stderr)
 
     gpus = visible_gpus(os.environ, torch.cuda.device_count())
@@ -392,9 +397,23 @@ def run(options: Any) -> None:
     timed = {figure["name"] for figure in content.get("speed", {}).get("figures", [])}
     if options.rounds and not set(names) <= timed:
         all_timed = [name for name in study.variants if name in timed or name in names]
-        content["speed"] = time_networks(study, options.study, all_timed, options.rounds)
-        write(content, results)
+        speed = time_networks(study, options.study, all_timed, options.rounds)
+        with in_turn(results):
+            _take_over(results, content)
+            write(content | {"speed": speed}, results)
+        content["speed"] = speed
     print(tables(content))
+
+
+def _take_over(results: Path, content: dict[str, Any]) -> None:
+    """Into `content` come the runs that another command has written to `results` since: --seeds may be shared out among several."""
+    if not results.exists():
+        return
+    written = json.loads(results.read_text(encoding="utf-8"))
+    own = {(run["variant"], run["seed"]) for run in content["runs"]}
+    content["runs"] += [run for run in written["runs"] if (run["variant"], run["seed"]) not in own]
+    if written.get("speed"):
+        content["speed"] = written["speed"]
 
 
 def _where(gpus: Sequence[str], shares: Sequence[Sequence[str]]) -> str:

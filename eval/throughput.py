@@ -278,15 +278,23 @@ def _training(subject: Subject, settings: Settings) -> Callable[[], None]:
     denoiser = subject.model.denoiser
     training_loss = _training_loss(subject, settings)
     optimiser = torch.optim.AdamW(denoiser.parameters(), lr=1e-5, weight_decay=0.03, fused=True)
-    average, steps = EMA(denoiser, Constant(0.999)), count(1)
+    averages, steps = [EMA(denoiser, Constant(0.999)) for _ in range(_averages(subject))], count(1)
 
     def step() -> None:
         training_loss().backward()
         optimiser.step()
         optimiser.zero_grad()
-        average.update(next(steps))
+        number = next(steps)
+        for average in averages:
+            average.update(number)
 
     return step
+
+
+def _averages(subject: Subject) -> int:
+    """How many moving averages its training keeps."""
+    train = subject.model.config.get("train", {})
+    return len(train["ema_widths"]) if train.get("ema") == "power" else 1
 
 
 def _training_loss(subject: Subject, settings: Settings) -> Callable[[], Tensor]:
@@ -344,7 +352,7 @@ def _count(subject: Subject, settings: Settings) -> dict[str, int]:
     return {
         "parameters": sum(p.numel() for p in parameters),
         "macs": count_macs(denoiser, x[:1], times[:1], condition[:1]),
-        "state_bytes": sum(5 * 4 * p.numel() for p in parameters),
+        "state_bytes": sum((4 + _averages(subject)) * 4 * p.numel() for p in parameters),
         "activation_bytes": sum(kept.values()),
     }
 

@@ -428,6 +428,8 @@ def _explain(error: Mapping[str, Any]) -> str:
     key, is_in_list = dotted(place), any(isinstance(part, int) for part in place)
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown setting{unknown_beside(Config, place) if is_in_list else _unknown(key)}"
+    if error["type"] == "missing" and isinstance(place[-1], int):
+        return f"{dotted(place[:-1])}: takes more values than {place[-1]}"
     if error["type"] == "missing":
         return f"{key}: missing; set it{'' if is_in_list else ', or start the file with `base: base.yaml`'}"
     return wrong_value(error)
@@ -443,7 +445,12 @@ def wrong_value(error: Mapping[str, Any]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and not isinstance(error["input"], str):
         return message  # of a section, which names its keys
-    return f"{dotted(error['loc'])}: {message[0].lower()}{message[1:]} (got {shown(error['input'])})"
+    given, mend = error["input"], ""
+    if error["type"] == "tuple_type" and isinstance(given, (str, int, float)) and "[" not in str(given):
+        message, mend = "it takes a list", f"; write [{given}]"
+    elif error["type"] == "int_type" and isinstance(given, float) and given.is_integer():
+        mend = f"; write {given:.0f}"
+    return f"{dotted(error['loc'])}: {message[0].lower()}{message[1:]} (got {shown(given)}){mend}"
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

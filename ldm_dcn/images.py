@@ -278,6 +278,10 @@ def split_lines(text: str) -> list[str]:
     return [line for line in (" ".join(line.split()) for line in text.splitlines()) if line]
 
 
+# Formats of which Pillow says mode "I" (32 bits) where they have 16.
+OF_16_BITS = ("PNG", "PPM")
+
+
 def to_float(pixels: Tensor) -> Tensor:
     """uint8 (..., H, W) to float32 in [-1, 1]: x / 127.5 - 1, which `to_uint8` undoes exactly."""
     return pixels.to(torch.float32) / 127.5 - 1
@@ -287,6 +291,8 @@ def decode_picture(file: str | io.BytesIO, image_size: int, image_channels: int)
     """One picture as uint8 (c, image_size, image_size). Raises OSError or ValueError when it is broken."""
     with Image.open(file) as picture:
         _check_pixels(picture, max(1.0, image_size / max(1, min(picture.size))))
+        if picture.mode == "I" and picture.format not in OF_16_BITS:
+            raise ValueError("pixels of 32 bits, whose range is unknown; save it with 8 or 16 bits")
         picture.load()
         upright = ImageOps.exif_transpose(picture)
         square = centre_crop(_to_8_bit(upright, "L" if image_channels == 1 else "RGB"), image_size)

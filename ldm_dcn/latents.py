@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .autoencoder import Autoencoder
 from .cache import LatentCache
 from .cache_layout import is_cache
-from .config import Config
+from .config import Config, DataConfig
 from .data import open_dataset, split_indices
 from .errors import UserError
 from .images import Images, to_float
@@ -117,6 +117,7 @@ def open_latents(
         max_bad=data.max_bad,
         say_grey=say_grey,
     )
+    _check_not_empty(data, len(images))
     with tqdm(total=len(images), desc="encoding", unit="image", disable=not main, leave=False) as bar:
         latents = encode_dataset(images, autoencoder, data.encode_batch_size, bar.update)
     return _checked(config, latents, autoencoder), _identity(images)
@@ -131,12 +132,19 @@ def _identity(images: Images) -> str:
     return digest.hexdigest()[:12]
 
 
+def _check_not_empty(data: DataConfig, count: int) -> None:
+    if not count:
+        raise UserError(
+            f"{data.source} has no images in data.split={data.split}, as every fourth of a class is held out; set data.split=all, "
+            "and train.validate_every=0"
+        )
+
+
 def _checked(
     config: Config, latents: Latents | LatentCache, autoencoder: Autoencoder
 ) -> Latents | LatentCache:
     data = config.data
-    if not len(latents):
-        raise UserError(f"{data.source} has no images in data.split={data.split}; set data.split=all")
+    _check_not_empty(data, len(latents))
     if data.flip and not latents.has_flips:
         raise UserError(
             f"data.flip=true and {data.source} holds no mirrored latents; encode it with --flip, or set data.flip=false"

@@ -182,9 +182,16 @@ def _build(config: Config, accelerator: Accelerator, facts: dict[str, Any]) -> R
         notes = check_pretrained(pretrained, config.diffusion.model_dump(), autoencoder)
     unet, originals = _build_unet(config, pretrained)
     latents, identity = open_latents(config, autoencoder, accelerator.is_main_process)
+    # What diffusers draws by default; a preset's or a pretrained network's is that of other images.
+    unet.register_to_config(sample_size=latents.latent_shape[-1])
     denoiser = Denoiser(unet, *condition_of(config, latents))
     embedding_is_new, further = _read_condition(denoiser, pretrained, latents)
     notes += further
+    if 0 < latents.num_classes < denoiser.num_classes:
+        notes.append(
+            f"warning: data.num_classes={denoiser.num_classes}, and {data.source} has {latents.num_classes} classes: what is drawn of "
+            "the others is never learnt"
+        )
     if settings.new_only_steps and not embedding_is_new and not swapped_sites(unet):
         raise UserError(
             f"train.new_only_steps={settings.new_only_steps} and nothing of {pretrained.source} is new; set model.swap, or "

@@ -33,12 +33,13 @@ def synthesise(run: Path, width: float, step: int | None = None) -> tuple[dict[s
         if at <= step
         for file in sorted(folder.glob("width-*.safetensors"))
     ]
-    if step not in folders:
-        known = ", ".join(map(str, sorted(folders))) or "none"
+    if not folders:
         raise UserError(
-            f"{run} has no snapshot of step {step} (there are: {known}); "
-            "train with train.ema=power train.ema_snapshot_every=N"
+            f"{run} has no snapshots of its averages; train with train.ema=power train.ema_snapshot_every=N"
         )
+    if step not in folders:
+        known = ", ".join(map(str, sorted(folders)))
+        raise UserError(f"{run} has no snapshot of step {step}; there are those of {known}")
     for folder in {file.parent for _, _, file in files}:
         try:
             verify(folder)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from . import checkpoint, diffusion, ema, export, pictures
@@ -30,6 +31,7 @@ from .folders import DiskFull
 from .latents import Latents
 from .matching import Matching, new_parameters
 from .metrics import MetricsLog
+from .metrics import read as read_metrics
 from .model import Model
 from .parallel import collected, in_shares_of, replicate, reshard
 from .processes import Processes
@@ -41,6 +43,8 @@ from .unet import (
     empty_twin,
 )
 
+# What is looked at on the way, after the save of its step.
+GRID, SCORE, VALIDATION = "grid", "score", "validation"
 GRID_ROWS = 10  # classes at most in the grids drawn on the way
 EMA_GROUPS = ("ema", "ema_2")  # names in a checkpoint
 # What may go wrong beside the training without being its end: a disk, a picture of NaN, a sampler's batch too large.
@@ -55,7 +59,7 @@ class NonFinite(UserError):
 
 
 class Interrupted(Exception):
-    """A signal came while drawing: the grid or score can wait, the checkpoint cannot."""
+    """A signal came while drawing: the grid or score can wait until the run goes on, the checkpoint cannot."""
 
 
 @dataclass
@@ -118,6 +122,7 @@ class Run:
     )  # that share the drawing; with FSDP each takes part in all of it
     stop: StopSignals | None = None
     stopped_by: int = 0  # the signal that asked us to stop
+    interrupted: bool = False  # whether a signal cut the drawing at this step short, here
     gradient_norm: float = 0.0  # of the last step, as the next
     learning_rate: float = 0.0
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=20))
@@ -229,6 +234,27 @@ class Run:
         state.loss_sum, state.loss_count = 0.0, 0
         self.window_began, self.window_pause, self.window_steps = time.perf_counter(), 0.0, 0
 
+    def cut_short(self) -> int:
+        """The signal that cut drawing short in any of the processes, or 0."""
+        total = torch.zeros(2, device=self.accelerator.device)
+        total[1] = self.stop.received if self.interrupted else 0
+        return self.mean_loss_and_signal(total)[1]
+
+    def left_behind(self) -> list[str]:
+        """What was looked at, at the step that the run goes on from: a save comes first, and a kill may lie between the two."""
+        found: list[str] = []
+        if self.accelerator.is_main_process:
+            if self._grid_file.exists():
+                found.append(GRID)
+            for line in read_metrics(self.config.folder / "metrics.jsonl"):
+                if line["step"] == self.state.step:
+                    found += [VALIDATION] if "validation_loss" in line else [] if "loss" in line else [SCORE]
+        if self.accelerator.num_processes > 1:
+            answer = [found]
+            broadcast_object_list(answer)
+            (found,) = answer
+        return found
+
     def record_validation(self, loss: float) -> None:
         if self.metrics is not None:
             with self.spared("the line of metrics.jsonl"):
@@ -251,7 +277,8 @@ class Run:
         try:
             yield
         except Interrupted:
-            self.say(f"step {self.state.step}: asked to stop, {what} is left out")
+            self.interrupted = True
+            self.say(f"step {self.state.step}: asked to stop, {what} waits until the run goes on")
         except SPARED as error:
             if what not in self._failing:
                 reason = explain(error) if isinstance(error, OSError) else str(error)
@@ -362,9 +389,12 @@ class Run:
 
             images = list(self.peers.in_order(draw, len(seeds)))
             if self.accelerator.is_main_process:
-                path = self.config.folder / "samples" / f"step-{self.state.step}.png"
-                pictures.save_grid(torch.cat(images), columns, path)
-                self.metrics.show(self.state.step, "samples", path)
+                pictures.save_grid(torch.cat(images), columns, self._grid_file)
+                self.metrics.show(self.state.step, "samples", self._grid_file)
+
+    @property
+    def _grid_file(self) -> Path:
+        return self.config.folder / "samples" / f"step-{self.state.step}.png"
 
     def _grid_rows(self) -> torch.Tensor:
         """Classes (rows,), or tokens (rows, T, D) of the prompts asked for or of captions of the first samples of the data."""

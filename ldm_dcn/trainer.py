@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -12,7 +12,7 @@ from .batches import Batch
 from .config import Config, TrainConfig
 from .opening import open_run
 from .parallel import gradients, gradients_exchanged
-from .run import NonFinite, Run, Score, phase_at
+from .run import GRID, SCORE, VALIDATION, NonFinite, Run, Score, phase_at
 from .signals import REQUEUE, StopSignals, leaving_on_requeue
 
 NON_FINITE = 3  # exit code of a run whose loss became NaN or infinite
@@ -31,7 +31,9 @@ def train(config: Config, allow_change: Sequence[str] = (), score: Score | None 
     """
     with leaving_on_requeue(), open_run(config, allow_change, score) as run, StopSignals() as stop:
         run.stop = stop
-        while not run.finished:
+        if run.state.step:
+            watch(run, run.left_behind())
+        while not run.finished and not run.stopped_by:
             run.enter_phase()
             loss = training_step(run, stop)
             if loss is None and not run.stopped_by:
@@ -47,17 +49,29 @@ def train(config: Config, allow_change: Sequence[str] = (), score: Score | None 
             if run.due(config.train.save_every) or run.stopped_by or run.finished:
                 run.save()
             if run.stopped_by:
-                run.say_stopped()
                 break
-            if run.due(config.train.sample_every):
-                run.draw_grid()
-            if run.due(config.train.score_every):
-                run.score()
-            if run.due(config.train.validate_every):
-                validate(run)
-        if run.finished:
+            watch(run)
+            if run.stopped_by and not run.due(config.train.save_every) and not run.finished:
+                run.save()
+        if run.stopped_by:
+            run.say_stopped()
+        elif run.finished:
             run.say(f"trained to step {run.state.step}; python sample.py {config.folder} draws from it")
         return 128 + run.stopped_by if run.stopped_by not in (0, REQUEUE) else 0
+
+
+def watch(run: Run, made: Collection[str] = ()) -> None:
+    """Draw, score and validate, as far as that is due at this step and not `made` already (`Run.left_behind`).
+
+    Where a signal cut it short `run.stopped_by` is that signal: what is missing is made when the run goes on.
+    """
+    settings = run.config.train
+    periods = {GRID: settings.sample_every, SCORE: settings.score_every, VALIDATION: settings.validate_every}
+    due = [what for what, every in periods.items() if run.due(every) and what not in made]
+    for what in due:
+        {GRID: run.draw_grid, SCORE: run.score, VALIDATION: lambda: validate(run)}[what]()
+    if due:
+        run.stopped_by = run.cut_short()
 
 
 def training_step(run: Run, stop: StopSignals) -> float | None:

@@ -57,7 +57,9 @@ def model(run: Path) -> Model:
     return load_model(run)
 
 
-def test_an_export_keeps_them_as_diffusers_does(run: Path, pictures: Path, tmp_path: Path) -> None:
+def test_an_export_keeps_them_as_diffusers_does(
+    run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     drawing = LatentDiffusion.from_pretrained(run)
     assert drawing.class_names == NAMES
     by_name, by_number = (
@@ -73,6 +75,8 @@ def test_an_export_keeps_them_as_diffusers_does(run: Path, pictures: Path, tmp_p
         config = tiny_config(tmp_path, source, f"data.num_classes={wanted}", f"run.name=of-{wanted}")
         with open_run(config) as opened:
             assert opened.averaged_model().class_names == expected
+        warned = "data.num_classes=5, and" in capsys.readouterr().err
+        assert warned == (wanted == "5")
 
 
 def test_sample_takes_names_and_numbers(run: Path, tmp_path: Path) -> None:

@@ -250,6 +250,12 @@ def test_nonsense_has_no_suggestion() -> None:
         ),
         ("train.parameter_groups=[{match:dcn}]", "YAML wants a space after the colon: match: dcn"),
         ("train.parameter_groups=[{lr_factor: 2}]", "train.parameter_groups.0.match: missing; set it"),
+        (
+            "train.trackers=tensorboard",
+            "train.trackers: it takes a list (got 'tensorboard'); write [tensorboard]",
+        ),
+        ("train.steps=1e3", "train.steps: input should be a valid integer (got 1000.0); write 1000"),
+        ("train.ema_widths=[0.05]", "train.ema_widths: takes more values than 1"),
         ("train.validate_every=2", "data.split=all holds nothing out; set data.split=train"),
         ("run.zzqqxx=3", "run.zzqqxx: unknown setting; there are dir, name"),
         ("run.name=..", "run.name: names one folder in run.dir"),

@@ -116,12 +116,17 @@ def test_transparent_parts_lie_on_white_whatever_colour_hides_there(tmp_path):
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
-    ramp = np.linspace(0, 65535, 16 * 16).reshape(16, 16).astype(np.uint16)
+    ramp = np.linspace(150, 65400, 16 * 16).reshape(16, 16).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     for channels in (1, 3):
         pixels = read(tmp_path / "ramp.png", channels=channels)
         assert pixels.shape[0] == channels
-        assert (pixels[0].numpy() - ramp / 257).max() <= 0.51
+        assert np.abs(pixels[0].numpy() - ramp / 257).max() <= 0.51
+    Image.fromarray(ramp).save(tmp_path / "ramp.ppm")  # of which Pillow says 32 bits
+    assert torch.equal(read(tmp_path / "ramp.ppm"), read(tmp_path / "ramp.png"))
+    Image.fromarray(ramp.astype(np.int32) // 257).save(tmp_path / "wide.tiff")
+    (refused,) = open_dataset(tmp_path).try_read([2])
+    assert "wide.tiff" in refused.path and "32 bits, whose range is unknown" in refused.reason
 
 
 def test_grey_and_colour_come_as_asked(tmp_path):
@@ -164,6 +169,8 @@ def test_crop_is_central_and_keeps_proportions():
     assert np.array(centre_crop(image, 30)).min() == 255
     small = np.array(centre_crop(image, 10))  # one halving, then bicubic by 2/3
     assert small.shape == (10, 10) and small[:, 1:-1].min() >= 250
+    halved = picture(64, 64).resize((32, 32), Image.Resampling.BOX)
+    assert centre_crop(picture(64, 64), 32).tobytes() == halved.tobytes()  # at just twice the size too
     checks = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
     assert set(np.unique(np.array(centre_crop(checks, 16))).tolist()) <= {
         127,

@@ -75,6 +75,9 @@ def test_labels_follow_the_rule():
         assert choose(rule, 8) == ("reference", reference.labels.tolist())
         assert choose(rule, 16) == ("reference", 2 * reference.labels.tolist())
         assert choose(rule, 4) == ("reference", [0, 0, 1, 2])  # thinned out, all classes met
+        in_turn = Labelled([0, 1, 2] * 4, "abc")
+        assert choose(rule, 6, reference=in_turn)[1] == [0, 0, 1, 1, 2, 2]
+        assert torch.tensor(choose(rule, 15, reference=in_turn)[1]).bincount().tolist() == [5, 5, 5]
         # as is what a whole number of references leaves
         assert choose(rule, 12) == ("reference", [*reference.labels.tolist(), 0, 0, 1, 2])
     assert choose("balanced", 5) == ("balanced", [0, 1, 2, 0, 1])
@@ -326,6 +329,17 @@ def test_copies_of_the_reference_show_themselves(small_reference):
     assert copies["fd"] < 1e-6 and copies["nearest_neighbour"] < 1e-3 < 10 < real["nearest_neighbour"]
 
 
+def test_of_other_class_names_no_accuracy_is_given(tmp_path, digits, quick):
+    """Folders 5 and 7 would be classes 0 and 1, and copies of real digits all wrong."""
+    images, labels = digits
+    for digit in (5, 7):
+        (tmp_path / str(digit)).mkdir()
+        for i in (labels == digit).nonzero().flatten()[:12].tolist():
+            Image.fromarray(images[i, 0].numpy()).save(tmp_path / str(digit) / f"{i}.png")
+    of_two, of_all = fid.evaluate([str(tmp_path), quick["reference"]], progress=False, **quick).columns[:2]
+    assert "class_accuracy" not in of_two.scores and of_all.scores["class_accuracy"] > 0.95
+
+
 def test_the_digits_extractor_is_not_taken_for_other_images_unasked(tmp_path, capsys):
     """Their distance would be called FD-digits-v1, and folder numbers would be compared with digits."""
     noise = torch.randint(
@@ -344,16 +358,19 @@ def test_the_digits_extractor_is_not_taken_for_other_images_unasked(tmp_path, ca
     # Asked for, it is taken, without the names of its classes, and the table says so.
     fid.main([images, "--reference", images, "--image-size", "16", "--extractor", "digits"])
     text = capsys.readouterr().out
-    assert f"warning it learned from the digits, and the reference is {images}" in text
+    assert f"Warning: extractor digits-v1: it learned from the digits, and the reference is {images}" in text
     assert "class accuracy" not in text and "FD-digits-v1" in text
     # Nor do statistics of such images know the classes, whose source they name.
     statistics = tmp_path / "statistics.npz"
     asked = dict(image_size=16, extractor="digits", progress=False)
     fid.evaluate([], reference=images, save_statistics=statistics, **asked)
     text = str(fid.evaluate([images], reference=str(statistics), **asked))
-    assert f"warning it learned from the digits, and the reference's images are {images}" in text
+    assert (
+        f"Warning: extractor digits-v1: it learned from the digits, and the reference's images are {images}"
+        in text
+    )
     assert "class accuracy" not in text
-    assert "warning it learned" not in str(fid.evaluate(["digits"], progress=False))
+    assert "it learned" not in str(fid.evaluate(["digits"], progress=False))
 
 
 def test_a_run_from_a_latent_cache_is_told_to_name_its_images(export, tmp_path, capsys):
@@ -648,6 +665,19 @@ def test_mistakes_leave_with_code_2_and_one_line(mistake, tmp_path, capsys):
     assert named[mistake] in error
 
 
+def test_an_extractor_that_fails_is_told_what_it_gets(quick, monkeypatch):
+    monkeypatch.setattr("test_fid.unscaled", lambda: torch.nn.Conv2d(1, 4, 3), raising=False)
+    with pytest.raises(
+        UserError, match=r"test_fid:unscaled failed on uint8 images \(64, 3, 32, 32\): .*; it takes uint8"
+    ):
+        fid.evaluate(
+            [quick["reference"]],
+            reference=quick["reference"],
+            extractor="import:test_fid:unscaled",
+            progress=False,
+        )
+
+
 def test_features_that_are_nan_do_not_end_the_process(tmp_path, small_reference):
     """torchmetrics' eigenvalue routine would: hence a process of its own."""
     (tmp_path / "diverged.py").write_text(
@@ -870,9 +900,26 @@ def test_a_set_too_large_to_keep_is_scored_by_an_even_choice(monkeypatch):
     source = sources.NoiseSource(700, (1, 4, 4))
     measured = measurement.measure(source, load_extractor("digits"))
     assert measured.count == measured.moments.count == 700 and len(measured.features) == 100
-    everything = measurement._evenly(0, 700, 700)
-    in_blocks = [256 * b + measurement._evenly(256 * b, min(256, 700 - 256 * b), 700) for b in range(3)]
-    assert torch.equal(torch.cat(in_blocks), everything) and everything.diff().unique().tolist() == [7]
+
+
+def test_of_classes_in_turn_all_are_kept(monkeypatch, digits):
+    """As `sample.py --count` writes them: every second image is one of half the classes alone."""
+    monkeypatch.setattr(measurement, "MOST_KEPT", 200)
+    images, labels = digits
+    order = torch.stack([(labels == digit).nonzero().flatten()[:40] for digit in range(10)], 1).flatten()
+
+    class InTurn(sources.NoiseSource):
+        def read(self, start: int, stop: int, batch_size: int) -> torch.Tensor:
+            return images[order[start:stop]]
+
+    source = InTurn(400, (1, 32, 32))
+    source.labels = labels[order]
+    measured = measurement.measure(source, load_extractor("digits"))
+    assert len(measured.features) == 200 and measured.labels.bincount(minlength=10).min() > 10
+    known = extract(load_extractor("digits"), images[order])
+    kept = measurement._chosen(400)
+    assert torch.equal(measured.labels, labels[order][kept])
+    torch.testing.assert_close(measured.features.values, known.values[kept])
 
 
 # --------------------------------------------------------------------------------------------------- ADM's npz

@@ -217,6 +217,7 @@ def test_half_a_launch_is_refused_before_it_hangs(monkeypatch: pytest.MonkeyPatc
         (["--npz", "{}/new/" + 300 * "x"], "File name too long; give another --npz"),
         (["--npz", "/dev/null"], "/dev/null is no ordinary file; give another --npz"),
         (["--grid", "{}/folder"], "folder is a folder; give another --grid"),
+        (["--grid", "{}/a.gif"], "grids are PNG files; give "),
         (["--grid", "."], "--grid . is a folder; give another --grid"),
         (["--npz", "/"], "--npz / is a folder; give another --npz"),
         (["--grid", "{}/a", "--npz", "{}/folder/../a"], "--grid and --npz are both "),
@@ -658,16 +659,17 @@ def test_an_image_size_that_the_autoencoder_cannot_halve_is_refused(tmp_path: Pa
 
 @pytest.mark.parametrize("small", [0, opening.SMALL_NETWORK], ids=["meta", "cpu"])
 @pytest.mark.parametrize(
-    "setting", ["layers_per_block=0", "encoder_hid_dim=12", "class_embed_type=timestep", "sample_size=8"]
+    "setting", ["layers_per_block=0", "encoder_hid_dim=12", "class_embed_type=timestep", "sample_size=32"]
 )
 def test_a_network_that_fails_at_its_first_step_is_refused_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, small: int
 ) -> None:
     monkeypatch.setattr(opening, "SMALL_NETWORK", small)
     config = tiny_config(tmp_path, f"model.unet.{setting}")
-    if setting == "sample_size=8":  # nothing is wrong with that one
-        with open_run(config):
-            return
+    if setting == "sample_size=32":  # nothing is wrong with that one, but that it is not what is drawn
+        with open_run(config) as run:
+            assert run.denoiser.unet.config.sample_size == 8
+        return
     further = r"it wants a condition beside classes or captions \(class_embed_type=timestep\)"
     mend = further if setting.startswith("class_embed_type") else "mend model.unet"
     with pytest.raises(UserError, match=rf"cannot take latents of shape \(1, 8, 8\): .*; {mend}"):

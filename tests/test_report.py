@@ -197,10 +197,10 @@ def test_scores_stand_beside_their_eight_tags(report) -> None:
         "–",
         "–",
     ]
-    warned = [words(p) for p in parsed(report / "index.html").iter("p") if words(p).startswith("Warning.")]
+    warned = [words(p) for p in parsed(report / "index.html").iter("p") if words(p).startswith("Warning")]
     assert warned == [
-        "Warning. Extractor digits-v1: it learned from others.",
-        "Warning. dcn g=1.25, real half: fewer images than features.",
+        "Warning: extractor digits-v1: it learned from others",
+        "Warning: dcn g=1.25, real half: fewer images than features",
     ]
     # a number without tags is none
     assert rows["unknown"][0] == ["not measured"] * 3 and rows["unknown"][1] == ["not stated"] * 8

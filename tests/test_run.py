@@ -209,7 +209,7 @@ def test_power_averages_resume_exactly_and_give_any_width_afterwards(tmp_path: P
     for name, p in made.denoiser.named_parameters():
         torch.testing.assert_close(p, kept[name], rtol=2e-3, atol=2e-4)  # snapshots are fp16
     assert made.tags["weights"] == "power EMA 0.1, post hoc"
-    with pytest.raises(UserError, match=r"no snapshot of step 5 \(there are: 4, 8, 12, 16\)"):
+    with pytest.raises(UserError, match=r"no snapshot of step 5; there are those of 4, 8, 12, 16"):
         posthoc_ema.main([str(whole.folder), "--width", "0.1", "--step", "5", "--out", str(out)])
 
 
@@ -326,8 +326,35 @@ def test_a_signal_ends_the_drawing_and_the_step_is_saved(
 
     assert train(config, score=score) == 128 + signal.SIGTERM
     assert len(drawn) == 3
-    assert checkpoint.newest(config.folder / "checkpoints", print).name == "step-4"
-    assert "asked to stop, the score is left out" in capsys.readouterr().err
+    assert checkpoint.newest(config.folder / "checkpoints", print).name == "step-3"
+    said = capsys.readouterr().err
+    assert "asked to stop, the score waits until the run goes on" in said and "step 3 is saved" in said
+    scored = []
+    assert train(config, score=lambda model, *_: scored.append(model.step) or {"fd_x": 1.0}) == 0
+    assert scored == list(range(3, config.train.steps + 1, 3))
+
+
+def test_what_a_kill_left_undone_is_made_up_for(tmp_path: Path) -> None:
+    """Grid, score and validation of a step come after its save; the same command again makes those that are missing."""
+    due = [f"train.{what}_every=3" for what in ("save", "sample", "score", "validate")]
+    config = tiny_config(tmp_path, "train.steps=6", "data.split=train", "train.validation_images=8", *due)
+    scored = []
+
+    def score(model: Model, *_: object) -> dict[str, float]:
+        scored.append(model.step)
+        weights = torch.cat([p.flatten() for p in model.denoiser.parameters()])
+        return {"fd_x": float(weights.square().sum())}
+
+    assert train(config, score=score) == 0
+    lines, grid = metrics.read(config.folder / "metrics.jsonl"), config.folder / "samples" / "step-6.png"
+    picture = grid.read_bytes()
+    kept = [line for line in lines if line["step"] < 6 or "loss" in line]
+    (config.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    grid.unlink()
+    for _ in range(2):  # the second time nothing is missing
+        assert train(config, score=score) == 0
+        assert scored == [3, 6, 6]
+        assert grid.read_bytes() == picture and metrics.read(config.folder / "metrics.jsonl") == lines
 
 
 @pytest.mark.parametrize(
@@ -405,9 +432,16 @@ def test_matching_runs_the_network_on_its_old_blocks(pretrained: Path) -> None:
     apply_swap(unet, plan)
     for name, p in unet.named_parameters():
         p.requires_grad_(name.startswith(tuple(originals)))
+    made, old = [], []
+    for name, block in originals.items():
+        unet.get_submodule(name).register_forward_hook(lambda *given: made.append(given[-1]))
+        block.register_forward_hook(lambda *given: old.append(given[-1]))
     matching = Matching(unet, originals)
     with matching.attached():
         assert torch.equal(unet(x, t, tokens).sample, expected)
+    # In units of the variance: whoever gives the mean of the old output is wrong by 1.
+    errors = [(new - known).square().mean() / known.var() for new, known in zip(made, old, strict=True)]
+    torch.testing.assert_close(matching.error, torch.stack(errors).mean())
     matching.error.backward()
     learnt = {name for name, p in unet.named_parameters() if p.grad is not None}
     assert learnt and all(name.startswith(tuple(originals)) for name in learnt)

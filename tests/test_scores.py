@@ -126,6 +126,9 @@ def test_inception_score_has_its_closed_forms(monkeypatch):
     state = torch.get_rng_state()
     in_halves = inception_score(logits)
     assert 1 < in_halves < expected and in_halves == inception_score(logits)
+    monkeypatch.setattr(scores, "INCEPTION_SCORE_SPLIT", 40)
+    assert inception_score(logits) == in_halves  # no split is larger
+    monkeypatch.setattr(scores, "INCEPTION_SCORE_SPLIT", 30)
     assert inception_score(certain) > 8  # sorted labels are mixed before they are split; unmixed, it is 1
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(UserError, match=r"images \[3\]"):

@@ -337,7 +337,7 @@ def results(folder: Path, a: Sequence[float], b: Sequence[float]) -> dict:
     return {"study": read.model_dump(mode="json"), "runs": runs, "speed": speed, "environment": environment}
 
 
-def test_tables_say_what_differs_and_what_does_not(tmp_path):
+def test_tables_say_what_differs_and_what_does_not(tmp_path, monkeypatch):
     content = results(tmp_path, [0.1, 0.12, 0.11, 0.13], [0.2, 0.22, 0.21, 0.23])
     table = comparison.tables(content)
     assert "0.1150 ± 0.0129" in table and "0.2150 ± 0.0129 (p 0.029*)" in table
@@ -357,6 +357,11 @@ def test_tables_say_what_differs_and_what_does_not(tmp_path):
     assert few.endswith("it asks for p below 0.017, and the least there can be is 0.029")
     many = results(tmp_path, [0.1, 0.12, 0.11, 0.13, 0.14], [0.2, 0.22, 0.21, 0.23, 0.24])
     assert comparison.in_all(many) == "3 tests, 2 below 0.05, 2 by Holm's rule over all"
+    same = comparison.Summary((0.0,), p=0.03, least=0.001)
+    monkeypatch.setattr(comparison, "summaries", lambda *_: {"b": same})
+    # 6 x 0.03 is too much, and Holm's rule looks no further, though 0.03 alone would do
+    assert comparison.in_all(many) == "6 tests, 6 below 0.05, 0 by Holm's rule over all"
+    monkeypatch.undo()
     alone = comparison.summaries(results(tmp_path, [0.1], [0.2])["runs"], ["a", "b"], "1", "fd")
     assert alone["b"].p is None and math.isnan(alone["b"].spread)
 
@@ -457,6 +462,27 @@ def test_runs_that_were_taken_over_keep_what_they_were_made_with(tmp_path, in_th
     report(["--study", str(file), "--out", str(tmp_path / "page")])
     page = (tmp_path / "page" / "index.html").read_text()
     assert "another processor, 7 threads and " in page and "python -m eval.study elsewhere; " in page
+
+
+def test_seeds_may_be_shared_out_among_commands_of_one_file(tmp_path, monkeypatch):
+    """Each began before the other had a run: none takes away what the other has kept."""
+    path, file = write_study(tmp_path), tmp_path / "results.json"
+    monkeypatch.setattr(study, "draw", lambda *_: None)
+    monkeypatch.setattr(study, "check_scoring", lambda *_: None)
+
+    def command(*more: str) -> None:
+        study.main([str(path), "--json", str(file), "--runs", str(tmp_path / "runs"), "--rounds", "0", *more])
+
+    def train_and_score(jobs, scoring, shares, threads, keep) -> None:
+        if [job.seed for job in jobs] == [0]:
+            command("--seeds", "1")  # from its beginning to its end
+        for job in jobs:
+            keep({**RUN, "variant": job.variant, "seed": job.seed, "settings": job.settings})
+
+    monkeypatch.setattr(study, "train_and_score", train_and_score)
+    command("--seeds", "0")
+    kept = [(run["variant"], run["seed"]) for run in json.loads(file.read_text())["runs"]]
+    assert kept == [("a", 0), ("a", 1), ("b", 1)]
 
 
 def test_results_of_another_protocol_are_refused_and_kept(tmp_path, capsys):

@@ -71,6 +71,8 @@ def test_what_a_step_is_made_of_is_what_is_timed(configs, capsys) -> None:
     assert all(block.gradient_checkpointing for block in subject.model.unet.down_blocks)
     with pytest.raises(UserError, match=r"train.attention=xformers, and sdpa is what is timed here"):
         throughput.open_subject(dcn, ["train.attention=xformers"])
+    assert throughput._averages(subject) == 1
+    assert throughput._averages(throughput.open_subject(unet, ["train.ema=power"])) == 2
     assert settings(precision="fp16").autocast().fast_dtype == torch.float16
     assert throughput.Subject("x", subject.model, "bf16").settings(settings()).precision == "bf16"
     Path(unet).write_text(Path(unet).read_text().replace("precision: fp32", "precision: bf16"))
@@ -145,7 +147,7 @@ def test_kept_activations_are_counted_once():
             return y * y  # keeps y, twice
 
     class Stub:
-        denoiser, latent_shape, num_classes = Twice(), (4, 8, 8), 0
+        denoiser, latent_shape, num_classes, config = Twice(), (4, 8, 8), 0, {}
 
         class schedule:
             num_steps = 10

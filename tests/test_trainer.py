@@ -472,6 +472,32 @@ def test_clipping_bounds_the_step_and_bf16_and_tensorboard_run(tmp_path: Path) -
     assert 0 < sum(float(v.square().sum()) for v in momentum.values()) ** 0.5 < 1e-6
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_gradients_are_clipped_at_their_own_length(tmp_path: Path, precision: str) -> None:
+    """Not at that which fp16's loss scale gives them."""
+    lengths = []
+    for clip in ("null", "1e-3", "1e3"):
+        config = tiny_config(tmp_path, "train.steps=1", f"train.precision={precision}", f"train.gradient_clip={clip}",
+                             f"run.name=clip-{clip}")  # fmt: skip
+        assert train(config) == 0
+        moments = [v for k, v in weights(config, "optimizer").items() if k.startswith("exp_avg/")]
+        lengths.append(float(torch.cat([v.flatten() for v in moments]).norm()) / (1 - config.train.betas[0]))
+    whole, short, long = lengths
+    assert (
+        1e-2 < whole < 1e2
+        and short == pytest.approx(1e-3, rel=1e-3)
+        and long == pytest.approx(whole, rel=1e-6)
+    )
+
+
+def test_the_average_begins_with_the_first_steps_weights(tmp_path: Path) -> None:
+    """A power average has no share of the weights that a network starts with: its decay is 0 at step 1."""
+    config = tiny_config(tmp_path, "train.steps=1", "train.ema=power")
+    assert train(config) == 0
+    averaged, own = (weights(config, group) for group in ("ema", "model"))
+    assert all(torch.equal(value.float(), own[name].float()) for name, value in averaged.items())
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ..columns import warnings_of
 from . import plots
 from .inputs import Column, Run, Scores, command_of, is_number, machine_of
 from .markup import Markup, joined, tag
@@ -75,19 +76,9 @@ def _scores_of_a_file(content: Scores) -> Markup:
         f"Lower {content.metric} is better; it falls as images are added, so compare at equal N. The second table holds the eight tags "
         "that all numbers of a row depend on; a dash stands where a tag does not apply: real images and noise are not drawn by a model."
     )
-    return joined(*_warnings(content), figure(body, caption, command_of(content.environment)))
-
-
-def _warnings(content: Scores) -> list[Markup]:
-    """What `eval.fid` said that speaks against the numbers of a file, each once with the columns that it is about."""
-    said: dict[str, list[str]] = {}
-    for column in content.columns:
-        if warning := column.tags.get("warning"):
-            said.setdefault(str(warning), []).append(column.name)
-    texts = [f"{', '.join(names)}: {warning}." for warning, names in said.items()]
-    if warning := content.extractor.get("warning"):
-        texts.insert(0, f"Extractor {content.extractor.get('name')}: {warning}.")
-    return [tag("p", tag("strong", "Warning. "), text) for text in texts]
+    warnings = warnings_of(content.columns, content.extractor)
+    told = [tag("p", tag("strong", "Warning: "), text) for text in warnings]
+    return joined(*told, figure(body, caption, command_of(content.environment)))
 
 
 def _tags(content: Scores, column: Column) -> dict[str, str | None]:
