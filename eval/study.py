@@ -371,11 +371,7 @@ def run(options: Any) -> None:
     def keep(record: dict[str, Any]) -> None:
         results.parent.mkdir(parents=True, exist_ok=True)
         with in_turn(results):
-            _take_over(results, content)
-            known = {(run["variant"], run["seed"]): run for run in content["runs"]}
-            known[record["variant"], record["seed"]] = noted(record, content, options.threads)
-            order = list(study.variants)
-            content["runs"] = sorted(known.values(), key=lambda r: (order.index(r["variant"]), r["seed"]))
+            _gather(results, content, noted(record, content, options.threads))
             write(content, results)
         tqdm.write(_line(record), file=sys.stderr)
 
@@ -399,19 +395,18 @@ def run(options: Any) -> None:
         all_timed = [name for name in study.variants if name in timed or name in names]
         speed = time_networks(study, options.study, all_timed, options.rounds)
         with in_turn(results):
-            _take_over(results, content)
-            write(content | {"speed": speed}, results)
-        content["speed"] = speed
+            _gather(results, content)
+            content["speed"] = speed
+            write(content, results)
     print(tables(content))
 
 
-def _take_over(results: Path, content: dict[str, Any]) -> None:
-    """Into `content` come the runs that another command has written to `results` since: --seeds may be shared out among several."""
-    if not results.exists():
-        return
-    written = json.loads(results.read_text(encoding="utf-8"))
-    own = {(run["variant"], run["seed"]) for run in content["runs"]}
-    content["runs"] += [run for run in written["runs"] if (run["variant"], run["seed"]) not in own]
+def _gather(results: Path, content: dict[str, Any], *records: dict[str, Any]) -> None:
+    """Into `content` come `records`, and what another command has written to `results` since: seeds may be shared out among several."""
+    written = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {"runs": []}
+    known = {(run["variant"], run["seed"]): run for run in [*written["runs"], *content["runs"], *records]}
+    order = list(content["study"]["variants"])
+    content["runs"] = sorted(known.values(), key=lambda run: (order.index(run["variant"]), run["seed"]))
     if written.get("speed"):
         content["speed"] = written["speed"]
 

@@ -3,6 +3,7 @@ which has imported torch and diffusers (nine seconds on a slow core)."""
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import multiprocessing
 import os
@@ -64,9 +65,15 @@ class Program:
     def wait(self, timeout: float = 120) -> int:
         self._process.join(timeout)
         if self._process.exitcode is None:
-            self._process.kill()
-            raise AssertionError(f"{self.command} did not end within {timeout} s: {self.stderr[-3000:]}")
+            raise AssertionError(f"{self.command} did not end within {timeout} s: {self.abort()}")
         return self._process.exitcode
+
+    def abort(self) -> str:
+        """End it where it hangs; the last of what it said, and where it was."""
+        self.send_signal(signal.SIGABRT)  # faulthandler tells what each thread does
+        self._process.join(10)
+        self.kill()
+        return self.stderr[-6000:]
 
     def wait_for_line(self, text: str, timeout: float = 60) -> str:
         """The first whole line of stderr that holds `text`."""
@@ -111,6 +118,11 @@ def to_their_end(started: list[Program]) -> list[Program]:
     try:
         for program in started:
             assert program.wait(250) == 0, program.stderr
+    except AssertionError:
+        for program in started:
+            if program.poll() is None:
+                print(f"{program.command} waited for it: {program.abort()}")
+        raise
     finally:
         for program in started:
             program.kill()
@@ -130,6 +142,7 @@ def _run(command: tuple[str, ...], folder: Path, environ: dict[str, str], stdout
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     missing = [name for name in PRELOADED if FORKS and name not in sys.modules]
     assert not missing, f"the server could not import {missing}"
+    faulthandler.enable()
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(folder)
