@@ -40,6 +40,17 @@ COLUMNS = 8  # seeds a class where neither --seeds nor --n says how many
 ROWS = 20  # classes at most in a grid where --labels does not say which
 MOST = 10**7  # images, labels or seeds in one command
 LARGEST = 2**63 - 1  # seed
+OTHER_PICTURES = (
+    ".bmp",
+    ".gif",
+    ".jpeg",
+    ".jpg",
+    ".pdf",
+    ".svg",
+    ".tif",
+    ".tiff",
+    ".webp",
+)  # endings that grids do not have
 NUMBERS = re.compile(r"\s*([0-9]+)(?:-([0-9]+))?\s*")  # a number, or a range
 AT_ONCE = 256  # images in memory while an npz is written
 PRECISIONS = ("fp32", "bf16", "fp16")  # those of ldm_dcn.arithmetic, which takes torch: --help does without
@@ -387,7 +398,7 @@ def _check_places(arguments: argparse.Namespace) -> None:
             continue
         if not path.name and option != "png_dir":
             raise UserError(f"{name} {path} is a folder; give another {name}")
-        if option == "grid" and path.suffix.lower() not in ("", ".png"):
+        if option == "grid" and path.suffix.lower() in OTHER_PICTURES:
             raise UserError(f"--grid {path}: grids are PNG files; give {path.with_suffix('.png')}")
         place = os.path.realpath(path)
         if place in taken:

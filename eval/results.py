@@ -88,6 +88,7 @@ def in_turn(path: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         with suppress(OSError):

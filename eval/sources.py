@@ -85,9 +85,8 @@ class DatasetSource(Source):
     def read(self, start: int, stop: int, batch_size: int) -> Tensor:
         numbers = self._numbers[start:stop]
         pixels, kept = self._readable(numbers)
-        if len(kept) < len(
-            numbers
-        ):  # one that could be read before: a hole would pair images with others' labels
+        # One that could be read before: a hole would pair images with others' labels.
+        if len(kept) < len(numbers):
             raise UserError(complaint(self._images.bad, len(self._images), self._images.source))
         return pixels
 

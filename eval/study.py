@@ -369,7 +369,6 @@ def run(options: Any) -> None:
     todo = [job for job in jobs if (job.variant, job.seed) not in done]
 
     def keep(record: dict[str, Any]) -> None:
-        results.parent.mkdir(parents=True, exist_ok=True)
         with in_turn(results):
             _gather(results, content, noted(record, content, options.threads))
             write(content, results)

@@ -169,7 +169,8 @@ def finish(
         named = "; ".join(f"{entry['path']} ({entry['reason']})" for entry in bad[:3])
         more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise UserError(
-            f"{len(bad)} of {plan['images']} images cannot be read: {named}{more}; repair them under the same names (without them it would be another list of images, and the cache begun anew), "
+            f"{len(bad)} of {plan['images']} images cannot be read: {named}{more}; repair them under the same names "
+            "(without them it would be another list of images, and the cache begun anew), "
             f"or allow {len(bad)} with --max-bad {len(bad)} (now {max_bad}); all others are encoded and kept"
         )
     if not images:

@@ -312,10 +312,6 @@ def _to_8_bit(picture: Image.Image, mode: str) -> Image.Image:
     """Any picture in 8-bit grey ("L") or "RGB": 16 bit is scaled, not clipped as Pillow does; transparency lies on white."""
     if picture.mode.startswith("I"):
         levels = np.asarray(picture).astype(np.int64)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(
-                "whole numbers outside 0..65535, whose range is unknown; save it with 8 or 16 bits"
-            )
         picture = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     elif picture.mode == "F":
         raise ValueError("floating-point pixels, whose range is unknown; save it with 8 or 16 bits")

@@ -438,5 +438,5 @@ def _greet(run: Run, last: Path | None, changes: list[str]) -> None:
     for change in changes:
         run.say(f"changed since the last checkpoint: {change}")
     if last:
-        done = "; nothing left to do" if run.finished else ""
+        done = "; all steps are taken" if run.finished else ""
         run.say(f"going on from {last}{done}")

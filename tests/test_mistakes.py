@@ -613,6 +613,21 @@ def test_a_flat_folder_has_no_classes(pictures: Path, tmp_path: Path) -> None:
         train(run_on(pictures / "a", tmp_path, "data.num_classes=2"))
 
 
+@pytest.mark.parametrize(
+    "overrides", [("data.split=held-out",), ("data.split=train", "train.validate_every=1")]
+)
+def test_a_split_without_images_is_called_so(
+    pictures: Path, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    """Of three pictures a class none is held out; that they cannot be read would be another mistake."""
+    for number in (0, 1):
+        (pictures / "ab"[number] / f"{number}.png").unlink()
+    with pytest.raises(
+        UserError, match=r"has no images in data\.split=held-out, as every fourth of a class is"
+    ):
+        train(run_on(pictures, tmp_path, *overrides))
+
+
 def test_moved_data_may_be_allowed_and_replaced_data_may_not(pictures: Path, tmp_path: Path) -> None:
     assert train(run_on(pictures, tmp_path)) == 0
     moved = pictures.rename(tmp_path / "moved")

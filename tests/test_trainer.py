@@ -118,7 +118,7 @@ def test_the_same_command_after_the_end_does_nothing(
     assert train(finished) == 0
     assert losses(finished) == before
     said = capsys.readouterr().err
-    assert "nothing left to do" in said and f"python sample.py {finished.folder} draws" in said
+    assert "all steps are taken" in said and f"python sample.py {finished.folder} draws" in said
 
 
 # ------------------------------------------------------------------------------------------- resuming
