@@ -78,10 +78,17 @@ class LatentCache:
         self.class_names: tuple[str, ...] = tuple(plan["class_names"])
         self.num_classes = len(self.class_names)
         self.dtype: str = plan["dtype"]
-        self._manifest = manifest
         self._touched = 0
-        _allow_open_files(len(manifest["shards"]))
-        self._shards = [self._open_shard(entry) for entry in manifest["shards"]]
+        allow_open_files(len(manifest["shards"]))
+        self._shards = [
+            map_shard(
+                self.folder / SHARDS / entry["name"] / LATENTS,
+                entry["files"][LATENTS]["size"],
+                entry["images"],
+                plan,
+            )
+            for entry in manifest["shards"]
+        ]
         counts = [entry["images"] for entry in manifest["shards"]]
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self.labels = torch.from_numpy(np.concatenate([shard.rows["labels"] for shard in self._shards]))
@@ -176,23 +183,6 @@ class LatentCache:
                 flat[begin + piece : begin + end] = chunk[piece:end]
         return out
 
-    def _open_shard(self, entry: dict[str, Any]) -> MappedTensors:
-        path = self.folder / SHARDS / entry["name"] / LATENTS
-        n, stored = entry["images"], _NAME_OF[self.dtype]
-        channels, height, width = self.latent_shape
-        moments = (stored, (n, 2 * channels, height, width))
-        expected: dict[str, tuple[str, tuple[int | None, ...]]] = {
-            "moments": moments,
-            "labels": ("I64", (n,)),
-            "indices": ("I64", (n,)),
-        }
-        if self.has_flips:
-            expected["moments_flipped"] = moments
-        if text := self._manifest["plan"]["text"]:
-            expected["tokens"] = (stored, (None, text["length"], text["width"]))
-            expected["token_starts"] = ("I64", (n + 1,))
-        return _opened(path, entry["files"][LATENTS]["size"], expected)
-
     def _open_text(self, text: Mapping[str, Any], files: Mapping[str, Any]) -> None:
         starts = [shard.rows["token_starts"] for shard in self._shards]
         self._token_starts = np.concatenate([start[:-1] for start in starts])[
@@ -206,13 +196,32 @@ class LatentCache:
         )
         path = self.folder / TEXT / EMPTY
         expected = {"tokens": (_NAME_OF[self.dtype], (text["length"], text["width"]))}
-        empty = torch.from_numpy(np.array(_opened(path, files[EMPTY]["size"], expected).rows["tokens"]))
+        empty = torch.from_numpy(np.array(map_tensors(path, files[EMPTY]["size"], expected).rows["tokens"]))
         self.empty_tokens = (empty.view(torch.bfloat16) if self.dtype == "bfloat16" else empty).float()
 
 
-def _opened(
+def map_shard(path: Path, size: int, images: int, plan: Mapping[str, Any]) -> MappedTensors:
+    """The tensors of a shard of `images` in the file `path` of `size` bytes. Raises `Damaged` where they are not `plan`'s."""
+    stored = _NAME_OF[plan["dtype"]]
+    channels, height, width = plan["latent_shape"]
+    moments = (stored, (images, 2 * channels, height, width))
+    expected: dict[str, tuple[str, tuple[int | None, ...]]] = {
+        "moments": moments,
+        "labels": ("I64", (images,)),
+        "indices": ("I64", (images,)),
+    }
+    if plan["preprocessing"]["flips"]:
+        expected["moments_flipped"] = moments
+    if text := plan["text"]:
+        expected["tokens"] = (stored, (None, text["length"], text["width"]))
+        expected["token_starts"] = ("I64", (images + 1,))
+    return map_tensors(path, size, expected)
+
+
+def map_tensors(
     path: Path, size: int, expected: Mapping[str, tuple[str, tuple[int | None, ...]]]
 ) -> MappedTensors:
+    """The file `path` of a cache in memory. Raises `Damaged`, with the mend, unless it has `size` bytes and is as expected."""
     check_size(path, size)
     try:
         return MappedTensors(path, expected)
@@ -251,7 +260,7 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
-def _allow_open_files(count: int) -> None:
+def allow_open_files(count: int) -> None:
     """Each map holds a file open; the usual soft limit of 1,024 is the shell's, not the system's."""
     try:
         import resource

@@ -4,13 +4,15 @@
     OUT/shards/000000000-000004095/           the images of one range of the source
         latents.safetensors                   moments (n, 2L, h, w), moments_flipped, labels (n,), indices (n,) in the source,
                                               tokens (m, T, D), token_starts (n + 1,)
+        sources.safetensors                   content (n, 32) uint8: sha256 of each picture; captions (n, 32), of its captions
         shard.json                            the broken images of the range, and what the shard was made of
-        manifest.json                         size and sha256 of both (`folders.committed_folder`)
+        manifest.json                         size and sha256 of them (`folders.committed_folder`)
     OUT/text/empty.safetensors                tokens (T, D) of the empty prompt
     OUT/bad.jsonl                             every broken image: index, path, reason
     OUT/manifest.json                         counts, hashes and the plan; written last: with it the cache is complete
 
-Each of these appears whole or not at all. n counts the images that could be read; ids are their numbers over all shards, dense and
+Each of these appears whole or not at all. Shards of sources without files, and those of earlier versions, have no
+sources.safetensors: `reuse.py` alone reads it. n counts the images that could be read; ids are their numbers over all shards, dense and
 in the source's order. Everything is safetensors or JSON, so that reading never executes anything.
 """
 
@@ -39,6 +41,7 @@ SHARDS = "shards"
 TEXT = "text"
 LATENTS = "latents.safetensors"
 EMPTY = "empty.safetensors"
+SOURCES = "sources.safetensors"
 SHARD = "shard.json"
 OWN = (PLAN, MANIFEST, BAD, SHARDS, TEXT)
 
@@ -89,6 +92,40 @@ def meaning(plan: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def making(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a plan, what makes an image's latents what they are: not which images there are, nor whether mirrored ones are kept."""
+    pixels = {key: value for key, value in plan["preprocessing"].items() if key != "flips"}
+    return meaning(
+        {key: plan[key] for key in ("format", "autoencoder", "latent_shape", "dtype")}
+        | {"preprocessing": pixels}
+    )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs between two meanings, for an error; empty where nothing does."""
+    before, after = _flat(old), _flat(new)
+    different = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    named = "; ".join(
+        f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}" for key in different[:4]
+    )
+    return named + (f"; and {len(different) - 4} more" if len(different) > 4 else "")
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, entry in value.items():
+        if isinstance(entry, Mapping):
+            result.update(_flat(entry, f"{prefix}{key}."))
+        else:
+            result[f"{prefix}{key}"] = entry
+    return result
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:14]}..."
+
+
 def is_cache(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is a latent cache, be it unfinished or damaged."""
     folder = Path(path)
@@ -97,6 +134,13 @@ def is_cache(path: str | os.PathLike[str]) -> bool:
 
 def read_plan(out: Path) -> dict[str, Any]:
     return read_sealed(out / PLAN, f"delete it, and {MEND}")
+
+
+def begun_plan(out: Path) -> dict[str, Any]:
+    """The plan of a cache, finished or not: plan.json's or, where a copy lacks that, the manifest's."""
+    if (out / PLAN).exists() or not (out / MANIFEST).exists():
+        return read_plan(out)
+    return read_sealed(out / MANIFEST, f"delete it, and {MEND}")["plan"]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -24,18 +24,20 @@ from .cache_layout import (
     KIND,
     LATENTS,
     MANIFEST,
-    MEND,
     OWN,
     PLAN,
     SHARD,
     SHARDS,
+    SOURCES,
     TEXT,
     Range,
+    begun_plan,
+    differences,
     digest,
     files_of,
+    making,
     meaning,
     read_plan,
-    read_sealed,
     read_shard,
     shard_ranges,
     write_sealed,
@@ -66,10 +68,8 @@ def begin(out: Path, plan: Mapping[str, Any]) -> None:
         )
         if others:
             raise UserError(f"{out} holds other things ({others[0]}, ...); name a new folder for the cache")
-        if (out / PLAN).exists():
-            _check_same(out, read_plan(out), plan)
-        elif (out / MANIFEST).exists():
-            _check_same(out, read_sealed(out / MANIFEST, f"delete it, and {MEND}")["plan"], plan)
+        if (out / PLAN).exists() or (out / MANIFEST).exists():
+            _check_same(out, begun_plan(out), plan)
         (out / SHARDS).mkdir(exist_ok=True)
         if not (out / PLAN).exists():
             write_sealed(out / PLAN, dict(plan))
@@ -81,31 +81,13 @@ def begun_shard_size(out: Path) -> int | None:
 
 
 def _check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    before, after = _flat(meaning(old)), _flat(meaning(new))
-    different = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    if different:
-        named = "; ".join(
-            f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}" for key in different[:4]
-        )
-        more = f"; and {len(different) - 4} more" if len(different) > 4 else ""
-        raise UserError(
-            f"{out} was encoded otherwise ({named}{more}); name another folder, or delete {out} to encode anew"
-        )
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, entry in value.items():
-        if isinstance(entry, Mapping):
-            result.update(_flat(entry, f"{prefix}{key}."))
-        else:
-            result[f"{prefix}{key}"] = entry
-    return result
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:14]}..."
+    named = differences(meaning(old), meaning(new))
+    if not named:
+        return
+    mend = f"name another folder, or delete {out} to encode anew"
+    if making(old) == making(new):
+        mend = f"name another folder, and give --reuse {out} to take over what is made of pictures that are the same"
+    raise UserError(f"{out} was encoded otherwise ({named}); {mend}")
 
 
 def clear_up(out: Path, shard: Range) -> None:
@@ -131,10 +113,13 @@ def write_shard(
     stamp: Any,
     tensors: Mapping[str, Tensor],
     bad: Sequence[Mapping[str, Any]],
+    sources: Mapping[str, Tensor] | None = None,
+    reused: int = 0,
 ) -> None:
     """Put one shard into its place, atomically.
 
-    `stamp` tells, as JSON, what the images were; `bad` lists {"index", "path", "reason"} of what is left out.
+    `stamp` tells, as JSON, what the images were; `bad` lists {"index", "path", "reason"} of what is left out; `sources` are the
+    tensors that earlier caches are searched by, `reused` is how many images came from such.
     """
     plan_hash = digest(meaning(plan))
     with _room(out), committed_folder(out / SHARDS / shard.name) as folder:
@@ -143,7 +128,15 @@ def write_shard(
             folder / LATENTS,
             metadata={KIND: plan_hash},  # safetensors writes several keys in random order
         )
-        facts = {"plan": plan_hash, "stamp": stamp, "images": len(tensors["labels"]), "bad": list(bad)}
+        if sources:
+            save_file(dict(sources), folder / SOURCES)
+        facts = {
+            "plan": plan_hash,
+            "stamp": stamp,
+            "images": len(tensors["labels"]),
+            "bad": list(bad),
+            "reused": reused,
+        }
         write_json(folder / SHARD, facts)
 
 
@@ -159,19 +152,20 @@ def finish(
 
     Raises `UserError` where more than `bad_allowed` images are broken, all are, or a shard is not whole.
     """
-    shards, bad, images = [], [], 0
+    shards, bad, images, reused = [], [], 0, 0
     for shard in shard_ranges(plan["images"], plan["shard_size"]):
         facts = read_shard(out, shard)
         shards.append({"name": shard.name, "images": facts["images"], "files": facts["files"]})
         bad += facts["bad"]
         images += facts["images"]
+        reused += facts.get("reused", 0)  # shards of earlier versions do not say
     if len(bad) > bad_allowed:
         named = "; ".join(f"{entry['path']} ({entry['reason']})" for entry in bad[:3])
         more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise UserError(
-            f"{len(bad)} of {plan['images']} images cannot be read: {named}{more}; repair them under the same names "
-            "(without them it would be another list of images, and the cache begun anew), "
-            f"or allow {len(bad)} with --max-bad {len(bad)} (now {max_bad}); all others are encoded and kept"
+            f"{len(bad)} of {plan['images']} images cannot be read: {named}{more}; repair them under the same names, "
+            f"allow {len(bad)} with --max-bad {len(bad)} (now {max_bad}), or take them away and encode into another folder with "
+            f"--reuse {out}; all others are encoded and kept"
         )
     if not images:
         raise UserError("none of the images can be read; give others")
@@ -190,6 +184,7 @@ def finish(
             "kind": KIND,
             "format": FORMAT,
             "images": images,
+            "reused": reused,
             "bad": len(bad),
             "bad_sha256": hashlib.sha256(lines.encode()).hexdigest(),
             "identity": _identity(plan, shards),

@@ -33,6 +33,7 @@ from .encoding import Encoding, bytes_missing, encode_shards, finish, make_plan,
 from .errors import Parser, UserError, exit_on_user_error
 from .launch import start_accelerator
 from .presence import Presence
+from .reuse import EarlierCaches
 from .signals import REQUEUE, StopSignals
 from .text import load_text_encoder
 from .weights import DTYPES
@@ -129,6 +130,11 @@ def _prepare(options: argparse.Namespace, device: torch.device, rank: int, proce
         # what the first start chose stands, even if another caption in the sample would now move it
         shard_size=options.shard_size or cache_writer.begun_shard_size(Path(options.out)),
     )
+    for folder in options.reuse:
+        if os.path.realpath(folder) == os.path.realpath(options.out):
+            raise UserError(
+                f"--reuse {folder} is OUT itself, which is gone on with anyhow; name another OUT, or leave --reuse out"
+            )
     return Encoding(
         Path(options.out),
         images,
@@ -139,6 +145,7 @@ def _prepare(options: argparse.Namespace, device: torch.device, rank: int, proce
         options.batch_size or BATCH_SIZE.get(device.type, 64),
         rank,
         processes,
+        EarlierCaches(options.reuse, plan) if options.reuse else None,
     )
 
 
@@ -167,13 +174,15 @@ def _report(out: Path, manifest: dict[str, Any]) -> None:
     plan = manifest["plan"]
     size = sum(shard["files"][cache_layout.LATENTS]["size"] for shard in manifest["shards"])
     shape = "x".join(str(side) for side in plan["latent_shape"])
-    extras = [f"{len(plan['class_names'])} classes"] if plan["class_names"] else []
-    extras += ["and their mirror images"] if plan["preprocessing"]["flips"] else []
-    extras += ["and captions"] if plan["text"] else []
+    extras = ["their mirror images"] if plan["preprocessing"]["flips"] else []
+    extras += ["captions"] if plan["text"] else []
+    classes = f" of {len(plan['class_names'])} classes" if plan["class_names"] else ""
+    beside = f", and {' and '.join(extras)}," if extras else ""
+    reused = f"; taken over from earlier caches: {manifest['reused']}" if manifest["reused"] else ""
     broken = f"; broken, and named in {out / cache_layout.BAD}: {manifest['bad']}" if manifest["bad"] else ""
     print(
-        f"{out}: {manifest['images']} images {' '.join(extras)} as {shape} latents, {_in_words(size)} in "
-        f"{len(manifest['shards'])} shards, fingerprint {manifest['identity']}{broken}"
+        f"{out}: {manifest['images']} images{classes}{beside} as {shape} latents, {_in_words(size)} in "
+        f"{len(manifest['shards'])} shards, fingerprint {manifest['identity']}{reused}{broken}"
     )
 
 
@@ -246,6 +255,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--shard-size", type=_positive, metavar="N", help="images a shard (default: what makes 128 MB)")
     add("--max-bad", type=_limit, default=0, metavar="N",
         help="broken images to leave out before it is an error: a count, or a share below 1 (default 0)")  # fmt: skip
+    add("--reuse", action="append", default=[], metavar="CACHE",
+        help="an earlier OUT, finished or not, whose latents are taken over where the picture is the same, whatever its name and "
+        "class; several of it may be given")  # fmt: skip
     add("--workers", type=_positive, help="threads that decode images (default: the cores, at most 8)")
     add("--text-encoder", metavar="SPEC", help="encode captions too: hub id or folder of a CLIP text encoder")
     add("--captions", metavar="FIELD", help="where captions stand in metadata.jsonl, .json or the data set (default: text or "

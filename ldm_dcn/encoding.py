@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +23,24 @@ from .cache_layout import Range
 from .errors import UserError
 from .images import LOOK_ON, PREPROCESSING, BadImage, Images, name_bad, to_float
 from .presence import Presence
+from .reuse import HASH, EarlierCaches, Place, hash_captions, source_tensors
 from .signals import StopSignals
 from .text import EMPTY, TextEncoder
 from .weights import DTYPES
 
 PROMPTS_AT_ONCE = 64
 WAIT = 0.2  # seconds between two looks at what the other processes have done
+
+
+@dataclass
+class _Made:
+    """Of one shard, what `cache_writer.write_shard` takes."""
+
+    stamp: dict[str, str]
+    tensors: dict[str, Tensor]
+    bad: list[dict[str, Any]]
+    sources: dict[str, Tensor]
+    reused: int
 
 
 @dataclass
@@ -44,6 +56,7 @@ class Encoding:
     batch_size: int
     rank: int = 0
     processes: int = 1
+    earlier: EarlierCaches | None = None
 
     @property
     def ranges(self) -> list[Range]:
@@ -178,25 +191,26 @@ def encode_shards(encoding: Encoding, stop: StopSignals, bar: tqdm | None = None
         made = _encode_shard(encoding, shard, bad, stop, bar)
         if made is None:
             return stop.received
-        cache_writer.write_shard(encoding.out, shard, encoding.plan, *made)
+        cache_writer.write_shard(
+            encoding.out, shard, encoding.plan, made.stamp, made.tensors, made.bad, made.sources, made.reused
+        )
     return stop.received
 
 
 def _encode_shard(
     encoding: Encoding, shard: Range, bad: dict[int, BadImage], stop: StopSignals, bar: tqdm | None
-) -> tuple[dict[str, str], dict[str, Tensor], list[dict[str, Any]]] | None:
-    """Stamp, tensors and broken images of one shard; the last are put into `bad` too. None where a signal came."""
+) -> _Made | None:
+    """One shard; its broken images are put into `bad` too. None where a signal came."""
     images, plan = encoding.images, encoding.plan
     contents: list[bytes] = []
     before = _outside(images, shard)  # of a file that is replaced meanwhile, the next start sees another time
     indices: list[int] = []
-    parts: dict[str, list[Tensor]] = {"moments": []}
-    if plan["preprocessing"]["flips"]:
-        parts["moments_flipped"] = []
-    token_counts: list[int] = []
+    parts: dict[str, list[Tensor]] = {name: [] for name in _kinds(plan)}
+    captions: list[list[str]] = []
     left_out: list[dict[str, Any]] = []
+    reused = 0
     # The batches begin with the shard: they are the same with any number of processes, and so are the bits.
-    for batch, hashes, results in _read_ahead(images, shard, encoding.batch_size):
+    for batch, hashes, results in _read_ahead(encoding, shard):
         if stop.received:
             return None
         contents += hashes
@@ -207,23 +221,18 @@ def _encode_shard(
                 left_out.append({"index": index, "path": images.name(index), "reason": result.reason})
         if len(bad) > encoding.bad_allowed:
             raise UserError(_complaint(encoding, bad, batch[-1] + 1))
+        found = [result for _, result in good]
+        indices += [index for index, _ in good]
+        reused += sum(isinstance(result, Place) for result in found)
         if good:
-            indices += [index for index, _ in good]
-            pixels = to_float(torch.stack([result for _, result in good]).to(encoding.autoencoder.device))
-            for name, seen in (("moments", pixels), ("moments_flipped", pixels.flip(-1))):
-                if name in parts:
-                    moments = encoding.autoencoder.encode(seen).cpu()
-                    parts[name].append(_stored(moments, plan["dtype"], encoding.autoencoder.spec))
+            for name, moments in _moments(encoding, found).items():
+                parts[name].append(moments)
         if encoding.text_encoder is not None:
             prompts = [images.captions(index) or [EMPTY] for index, _ in good]
-            token_counts += [len(several) for several in prompts]
-            parts.setdefault("tokens", []).extend(
-                _embed(
-                    encoding.text_encoder,
-                    [prompt for several in prompts for prompt in several],
-                    plan["dtype"],
-                )
-            )
+            captions += prompts
+            parts.setdefault("tokens", []).extend(_tokens(encoding, encoding.text_encoder, found, prompts))
+        if encoding.earlier is not None:
+            encoding.earlier.let_go()
         _advance(bar, len(batch))
     channels, height, width = plan["latent_shape"]
     kind = DTYPES[plan["dtype"]]
@@ -237,21 +246,70 @@ def _encode_shard(
     tensors["indices"] = torch.tensor(indices, dtype=torch.int64)
     tensors["labels"] = images.labels[tensors["indices"]]
     if encoding.text_encoder is not None:
-        tensors["token_starts"] = torch.tensor([0, *token_counts], dtype=torch.int64).cumsum(0)
-    return {**before, "content": _digest(contents)}, tensors, left_out
+        counts = [len(several) for several in captions]
+        tensors["token_starts"] = torch.tensor([0, *counts], dtype=torch.int64).cumsum(0)
+    sources = source_tensors(
+        [contents[index - shard.first] for index in indices], [*map(hash_captions, captions)]
+    )
+    return _Made({**before, "content": _digest(contents)}, tensors, left_out, sources, reused)
+
+
+def _kinds(plan: dict[str, Any]) -> tuple[str, ...]:
+    return ("moments", "moments_flipped") if plan["preprocessing"]["flips"] else ("moments",)
+
+
+def _moments(encoding: Encoding, images: Sequence[Tensor | Place]) -> dict[str, Tensor]:
+    """Of pictures' pixels, encoded all at once, and of places in earlier caches, in their order: each (n, 2L, h, w), as stored."""
+    fresh = [pixels for pixels in images if isinstance(pixels, Tensor)]
+    pixels = to_float(torch.stack(fresh).to(encoding.autoencoder.device)) if fresh else None
+    result: dict[str, Tensor] = {}
+    for name in _kinds(encoding.plan):
+        encoded: Iterator[Tensor] = iter(())
+        if pixels is not None:
+            moments = encoding.autoencoder.encode(pixels if name == "moments" else pixels.flip(-1)).cpu()
+            encoded = iter(_stored(moments, encoding.plan["dtype"], encoding.autoencoder.spec))
+        result[name] = torch.stack(
+            [
+                encoding.earlier.moments(image, name) if isinstance(image, Place) else next(encoded)
+                for image in images
+            ]
+        )
+    return result
+
+
+def _tokens(
+    encoding: Encoding, encoder: TextEncoder, images: Sequence[Tensor | Place], captions: Sequence[list[str]]
+) -> list[Tensor]:
+    """Of each image's captions, all in their order: embeddings (m, T, D), encoded together where no earlier cache has them."""
+    known = [
+        encoding.earlier.tokens(image, several) if isinstance(image, Place) else None
+        for image, several in zip(images, captions, strict=True)
+    ]
+    asked = [several for several, there in zip(captions, known, strict=True) if there is None]
+    made = _embed(encoder, [prompt for several in asked for prompt in several], encoding.plan["dtype"])
+    if len(asked) == len(known):
+        return made
+    rows = iter(torch.cat(made).split([len(several) for several in asked]) if made else ())
+    return [next(rows) if there is None else there for there in known]
 
 
 def _read_ahead(
-    images: Images, shard: Range, batch_size: int
-) -> Iterator[tuple[range, list[bytes], list[Tensor | BadImage]]]:
-    """The batches of a shard with the files' hashes, each being read and decoded while the one before is encoded."""
+    encoding: Encoding, shard: Range
+) -> Iterator[tuple[range, list[bytes], list[Tensor | Place | BadImage]]]:
+    """The batches of a shard with the files' hashes, each being read and decoded while the one before is encoded.
 
-    def read(batch: range) -> tuple[list[bytes], list[Tensor | BadImage]]:
-        return images.contents(batch), images.try_read(batch)
+    What earlier caches have is not decoded.
+    """
+    images, size = encoding.images, encoding.batch_size
+
+    def read(batch: range) -> tuple[list[bytes], list[Tensor | Place | BadImage]]:
+        hashes = images.contents(batch)
+        known = [encoding.earlier.find(content) if encoding.earlier else None for content in hashes]
+        decoded = iter(images.try_read([i for i, place in zip(batch, known, strict=True) if place is None]))
+        return hashes, [next(decoded) if place is None else place for place in known]
 
     batches = [
-        range(first, min(first + batch_size, shard.last + 1))
-        for first in range(shard.first, shard.last + 1, batch_size)
+        range(first, min(first + size, shard.last + 1)) for first in range(shard.first, shard.last + 1, size)
     ]
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(read, batches[0])
@@ -355,4 +413,4 @@ def bytes_missing(encoding: Encoding) -> int:
         if not (encoding.out / cache_layout.SHARDS / shard.name).is_dir()
     )
     captions = _captions_per_image(encoding.images) if encoding.plan["text"] else 0
-    return missing * cache_layout.bytes_per_image(encoding.plan, captions)
+    return missing * (cache_layout.bytes_per_image(encoding.plan, captions) + 2 * HASH)

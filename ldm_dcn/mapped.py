@@ -13,7 +13,7 @@ from .errors import one_line
 from .folders import Damaged
 
 # safetensors' names; numpy has no bfloat16, its bits travel as int16
-STORED = {"F16": np.float16, "F32": np.float32, "BF16": np.int16, "I64": np.int64}
+STORED = {"F16": np.float16, "F32": np.float32, "BF16": np.int16, "I64": np.int64, "U8": np.uint8}
 
 
 class MappedTensors:

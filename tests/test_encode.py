@@ -386,7 +386,7 @@ def test_the_command_and_sigterm_in_it(tmp_path: Path) -> None:
     assert "Traceback" not in process.stderr and 1 <= len(list(out.glob("shards/0*"))) < 18
     finished = run("-m", "ldm_dcn.encode", *command)
     assert finished.poll() == 0, finished.stderr
-    assert "1797 images 10 classes and their mirror images as 1x8x8 latents" in finished.stdout
+    assert "1797 images of 10 classes, and their mirror images, as 1x8x8 latents" in finished.stdout
     cache.verify(out)
 
 
