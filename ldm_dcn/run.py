@@ -546,18 +546,21 @@ class Run:
     def restore(self, tensors: dict[str, dict[str, torch.Tensor]], facts: dict[str, Any]) -> None:
         """Take up what `_tensors` and `_facts` gave. Raises `UserError` where data or model are others."""
         source = self.config.data.source
+        mend = (
+            "bring the data back, or choose another run.name for a new run; model.pretrained="
+            f"{self.config.folder} has it begin with the weights of this one"
+        )
         if (facts["images"], facts["num_classes"]) != (len(self.latents), self.denoiser.num_classes):
             raise UserError(
                 f"{self.config.folder} was trained on {facts['images']} images of {facts['num_classes']} classes, "
-                f"{source} now holds {len(self.latents)} of {self.denoiser.num_classes}; bring the data "
-                "back, or choose another run.name"
+                f"{source} now holds {len(self.latents)} of {self.denoiser.num_classes}; {mend}"
             )
         known = facts.get("data")
         # runs on images in memory did not always note it
         if known != self.identity and (known is not None or isinstance(self.latents, LatentCache)):
             raise UserError(
                 f"{self.config.folder} was trained on another state of {source} (it was {known}, now it is {self.identity}); "
-                "bring the data back, or choose another run.name"
+                + mend
             )
         _load(self.denoiser.state_dict(), tensors["model"])
         if len(self.averages) > sum(name in tensors for name in EMA_GROUPS):
