@@ -172,12 +172,14 @@ def sample_latents(
     straight = _goes_straight(scheduler)
     adds_noise = scheduler.config.get("algorithm_type", "").startswith("sde-")
     x = randomness.normal(shape, 0, "image", seeds).to(device) * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
-        alpha, sigma = (level[t.long()].to(x.device) for level in table)
+    # Levels stay on the CPU, as numbers, and the times go over at once: a copy in each step would have the program that launches
+    # a GPU's kernels wait until all of them are done.
+    for t, there in zip(scheduler.timesteps, scheduler.timesteps.to(device), strict=True):
+        alpha, sigma = (level[t.long()] for level in table)
         # the schedulers know variance-preserving paths; every other is one of those, scaled
         scale = torch.hypot(alpha + sigma if straight else alpha, sigma)
         noised = scheduler.scale_model_input(x, t) * scale
-        output = predict(noised, t.to(x.device).expand(len(x)))
+        output = predict(noised, there.expand(len(x)))
         x0 = denoised(schedule.prediction, output, noised, alpha, sigma)
         noise = {}
         if adds_noise:  # else diffusers would draw it from torch's global generator
@@ -204,12 +206,16 @@ def guided(
     null = denoiser.null_condition(len(condition)).to(condition)
     dtype = next(denoiser.parameters()).dtype
     low, high = interval
+    always = low == 0 and high == 1
 
     def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         x = x.to(dtype=dtype, memory_format=torch.channels_last)
         unguided = scale == 1 or not denoiser.is_conditional
-        if unguided or not low <= float(t[0]) / max(1, num_steps - 1) <= high:
-            return denoiser(x, t, condition).float()
+        # `float` waits for a GPU
+        if unguided or not (always or low <= float(t[0]) / max(1, num_steps - 1) <= high):
+            return denoiser(x, t, condition).to(
+                torch.float32, copy=True
+            )  # a CUDA graph's next call overwrites it
         both = denoiser(torch.cat([x, x]), torch.cat([t, t]), torch.cat([null, condition])).float()
         unconditional, conditional = both.chunk(2)
         output = guide(unconditional, conditional, scale)

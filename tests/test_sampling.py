@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm_dcn import randomness
 from ldm_dcn.autoencoder import load_autoencoder
@@ -357,6 +359,34 @@ def test_guidance_is_one_forward_of_both_halves(model: Model) -> None:
         for scale in (0.0, 1.0, 1.5, 4.0):
             got = guided(model.denoiser, labels, scale)(x, t)
             torch.testing.assert_close(got, null + scale * (conditional - null), rtol=1e-4, atol=1e-5)
+
+
+class _Crossings(TorchDispatchMode):
+    """Counts the copies from the CPU to another device and back, for each of which a program waits until a GPU has done all before."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        if operation.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            self.count += result.device != args[operation.overloadpacket is torch.ops.aten.copy_].device
+        return result
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("sampler", ODES)
+def test_no_step_waits_for_the_device(model: Model, sampler: str, prediction: str) -> None:
+    """On the meta device a number that is asked for is an error; a copy is counted."""
+    denoiser = copy.deepcopy(model.denoiser).to("meta")
+    predict = guided(denoiser, torch.tensor([1, 2], device="meta"), 1.5)
+    counts = []
+    for steps in (3, 6):
+        with _Crossings() as crossings:
+            sample_latents(
+                predict, (1, 8, 8), [0, 1], schedule=Schedule(prediction=prediction), sampler=sampler, steps=steps, device="meta"
+            )  # fmt: skip
+        counts.append(crossings.count)
+    assert counts[0] == counts[1] > 0
 
 
 def test_guidance_works_within_its_interval_only(model: Model) -> None:
