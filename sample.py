@@ -28,6 +28,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm_dcn.compiling import add_compile_option, compile_unet
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error, warn
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_labels(model, labels)
             _warn_of_numbers(arguments.labels, labels, model)
         task = Task(*_plan(labels, seeds, arguments.n, len(prompts) or model.num_classes), prompts)
+        if arguments.compile:
+            compile_unet(model.denoiser.unet, arguments.compile)
         return _make(arguments, model, task, processes)
 
 
@@ -337,6 +340,7 @@ def _parser() -> argparse.ArgumentParser:
         default="fp32",
         help="what the network computes in (default: fp32); not the autoencoder",
     )
+    add_compile_option(parser, "draw")
     parser.add_argument("--batch-size", type=int, default=64, help="images at once; does not change them")
     parser.add_argument(
         "--grid", type=Path, metavar="PNG", help="default: grid.png, where no other output is asked for"

@@ -310,13 +310,15 @@ class Networks:
 
     batch: int
     swapped: tuple[str, ...] = (CONVS, FULL)
-    compile: bool = False
+    compile: str | None = None  # torch.compile's mode
     least: float = 60
+    profile: bool = False  # instead: where forward and backward go, by kind of module
 
     def __str__(self) -> str:
         parts = [
             f"batch {self.batch}",
-            *(["compiled"] if self.compile else []),
+            *([f"compiled ({self.compile})"] if self.compile else []),
+            *(["profile"] if self.profile else []),
             *(Path(p).stem for p in self.swapped),
         ]
         return ", ".join(parts)
@@ -337,12 +339,16 @@ class Networks:
             "--steps",
             "10",
         ]
-        return [*command, "--compile", "--only", "training", "sampling"] if self.compile else command
+        if self.compile:
+            return [*command, "--compile", self.compile, "--only", "training", "sampling"]
+        return [*command, "--profile"] if self.profile else command
 
 
-# Compiling takes minutes a network: two of them at a time, and nothing that another activity tells already.
+# At batch 128, an eighth of the recipe's 1,024, kernels are what a step waits for; at 32 the processor that launches them, unless CUDA
+# graphs replay them. Compiling takes minutes a network: two of them at a time, and nothing that another activity tells already.
 NETWORKS = (
-    Networks(32), Networks(64), Networks(32, (CONVS,), compile=True, least=300), Networks(32, (FULL,), compile=True, least=300)
+    Networks(128), Networks(128, profile=True), Networks(32, (CONVS,), compile="reduce-overhead", least=300), Networks(32), Networks(64),
+    Networks(128, (CONVS,), compile="default", least=300), Networks(32, (FULL,), compile="reduce-overhead", least=300),
 )  # fmt: skip
 REHEARSED_NETWORKS = (Networks(2, ("configs/digits_dcn.yaml",), least=5),)
 

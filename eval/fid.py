@@ -23,6 +23,7 @@ import torch
 
 from ldm_dcn.arithmetic import ARITHMETIC
 from ldm_dcn.cache_layout import is_cache
+from ldm_dcn.compiling import add_compile_option
 from ldm_dcn.config import Config
 from ldm_dcn.data import rank_in_class, split_indices
 from ldm_dcn.device import choose_device
@@ -165,7 +166,7 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
              guidance: Sequence[float] = (1.0,), guidance_interval: tuple[float, float] = (0.0, 1.0),
              guidance_rescale: float = 0.0, sampler: str = "dpm++", steps: int = 50, precision: str = "fp32", seed: int = 0,
              num: int | None = None, labels: str = "auto", image_size: int | None = None, max_bad: float | None = None,
-             batch_size: int = 128, device: str = "cpu", save_statistics: Path | None = None, save_npz: Path | None = None,
+             batch_size: int = 128, compile: str | None = None, device: str = "cpu", save_statistics: Path | None = None, save_npz: Path | None = None,
              processes: Processes | None = None, progress: bool = True) -> Table | None:  # fmt: skip
     """Score `inputs` (runs, exports, folders, npz files) against `reference`; a run gives one column for each guidance.
 
@@ -174,6 +175,7 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
 
     max_bad          broken images that are left out of a set before it is an error: a count, or a share below 1; None takes what
                      the first run was trained with for the reference, 0 for others
+    compile          draw with torch.compile in this mode (`ldm_dcn.compiling.MODES`)
     save_statistics  file for mean and covariance of the reference's features; with it, `inputs` may be empty
     save_npz         folder for the images of each column, as ADM's evaluator reads them
     processes        that share the work; the table is on the first of them, the others get None
@@ -191,7 +193,7 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
         )
     _check_counts(num, batch_size, max_bad)
 
-    stored = StoredModels(device)
+    stored = StoredModels(device, compile)
 
     def open_all() -> _Opened:
         scorer = load_extractor(extractor or DEFAULT_EXTRACTOR, device)
@@ -535,6 +537,7 @@ def _parser() -> Parser:
         default="auto",
         help="classes to draw (default: the reference's, where it has some, else balanced)",
     )
+    add_compile_option(parser, "draw")
     parser.add_argument("--image-size", type=int, help="crop and resize folders of images to this size")
     parser.add_argument(
         "--max-bad",
@@ -580,6 +583,7 @@ def _check_drawing(options: Mapping[str, Any], usual: Callable[[str], Any]) -> N
         "sampler",
         "steps",
         "precision",
+        "compile",
         "seed",
         "num",
         "labels",

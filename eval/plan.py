@@ -36,6 +36,7 @@ from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ldm_dcn.arithmetic import ARITHMETIC
+from ldm_dcn.changes import LATER
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.denoiser import Denoiser
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error, explain
@@ -85,14 +86,25 @@ class Measured:
         keys = [("model", key) for key in ("preset", "unet", "swap", "pretrained")]
         keys += [
             ("train", key)
-            for key in ("precision", "tf32", "compile", "attention", "gradient_checkpointing", "ema")
+            for key in (
+                "precision",
+                "tf32",
+                "compile",
+                "compile_mode",
+                "attention",
+                "gradient_checkpointing",
+                "ema",
+            )
         ]
         keys += [("data", "image_size"), ("data", "condition")]
-        return [
-            f"{section}.{key}: {own[section].get(key)} -> {other[section].get(key)}"
+        pairs = {
+            f"{section}.{key}": (
+                own[section].get(key, LATER.get(f"{section}.{key}")),
+                other[section].get(key),
+            )
             for section, key in keys
-            if own[section].get(key) != other[section].get(key)
-        ]
+        }
+        return [f"{key}: {before} -> {after}" for key, (before, after) in pairs.items() if before != after]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ldm_dcn.autoencoder import Autoencoder
+from ldm_dcn.compiling import compile_unet
 from ldm_dcn.diffusion import Schedule
 from ldm_dcn.errors import UserError
 from ldm_dcn.export import Export, load_autoencoder_of, load_denoiser, read_export
@@ -16,10 +17,13 @@ from ldm_dcn.model import Model
 
 
 class StoredModels:
-    """The models of exports, of which one at a time is on `device`: loading one lets go of the one before."""
+    """The models of exports, of which one at a time is on `device`: loading one lets go of the one before.
 
-    def __init__(self, device: torch.device | str) -> None:
-        self._device = device
+    compile_mode   of `compile_unet`; None leaves them as they are
+    """
+
+    def __init__(self, device: torch.device | str, compile_mode: str | None = None) -> None:
+        self._device, self._compile_mode = device, compile_mode
         self._autoencoders: dict[tuple[str, ...], Autoencoder] = {}  # the exports of a run share theirs
         self._at: StoredModel | None = None
         self._model: Model | None = None
@@ -49,12 +53,16 @@ class StoredModels:
                     "give an export that stays, such as one of train.export_every"
                 )
             self._model = export.model(load_denoiser(export, self._device), stored.autoencoder)
+            if self._compile_mode:
+                compile_unet(self._model.denoiser.unet, self._compile_mode)
             self._at = stored
         return self._model
 
     def release(self) -> None:
         """Let go of the model that was loaded last."""
         self._at = self._model = None
+        if self._compile_mode:  # which counts what it compiled, and gives up after some
+            torch.compiler.reset()
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm_dcn.arithmetic import ARITHMETIC, computing_in
+from ldm_dcn.compiling import add_compile_option, compile_unet
 from ldm_dcn.config import load_config
 from ldm_dcn.denoiser import Denoiser
 from ldm_dcn.diffusion import Schedule, add_noise, at, levels, loss, target
@@ -65,7 +66,7 @@ class Settings:
     sampler: str
     sampler_steps: int
     guidance: float
-    compile: bool = False
+    compile: str | None = None  # torch.compile's mode
     tf32: bool = True  # on NVIDIA GPUs, for what is computed in fp32
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -164,7 +165,7 @@ def compare(
     counted = [_count(subject, settings) for subject in subjects]
     if settings.compile:
         for subject in subjects:
-            subject.model.denoiser.unet.compile()  # as train.compile does
+            compile_unet(subject.model.denoiser.unet, settings.compile)  # as train.compile does
     peaks = [_peak(subject, settings) for subject in subjects]
     timings = [{name: Timing() for name in own} for own in activities]
     names = list(dict.fromkeys(name for own in activities for name in own))
@@ -216,7 +217,7 @@ def table(figures: Sequence[Figures], baseline: int | None, settings: Settings) 
         rows.append(["peak memory of a training step", *(_size(f.peak_bytes or 0) for f in figures)])
     lines = in_columns([header, *rows])
     lines.insert(1, "-" * len(lines[0]))
-    how = f"{settings.precision}, compiled" if settings.compile else settings.precision
+    how = f"{settings.precision}, compiled ({settings.compile})" if settings.compile else settings.precision
     lines += ["", f"batch {settings.batch_size}, {how}, {settings.rounds} rounds in turns, median and half the "
               f"interquartile range; {settings.sampler} {settings.sampler_steps} steps at guidance {settings.guidance:g}",
               _machine(settings)]  # fmt: skip
@@ -438,9 +439,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         "--batch-size", type=int, help=f"default: the first model's, at most {LARGEST_DEFAULT_BATCH}"
     )
     parser.add_argument("--precision", choices=tuple(ARITHMETIC), help="default: the models'")
-    parser.add_argument(
-        "--compile", action="store_true", help="with torch.compile of the networks, as train.compile has it"
-    )
+    add_compile_option(parser, "measure")
     parser.add_argument(
         "--only", nargs="+", choices=tuple(ACTIVITIES), default=list(ACTIVITIES), help="default: all of these"
     )

@@ -48,6 +48,7 @@ _ABSENT = object()
 # Settings that came later, and the value that means what runs before them did.
 LATER = {
     "diffusion.zero_terminal_snr": False,
+    "train.compile_mode": "default",
     "train.parameter_groups": [],
     "train.validate_every": 0,
     "train.validation_images": 4096,

@@ -179,6 +179,7 @@ class TrainConfig(_Section):
     precision: Literal["fp32", "bf16", "fp16"]
     tf32: bool
     compile: bool
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
     attention: Literal["sdpa", "flash", "xformers"]
     parallel: Literal["ddp", "fsdp", "zero"]
     gradient_accumulation: Count

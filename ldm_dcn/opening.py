@@ -21,6 +21,7 @@ from .autoencoder import Autoencoder, load_autoencoder
 from .batches import Batches
 from .cache import LatentCache
 from .changes import check_same_run
+from .compiling import compile_unet
 from .config import Config, ParameterGroup, TrainConfig, check_keys, flat
 from .data import check_source
 from .denoiser import Denoiser
@@ -68,7 +69,7 @@ def open_run(config: Config, allow_change: Sequence[str] = (), scorer: Score | N
         elif main:
             checkpoint.check_room(config.folder / "checkpoints", _bytes_to_save(run))
         if config.train.compile:
-            run.denoiser.unet.compile()
+            compile_unet(run.denoiser.unet, config.train.compile_mode)
         if main:
             _write_down(run, tensors.get("ema"))
             run.metrics = MetricsLog(config.folder, run.state.step, config.train.trackers, config.resolved())

@@ -202,15 +202,15 @@ def test_compiled_networks_are_the_same_networks(configs, monkeypatch):
     compiled = []
     for subject in subjects:
         unet = subject.model.denoiser.unet
-        monkeypatch.setattr(unet, "compile", lambda name=subject.name: compiled.append(name))
+        monkeypatch.setattr(unet, "compile", lambda mode, name=subject.name: compiled.append((name, mode)))
     figures = throughput.compare(
-        subjects, replace(settings(rounds=1), compile=True), progress=False, wanted=["forward"]
+        subjects, replace(settings(rounds=1), compile="max-autotune"), progress=False, wanted=["forward"]
     )
-    assert compiled == [subject.name for subject in subjects]
+    assert compiled == [(subject.name, "max-autotune") for subject in subjects]
     for a, b in zip(plain, figures, strict=True):
         assert (a.macs, a.activation_bytes, a.parameters) == (b.macs, b.activation_bytes, b.parameters)
-    assert "fp32, compiled, 1 rounds" in throughput.table(
-        figures, 1, replace(settings(rounds=1), compile=True)
+    assert "fp32, compiled (max-autotune), 1 rounds" in throughput.table(
+        figures, 1, replace(settings(rounds=1), compile="max-autotune")
     )
 
 
