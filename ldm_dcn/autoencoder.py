@@ -161,8 +161,9 @@ class KLAutoencoder(Autoencoder):
         self._sha256 = hash_weights(model)
         self._model = model.requires_grad_(False).eval()
         _cast(self._model, device=self.device, dtype=self.dtype, memory_format=torch.channels_last)
-        self._shift = torch.tensor(shift, dtype=torch.float32).view(1, -1, 1, 1)
-        self._scaling = torch.tensor(scaling, dtype=torch.float32).view(1, -1, 1, 1)
+        # Where latents are, too: a copy in each training step would wait for all of a GPU's work before it.
+        self._shift = torch.tensor(shift, dtype=torch.float32, device=self.device).view(1, -1, 1, 1)
+        self._scaling = torch.tensor(scaling, dtype=torch.float32, device=self.device).view(1, -1, 1, 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -109,7 +109,10 @@ class Batches:
             self.times(positions),
             self._condition(ids, positions, dropped),
         )
-        return tuple(t.pin_memory() for t in tensors) if self._device.type == "cuda" else tensors
+        if self._device.type != "cuda":
+            return tensors
+        # Views with gaps would be copied once more, to memory that is not pinned, and waited for.
+        return tuple(t.contiguous().pin_memory() for t in tensors)
 
     def _condition(self, ids: torch.Tensor, positions: range, dropped: torch.Tensor) -> torch.Tensor:
         if self._takes_text:

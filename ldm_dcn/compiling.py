@@ -1,21 +1,66 @@
-"""torch.compile of a U-Net, and the ways of it that settings and options name."""
+"""torch.compile of a U-Net: the ways of it that settings and options name, and a look at whether it computes the same.
+
+Inductor has mixed up the order of a gradient's parts before, without a word: on a CPU, torch 2.13 reads the gradient of a nearest
+upsampling, which it makes by `index_put`, before it is put together, so that all below learns nothing. `compile_unet` has such maps
+widened in another way, and `same_gradients` is what training looks at before it trusts a compiled network.
+"""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # options are explained without torch
-    from torch import nn
+    from torch import Tensor, nn
 
 # As `torch.compile` explains them: "reduce-overhead" replays CUDA graphs, for networks that wait for the processor that launches
 # their kernels; "max-autotune" tries several kernels besides, and takes longer to begin.
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+WITH_GRAPHS = ("reduce-overhead", "max-autotune")
+# Of the norms of the parameters' gradients. Roundings of 16 bits stay below a hundredth; what is left out is more.
+TOLERANCE = 0.05
 
 
 def compile_unet(unet: nn.Module, mode: str = "default") -> None:
     """Have `unet` compiled at its next call, and again for inputs of another kind; its parameters keep their names."""
+    from diffusers.models.upsampling import Upsample2D
+
+    for module in unet.modules():
+        if isinstance(module, Upsample2D) and module.interpolate:
+            module.interpolate = False
+            module.register_forward_pre_hook(_upsample, with_kwargs=True)
     unet.compile(mode=mode)
+
+
+def _upsample(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook of diffusers' upsampling: what it does itself where `interpolate` is set, without an index."""
+    from torch.nn.functional import interpolate
+
+    kwargs = dict(kwargs)
+    x: Tensor = args[0] if args else kwargs.pop("hidden_states")
+    size = args[1] if len(args) > 1 else kwargs.get("output_size")
+    if size is not None:
+        return (interpolate(x, size=size, mode="nearest"), *args[1:]), kwargs
+    n, c, h, w = x.shape
+    x = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(n, h, 2, w, 2, c).reshape(n, 2 * h, 2 * w, c)
+    return (x.permute(0, 3, 1, 2), *args[1:]), kwargs
+
+
+@contextmanager
+def uncompiled(unet: nn.Module) -> Iterator[None]:
+    """`unet` computes as it is written inside, whether `compile_unet` was asked or not."""
+    compiled, unet._compiled_call_impl = unet._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        unet._compiled_call_impl = compiled
+
+
+def same_gradients(plain: Tensor, compiled: Tensor) -> bool:
+    """Whether two networks' gradients are alike, by the norms (parameters,) of each of their parts."""
+    return bool((plain - compiled).norm() <= TOLERANCE * plain.norm())
 
 
 def add_compile_option(parser: ArgumentParser, what: str) -> None:

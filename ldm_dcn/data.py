@@ -24,6 +24,7 @@ from .images import (
     SUFFIXES,
     BadImage,
     Images,
+    Known,
     as_captions,
     split_lines,
 )
@@ -105,6 +106,11 @@ class _Digits(Images):
 
     def try_read(self, indices: Sequence[int]) -> list[Tensor | BadImage]:
         return [self._pixels[index] for index in indices]  # threads would only get into each other's way
+
+    def read_with_content(
+        self, indices: Sequence[int], known: Callable[[bytes], Known | None]
+    ) -> tuple[list[bytes], list[Tensor | BadImage | Known]]:
+        return self.contents(indices), self.try_read(indices)
 
 
 class _Folder(Images):

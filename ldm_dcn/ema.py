@@ -61,16 +61,25 @@ def gamma_of(width: float) -> float:
     return float(np.roots([1, 7, 16 - square, 12 - square]).real.max())
 
 
-def mixture(times: Sequence[float], widths: Sequence[float], time: float, width: float) -> np.ndarray:
-    """Factors (n,) of n stored power averages whose sum comes nearest to the average of `width` at `time`.
+def mixture(
+    times: Sequence[float], widths: Sequence[float], time: float, width: float
+) -> tuple[np.ndarray, float]:
+    """Factors (n,) of n stored power averages whose sum comes nearest to the average of `width` at `time`; and how near.
 
     Average i was taken at step times[i] with widths[i]. Least squares between the weightings of the past, p(t) = (gamma + 1)
-    t^gamma / T^(gamma + 1) on [0, T] (Karras et al. 2024, section 3.2).
+    t^gamma / T^(gamma + 1) on [0, T] (Karras et al. 2024, section 3.2), among factors that sum to one, as weights of an average
+    must: others would shrink the network. What remains of the difference is the second result, in shares of the norm of p.
     """
-    ends, exponents = np.asarray(times, float), np.array([gamma_of(w) for w in widths])
+    ends, exponents = np.asarray(times, float) / time, np.array([gamma_of(w) for w in widths])
+    last, exponent = np.float64(1), np.float64(gamma_of(width))
     gram = _overlap(ends[:, None], exponents[:, None], ends[None], exponents[None])
-    wanted = _overlap(ends, exponents, np.float64(time), np.float64(gamma_of(width)))
-    return np.linalg.lstsq(gram, wanted, rcond=None)[0]
+    wanted = _overlap(ends, exponents, last, exponent)
+    ones = np.ones((len(ends), 1))
+    bordered = np.block([[gram, ones], [ones.T, np.zeros((1, 1))]])  # with Lagrange's multiplier of the sum
+    factors = np.linalg.lstsq(bordered, np.append(wanted, 1), rcond=None)[0][:-1]
+    norm = _overlap(last, exponent, last, exponent)
+    rest = norm - 2 * factors @ wanted + factors @ gram @ factors
+    return factors, float(np.sqrt(max(0.0, rest) / norm))
 
 
 def _overlap(end_a: np.ndarray, gamma_a: np.ndarray, end_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:

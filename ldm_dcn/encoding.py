@@ -303,10 +303,7 @@ def _read_ahead(
     images, size = encoding.images, encoding.batch_size
 
     def read(batch: range) -> tuple[list[bytes], list[Tensor | Place | BadImage]]:
-        hashes = images.contents(batch)
-        known = [encoding.earlier.find(content) if encoding.earlier else None for content in hashes]
-        decoded = iter(images.try_read([i for i, place in zip(batch, known, strict=True) if place is None]))
-        return hashes, [next(decoded) if place is None else place for place in known]
+        return images.read_with_content(batch, encoding.earlier.find if encoding.earlier else lambda _: None)
 
     batches = [
         range(first, min(first + size, shard.last + 1)) for first in range(shard.first, shard.last + 1, size)

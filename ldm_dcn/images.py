@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ GREY_ENOUGH = 16  # levels between the channels of a grey picture: more than JPE
 LOOK_ON = 2000  # files still looked at after one too many was broken, so that one run finds them all in a small folder
 
 # Pillow raises SyntaxError for a broken PNG chunk, ValueError for some truncated headers, struct.error for damaged EXIF.
+Known = TypeVar("Known")
+
 UNREADABLE = (
     OSError,
     ValueError,
@@ -115,11 +118,15 @@ class Images(ABC):
         """When the file was last written, in nanoseconds; 0 where there is none (any more)."""
         return 0
 
+    def _bytes(self, index: int) -> bytes:
+        """The content of the picture's file. May raise OSError or ValueError."""
+        file = self._file(index)
+        return file if isinstance(file, bytes) else Path(file).read_bytes()
+
     def content(self, index: int) -> bytes:
         """sha256 of the file; empty where it cannot be read."""
         try:
-            file = self._file(index)
-            return hashlib.sha256(file if isinstance(file, bytes) else Path(file).read_bytes()).digest()
+            return hashlib.sha256(self._bytes(index)).digest()
         except (OSError, ValueError):
             return b""
 
@@ -134,11 +141,16 @@ class Images(ABC):
 
     def _read(self, index: int) -> Tensor | BadImage:
         """Image `index` as uint8 (c, H, W), or why there is none."""
-        path = self.place(index)
         try:
-            file = self._file(index)
-            if isinstance(file, bytes) and not file:
-                return BadImage(path, "empty file")
+            return self._decoded(index, self._file(index))
+        except UNREADABLE as error:
+            return broken(self.place(index), error)
+
+    def _decoded(self, index: int, file: str | bytes) -> Tensor | BadImage:
+        path = self.place(index)
+        if isinstance(file, bytes) and not file:
+            return BadImage(path, "empty file")
+        try:
             return decode_picture(
                 io.BytesIO(file) if isinstance(file, bytes) else file, self.image_size, self.image_channels
             )
@@ -151,6 +163,27 @@ class Images(ABC):
         """Each of `indices` as uint8 (c, H, W), or why there is none. It is for the caller to count the bad ones."""
         with ThreadPoolExecutor(max(1, self.workers)) as pool:  # decoding leaves the interpreter lock
             return list(pool.map(self._read, indices))
+
+    def read_with_content(
+        self, indices: Sequence[int], known: Callable[[bytes], Known | None]
+    ) -> tuple[list[bytes], list[Tensor | BadImage | Known]]:
+        """`content` of each of `indices`, and the picture as of `try_read` or, where that is not None, what is `known` by the content.
+
+        Both of the same bytes: a file may be replaced meanwhile.
+        """
+
+        def one(index: int) -> tuple[bytes, Tensor | BadImage | Known]:
+            try:
+                file = self._bytes(index)
+            except UNREADABLE as error:
+                return b"", broken(self.place(index), error)
+            content = hashlib.sha256(file).digest()
+            there = known(content)
+            return content, self._decoded(index, file) if there is None else there
+
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            both = list(pool.map(one, indices))
+        return [content for content, _ in both], [picture for _, picture in both]
 
     def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """The readable ones of `indices` as uint8 (B', c, H, W), and their indices (B',) int64.

@@ -52,7 +52,10 @@ def shard(denoiser: nn.Module, parallel: str, device: torch.device, dtype: torch
 def replicate(denoiser: nn.Module, device: torch.device) -> nn.Module:
     """DDP around those parameters of `denoiser` that learn now. Gradients lie in its buckets alone, not there and beside."""
     ids = [device.index or 0] if device.type == "cuda" else None
-    return DistributedDataParallel(denoiser, device_ids=ids, gradient_as_bucket_view=True)
+    # The one buffer, tokens of the empty prompt, is the same everywhere and never changes.
+    return DistributedDataParallel(
+        denoiser, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
 
 
 @contextmanager
@@ -71,6 +74,12 @@ def gradients(parameters: Sequence[nn.Parameter]) -> tuple[list[torch.Tensor], f
     """Those of this process, to be scaled in place, and the norm of the whole gradient."""
     own = [p.grad for p in parameters if p.grad is not None]
     return own, float(whole(_norm(own)))
+
+
+def gradient_norms(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """Of the whole gradient of each parameter that has one, (n,)."""
+    with torch.no_grad():
+        return whole(torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None])))
 
 
 def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -95,7 +104,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def collected(tensors: Iterable[tuple[str, torch.Tensor]], keep: bool) -> dict[str, torch.Tensor]:
     """The whole of named `tensors` in those processes that `keep` them; all must call it together.
 
-    What is shared out is gathered one tensor at a time and put into main memory, so that no GPU ever holds the whole model.
+    What is shared out is gathered one tensor at a time and put into main memory, so that no GPU holds the whole model for it.
     """
     found = {}
     for name, tensor in tensors:

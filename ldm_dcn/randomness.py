@@ -137,21 +137,25 @@ class Order:
         if isinstance(positions, range) and len(positions) and positions.step == 1:
             epoch, place = divmod(positions.start, self.n)
             if place + len(positions) <= self.n:  # the rule: all in one epoch
-                self._epochs = {
-                    epoch: self._epochs[epoch] if epoch in self._epochs else self._shuffled(epoch)
-                }
-                return self._epochs[epoch][place : place + len(positions)]
+                return self._known([epoch])[epoch][place : place + len(positions)]
         p = torch.as_tensor(
             positions if not isinstance(positions, range) else list(positions), dtype=torch.int64
         )
         epochs = torch.div(p, self.n, rounding_mode="floor")
         wanted = epochs.unique().tolist()
-        self._epochs = {e: self._epochs[e] if e in self._epochs else self._shuffled(e) for e in wanted}
+        orders = self._known(wanted)
         out = torch.empty_like(p)
         for epoch in wanted:
             here = epochs == epoch
-            out[here] = self._epochs[epoch][p[here] - epoch * self.n]
+            out[here] = orders[epoch][p[here] - epoch * self.n]
         return out
+
+    def _known(self, epochs: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Their orders. Kept for the next question, which another thread may ask: it replaces what is kept, and changes none."""
+        before = self._epochs
+        orders = {epoch: before[epoch] if epoch in before else self._shuffled(epoch) for epoch in epochs}
+        self._epochs = orders
+        return orders
 
     def _shuffled(self, epoch: int) -> torch.Tensor:
         return permutation(self.n, self.seed, "order", epoch)

@@ -28,6 +28,7 @@ from .cache_layout import (
     begun_plan,
     differences,
     digest,
+    files_of,
     is_cache,
     making,
     meaning,
@@ -71,6 +72,10 @@ class _Shard:
                 folders.verify(self.folder)
             except Damaged as error:
                 raise Damaged(f"{error}; delete {self.folder}, and {MEND}") from None
+            if files_of(self.folder) != self.files:  # what it was made of was looked up before
+                raise UserError(
+                    f"{self.folder} was encoded again while its latents were taken over; run the same command again"
+                )
             self.map = map_shard(self.folder / LATENTS, self.files[LATENTS]["size"], self.images, self.plan)
         return self.map.rows
 
@@ -174,7 +179,7 @@ def _shards_of(folder: Path, plan: Mapping[str, Any]) -> list[_Shard]:
             facts = read_shard(folder, shard)
         except Damaged:  # not written yet, or cut off: its images are encoded
             continue
-        if facts["plan"] == digest(meaning(earlier)) and SOURCES in facts["files"]:
+        if facts["plan"] == digest(meaning(earlier)) and SOURCES in facts["files"] and facts["images"]:
             place = folder / SHARDS / shard.name
             shards.append(_Shard(place, facts["images"], facts["files"], earlier, same_text))
     return shards

@@ -173,8 +173,8 @@ def sample_latents(
     adds_noise = scheduler.config.get("algorithm_type", "").startswith("sde-")
     x = randomness.normal(shape, 0, "image", seeds).to(device) * scheduler.init_noise_sigma
     # Levels stay on the CPU, as numbers, and the times go over at once: a copy in each step would have the program that launches
-    # a GPU's kernels wait until all of them are done.
-    for t, there in zip(scheduler.timesteps, scheduler.timesteps.to(device), strict=True):
+    # a GPU's kernels wait until all of them are done. Some schedulers give floats, which FSDP would round to its 16 bits.
+    for t, there in zip(scheduler.timesteps, scheduler.timesteps.long().to(device), strict=True):
         alpha, sigma = (level[t.long()] for level in table)
         # the schedulers know variance-preserving paths; every other is one of those, scaled
         scale = torch.hypot(alpha + sigma if straight else alpha, sigma)

@@ -57,7 +57,9 @@ class TextEncoder:
             max_length=self.length,
             return_tensors="pt",
         ).input_ids
-        tokens = self._model(input_ids=ids.to(self.device)).last_hidden_state.to("cpu", torch.float32)
+        with torch.autocast(self.device.type, enabled=False):  # as captions are cached, whoever asks
+            tokens = self._model(input_ids=ids.to(self.device)).last_hidden_state
+        tokens = tokens.to("cpu", torch.float32)
         if not bool(torch.isfinite(tokens).all()):
             raise UserError(f"text encoder {self.spec} gives NaN or infinity; look at its weights")
         return tokens

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 
 import torch
 
-from . import diffusion, randomness
+from . import compiling, diffusion, randomness
 from .batches import Batch
 from .config import Config, TrainConfig
+from .errors import UserError
 from .opening import open_run
-from .parallel import gradients, gradients_exchanged
+from .parallel import gradient_norms, gradients, gradients_exchanged
 from .run import GRID, SCORE, VALIDATION, NonFinite, Run, Score, phase_at
 from .signals import REQUEUE, StopSignals, leaving_on_requeue
 
@@ -31,6 +33,8 @@ def train(config: Config, allow_change: Sequence[str] = (), score: Score | None 
     """
     with leaving_on_requeue(), open_run(config, allow_change, score) as run, StopSignals() as stop:
         run.stop = stop
+        if config.train.compile and not run.finished:
+            check_compiled(run)
         if run.state.step:
             watch(run, run.left_behind())
         while not run.finished and not run.stopped_by:
@@ -107,6 +111,27 @@ def training_step(run: Run, stop: StopSignals) -> float | None:
     if settings.precision == "fp16" and (step + 1 - state.overflow_step) % GROWTH_STEPS == 0:
         state.loss_scale *= 2
     return loss
+
+
+def check_compiled(run: Run) -> None:
+    """Raise `UserError` where the compiled network has other gradients than the one that was written, on the batch to come.
+
+    In all processes together. Nothing of the run changes.
+    """
+    batch = run.batches.at(run.state.step, 0)
+    norms = []
+    for arithmetic in (compiling.uncompiled(run.denoiser.unet), nullcontext()):
+        randomness.fix_global(run.config.train.seed, "dropout", run.accelerator.process_index)
+        with arithmetic, gradients_exchanged(run.model, run.config.train.parallel, True):
+            backpropagate(run, batch)
+        norms.append(gradient_norms(run.parameters))
+        run.optimizer.zero_grad()
+    plain, compiled = norms
+    if bool(torch.isfinite(plain).all()) and not compiling.same_gradients(plain, compiled):
+        raise UserError(
+            f"torch.compile of torch {torch.__version__} gives this network other gradients (norm {float(compiled.norm()):.4g}, "
+            f"without it {float(plain.norm()):.4g}); set train.compile=false, or take another version of torch"
+        )
 
 
 def backpropagate(run: Run, batch: Batch) -> torch.Tensor:

@@ -95,15 +95,30 @@ def test_any_width_is_a_mixture_of_the_snapshots_of_two() -> None:
     """The weightings of 2 x 8 snapshots, mixed, are that of a width in between which was never averaged."""
     times = [500 * i for i in range(1, 9)] * 2
     widths = [0.05] * 8 + [0.1] * 8
-    factors = mixture(times, widths, 4000, 0.075)
-    assert factors.sum() == pytest.approx(1, abs=0.02)
+    factors, error = mixture(times, widths, 4000, 0.075)
+    assert factors.sum() == pytest.approx(1, abs=1e-9)
     mixed = torch.zeros(4000, dtype=torch.float64)
     for factor, time, width in zip(factors, times, widths, strict=True):
         mixed[:time] += factor * weighting(Power(width), time)
     wanted = weighting(Power(0.075), 4000)
-    assert float((mixed - wanted).norm() / wanted.norm()) < 0.02
+    assert error < 0.02 and float((mixed - wanted).norm() / wanted.norm()) == pytest.approx(error, abs=0.005)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 64])
+@pytest.mark.parametrize("width", [0.01, 0.04, 0.075, 0.15, 0.25])
+def test_a_mixture_is_an_average_however_far_its_width_is(count: int, width: float) -> None:
+    """Its factors sum to one, and it says how far its weighting is from the one asked for."""
+    times = [4000 * (i + 1) / count for i in range(count)] * 2
+    widths = [0.05] * count + [0.1] * count
+    factors, error = mixture(times, widths, 4000, width)
+    assert factors.sum() == pytest.approx(1, abs=1e-6)
+    mixed = torch.zeros(4000, dtype=torch.float64)
+    for factor, time, own in zip(factors, times, widths, strict=True):
+        mixed[: int(time)] += factor * weighting(Power(own), int(time))
+    wanted = weighting(Power(width), 4000)
+    assert float((mixed - wanted).norm() / wanted.norm()) == pytest.approx(error, abs=0.02)
 
 
 def test_a_snapshot_of_the_width_itself_is_taken_alone() -> None:
-    factors = mixture([1000, 2000, 1000, 2000], [0.05, 0.05, 0.1, 0.1], 2000, 0.1)
-    assert factors == pytest.approx([0, 0, 0, 1], abs=1e-8)
+    factors, error = mixture([1000, 2000, 1000, 2000], [0.05, 0.05, 0.1, 0.1], 2000, 0.1)
+    assert factors == pytest.approx([0, 0, 0, 1], abs=1e-6) and error < 1e-6
