@@ -7,7 +7,7 @@ A study names variants (a config and settings over it), seeds, how to score, and
 against its first. Every variant is trained with every seed, by `train.py`, and scored, by `eval.fid` (what could not be scored is an
 error before the first is trained): one run a GPU at a time, of those that CUDA_VISIBLE_DEVICES names where it is set, or one a core
 without GPUs. Then a grid is drawn of each variant's first seed, and the networks are timed in turns (`eval.throughput`). Results are
-written after every run; the same command goes on where it was stopped.
+written after every run; the same command goes on where it was stopped. SIGTERM and Ctrl-C reach the runs, which save and stop.
 The tables give mean and standard deviation over seeds, and the p value of an exact permutation test.
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -36,6 +35,7 @@ from ldm_dcn.device import choose_device
 from ldm_dcn.errors import Parser, UserError, exit_on_user_error
 from ldm_dcn.places import check_file_place
 
+from . import programs
 from .comparison import SCORES, tables
 from .environment import environment, noted
 from .fid import check_run
@@ -153,25 +153,10 @@ def check_scoring(jobs: Sequence[Job], scoring: Scoring) -> None:
 
 
 def _call(arguments: Sequence[str], log: Path, threads: int, gpus: Sequence[str] = ()) -> float:
-    """Run Python with `arguments`, its words going to the end of `log`; returns the processor's seconds of this call: of a training
-    that goes on, those of the rest. It knows `gpus` alone; without, those that this process does."""
-    variables = {**os.environ, "OMP_NUM_THREADS": str(threads), **({VISIBLE: ",".join(gpus)} if gpus else {})}
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            [sys.executable, *arguments], env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=file
-        )  # fmt: skip
-        try:
-            _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        words = log.read_text(encoding="utf-8", errors="replace").split("\r")[-1].strip().splitlines()
-        said = words[-1].removeprefix("error: ") if words else f"exit code {process.returncode}"
-        raise UserError(f"{' '.join(arguments[:2])} failed: {said}; the whole of it is in {log}")
-    return usage.ru_utime + usage.ru_stime
+    """`programs.call` of what knows `gpus` alone; without, those that this process does."""
+    return programs.call(
+        arguments, log, {"OMP_NUM_THREADS": str(threads), **({VISIBLE: ",".join(gpus)} if gpus else {})}
+    )
 
 
 def _curve(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -221,6 +206,13 @@ def train_and_score(
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+        failed = [
+            error
+            for future in futures
+            if future.done() and not future.cancelled() and (error := future.exception())
+        ]
+        if failed and not all(future.done() for future in futures) and isinstance(failed[0], UserError):
+            tqdm.write(f"error: {failed[0]}; the runs that have begun are waited for", file=sys.stderr)
         for future in futures:
             if not future.cancelled():
                 future.result()
@@ -339,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--print", action="store_true", dest="only_print", help="print --json, run nothing")
     options = parser.parse_args(arguments)
-    with exit_on_user_error():
+    with exit_on_user_error(), programs.ending_together():
         run(options)
 
 
@@ -350,6 +342,10 @@ def run(options: Any) -> None:
     every = jobs_of(study, options.study, runs, list(study.variants))
     content = open_results(results, study, every, options.threads)
     if options.only_print:
+        if not results.exists():
+            raise UserError(
+                f"{results} does not exist: there is nothing to print; give the --json of the study's runs"
+            )
         print(tables(content))
         return
     if min(options.jobs, options.threads) < 1 or options.rounds < 0:
