@@ -137,10 +137,14 @@ def _make(arguments: argparse.Namespace, model: Model, task: Task, processes: Pr
 
     def begin() -> list[int]:
         _check_outputs(arguments, model, task, drawn.folder)
-        finished = (
-            arguments.npz and not (arguments.grid or arguments.png_dir) and _is_made(arguments.npz, mark)
-        )
-        return [] if finished else drawn.begin()
+        made = arguments.npz and _is_made(arguments.npz, mark)
+        missing = [] if made and not (arguments.grid or arguments.png_dir) else drawn.begin()
+        if arguments.npz and not made and arguments.npz.exists():
+            raise UserError(
+                f"{arguments.npz} holds other images than this command's (of another model, number or settings), or something "
+                "else; give another --npz, or delete it"
+            )
+        return missing
 
     missing = processes.everyones(processes.together(lambda: begin() if processes.is_first else []))[0]
     with StopSignals() as stop:

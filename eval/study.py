@@ -78,7 +78,11 @@ def jobs_of(study: Study, path: Path, runs: Path, names: Sequence[str]) -> list[
                 continue
             overrides = [*study.set, *variant.set, f"train.seed={seed}", f"run.dir={runs}"]
             file = str(path.parent / variant.config)
-            config = load_config(file, overrides)
+            try:
+                config = load_config(file, overrides)
+            except UserError as error:
+                said = str(error).removeprefix("the command line: ")
+                raise UserError(f"{path}, variant {name}: {said}") from None
             # Of other settings it is another run, in a folder of its own.
             run = config.run.model_copy(update={"name": f"{name}-{seed}-{settings_of(config)[:6]}"})
             arguments = (file, *overrides, f"run.name={run.name}")

@@ -92,6 +92,13 @@ class LatentCache:
         counts = [entry["images"] for entry in manifest["shards"]]
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self.labels = torch.from_numpy(np.concatenate([shard.rows["labels"] for shard in self._shards]))
+        if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < max(
+            1, self.num_classes
+        ):
+            raise Damaged(
+                f"{folder} holds labels from {int(self.labels.min())} to {int(self.labels.max())}, and has {self.num_classes} classes: "
+                f"a shard was changed after it was written; `python -m ldm_dcn.encode --verify {folder}` finds it"
+            )
         # where the images lie that there are, by their ids
         self._chosen = np.arange(manifest["images"]) if choose is None else choose(self.labels).numpy()
         self.labels = self.labels[self._chosen]

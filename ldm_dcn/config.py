@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from .compiling import WITH_GRAPHS
 from .errors import SHOWN, UserError, shown
 from .key_names import meant, unknown_beside
 from .strict_yaml import LARGEST, Loader
@@ -251,6 +252,27 @@ class Config(_Section):
         return self
 
     @model_validator(mode="after")
+    def _graphs_keep_no_gradients(self) -> Config:
+        train = self.train
+        # The next part's replay would overwrite the gradients that the one before left (pytorch issue 169545).
+        if train.compile and train.compile_mode in WITH_GRAPHS and train.gradient_accumulation > 1:
+            raise ValueError(
+                f"train.compile_mode={train.compile_mode} replays CUDA graphs, which do not add up gradients over "
+                f"train.gradient_accumulation={train.gradient_accumulation} parts; set train.compile_mode=default, or "
+                "train.gradient_accumulation=1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _snapshots_are_of_power_averages(self) -> Config:
+        if self.train.ema_snapshot_every and self.train.ema != "power":
+            raise ValueError(
+                f"train.ema_snapshot_every={self.train.ema_snapshot_every} keeps power averages, and train.ema={self.train.ema} has "
+                "none; set train.ema=power, or train.ema_snapshot_every=0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _enough_times(self) -> Config:
         if self.sample.steps > self.diffusion.num_steps:
             raise ValueError(
@@ -317,7 +339,10 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         RuntimeError,
     ) as error:  # not there, not UTF-8, a circle of links, NUL in its name
         reason = error.strerror if isinstance(error, OSError) else f"it is not UTF-8 text ({error})"
-        raise UserError(f"cannot read the config {path}: {reason}; give the path of a YAML file") from None
+        asked = f" (the base of {chain[-1]})" if chain else ""
+        raise UserError(
+            f"cannot read the config {path}{asked}: {reason}; give the path of a YAML file"
+        ) from None
     try:
         settings = yaml.load(text, Loader)
     except yaml.YAMLError as error:
@@ -397,8 +422,12 @@ def _unknown(key: str) -> str:
     """The tail of an error: what may be meant, or the settings of the section, where there is one."""
     if names := meant(key, list(valid_keys()), Config.model_fields):
         return f"; did you mean {' or '.join(names)}?"
-    field = Config.model_fields.get(key.partition(".")[0])
-    return "" if field is None else f"; there are {', '.join(field.annotation.model_fields)}"
+    section = key.partition(".")[0]
+    return f"; there are {', '.join(names_in(section))}" if section in Config.model_fields else ""
+
+
+def names_in(section: str) -> list[str]:
+    return list(Config.model_fields[section].annotation.model_fields)
 
 
 def check_keys(option: str, keys: Sequence[str]) -> None:
@@ -409,6 +438,10 @@ def check_keys(option: str, keys: Sequence[str]) -> None:
         "model.swap.",
     )  # the last two take what diffusers and the swap take
     for key in keys:
+        if key in Config.model_fields:
+            raise UserError(
+                f"{option} {key} is a section; name those of its settings, such as {key}.{names_in(key)[0]}"
+            )
         if key not in known and not key.startswith(known[-2:]):
             hint = _unknown(key) or "; write section.key, such as train.lr"
             raise UserError(f"{option} {shown(key)}: unknown setting{hint}")

@@ -53,9 +53,8 @@ def open_run(config: Config, allow_change: Sequence[str] = (), scorer: Score | N
     check_keys("--allow-change", allow_change)
     accelerator = start_accelerator()
     _check_settings(config.train, accelerator)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
     main = accelerator.is_main_process
-    with run_lock(config.folder) if main else nullcontext():
+    with run_lock(config.folder) if main else nullcontext(), _tf32(config.train.tf32):
         last = _find_checkpoint(config, accelerator)
         tensors, facts = checkpoint.load(last) if last else ({}, {})
         changes = check_same_run(facts["config"], config, str(config.folder), allow_change) if facts else []
@@ -92,6 +91,20 @@ def open_run(config: Config, allow_change: Sequence[str] = (), scorer: Score | N
             if accelerator.num_processes > 1 and not sys.exc_info()[0]:
                 accelerator.wait_for_everyone()  # nobody leaves while the main process still saves
                 accelerator.end_training()
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """NVIDIA's TF32 for what is computed in fp32 inside; as it was before afterwards."""
+    places = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for place, flag in zip(places, before, strict=True):
+            place.allow_tf32 = flag
 
 
 def _check_settings(settings: TrainConfig, accelerator: Accelerator) -> None:
@@ -436,6 +449,10 @@ def _greet(run: Run, last: Path | None, changes: list[str]) -> None:
     if last is None:
         for note in run.notes:
             run.say(note)
+        if config.train.ema == "power" and not config.train.ema_snapshot_every:
+            run.say(
+                "train.ema=power without train.ema_snapshot_every: averages of other widths than its two cannot be made afterwards"
+            )
     for change in changes:
         run.say(f"changed since the last checkpoint: {change}")
     if last:

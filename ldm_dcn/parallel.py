@@ -70,10 +70,10 @@ def gradients_exchanged(model: nn.Module, parallel: str, last: bool) -> Iterator
         yield
 
 
-def gradients(parameters: Sequence[nn.Parameter]) -> tuple[list[torch.Tensor], float]:
+def gradients(parameters: Sequence[nn.Parameter]) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Those of this process, to be scaled in place, and the norm of the whole gradient."""
     own = [p.grad for p in parameters if p.grad is not None]
-    return own, float(whole(_norm(own)))
+    return own, whole(_norm(own))
 
 
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> torch.Tensor:

@@ -18,6 +18,8 @@ from .errors import Parser, UserError, exit_on_user_error
 from .export import check_export_place, load_model, save_export
 from .folders import Damaged, verify
 
+LARGEST_ERROR = 0.05  # of the weighting of the past, as a share of its norm
+
 
 def synthesise(run: Path, width: float, step: int | None = None) -> tuple[dict[str, torch.Tensor], int]:
     """Weights averaged with `width`, as a share of the run's length, at `step` (None: the last snapshot), fp32.
@@ -47,7 +49,14 @@ def synthesise(run: Path, width: float, step: int | None = None) -> tuple[dict[s
             raise Damaged(
                 f"{error}; delete {folder}: the other snapshots will do, a little less closely"
             ) from None
-    factors = mixture([at for at, _, _ in files], [own for _, own, _ in files], step, width)
+    factors, error = mixture([at for at, _, _ in files], [own for _, own, _ in files], step, width)
+    if error > LARGEST_ERROR:
+        steps, widths = len({at for at, _, _ in files}), sorted({own for _, own, _ in files})
+        raise UserError(
+            f"no mixture of the averages of {run}, of {steps} steps and widths {' and '.join(map(str, widths))}, comes near width {width} at "
+            f"step {step}: its weighting of the past would be {error:.0%} off; ask for a width nearer to those, or for one of "
+            "a run with more snapshots (train.ema_snapshot_every)"
+        )
     total: dict[str, torch.Tensor] = {}
     for factor, (_, _, file) in zip(factors, files, strict=True):
         for name, tensor in load_file(file).items():

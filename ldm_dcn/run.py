@@ -473,8 +473,12 @@ class Run:
 
     def mends(self) -> list[str]:
         """What keeps weights from running away."""
-        clips = self.config.train.gradient_clip is not None
-        return ["lower train.lr"] if clips else ["lower train.lr", "set train.gradient_clip=1.0"]
+        mends = ["lower train.lr"]
+        if self.config.train.gradient_clip is None:
+            mends.append("set train.gradient_clip=1.0")
+        if isinstance(self.latents, LatentCache):
+            mends.append(f"run python -m ldm_dcn.encode --verify {self.latents.folder}")
+        return mends
 
     def export_step(self) -> None:
         """exports/step-N: what export/ will have of this step, to stay."""

@@ -31,6 +31,11 @@ def train(config: Config, allow_change: Sequence[str] = (), score: Score | None 
 
     SIGUSR1 saves and returns 0: schedulers that send it start the same command again.
     """
+    if config.train.score_every and score is None:
+        raise UserError(
+            "train.score_every is on and nobody said how to score: give score=eval.on_the_way.OnTheWay(config), as train.py does, or set "
+            "train.score_every=0"
+        )
     with leaving_on_requeue(), open_run(config, allow_change, score) as run, StopSignals() as stop:
         run.stop = stop
         if config.train.compile and not run.finished:
@@ -97,8 +102,9 @@ def training_step(run: Run, stop: StopSignals) -> float | None:
         with gradients_exchanged(run.model, settings.parallel, last):
             total[0] += backpropagate(run, batch)
     total[1] = stop.received
+    own, norm = gradients(run.parameters)  # asked for before the loss is waited for: a GPU is waited for once
     loss, run.stopped_by = run.mean_loss_and_signal(total)
-    if not _scale_gradients(run) or not math.isfinite(loss):
+    if not _scale_gradients(run, own, float(norm)) or not math.isfinite(loss):
         return _not_taken(run, loss)
     run.learning_rate = learning_rate(step, settings)
     for group in run.optimizer.param_groups:
@@ -193,9 +199,8 @@ def learning_rate(step: int, settings: TrainConfig) -> float:
 
 
 @torch.no_grad()
-def _scale_gradients(run: Run) -> bool:
+def _scale_gradients(run: Run, own: list[torch.Tensor], norm: float) -> bool:
     """Undo the loss scale and clip, in one pass; False, with nothing changed, where the gradient is not finite."""
-    own, norm = gradients(run.parameters)
     norm /= run.state.loss_scale
     run.gradient_norm = norm
     if not math.isfinite(norm):
