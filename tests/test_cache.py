@@ -297,6 +297,19 @@ def test_damage_in_every_file_is_named_and_the_same_command_mends_it(
     assert LatentCache.open(tmp_path).identity == identity
 
 
+def test_labels_that_no_class_has_are_damage(tmp_path: Path) -> None:
+    complete(tmp_path, make_plan())
+    path = tmp_path / "shards" / "000000000-000000003" / "latents.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    content, label = path.read_bytes(), tensors["labels"].numpy().tobytes()
+    assert content.count(label) == 1
+    path.write_bytes(content.replace(label, b"\xff\x7f" + label[2:]))
+    with pytest.raises(
+        UserError, match=rf"holds labels from 0 to 32767, and has 2 classes.*--verify {tmp_path}"
+    ):
+        LatentCache.open(tmp_path)
+
+
 @pytest.mark.parametrize("damage", [truncate, flip_header, Path.unlink])
 def test_opening_sees_what_costs_nothing_to_see(tmp_path: Path, damage: Callable[[Path], object]) -> None:
     complete(tmp_path, make_plan())

@@ -294,7 +294,7 @@ def write(folder: Path, text: str) -> Path:
         ("train: {lr: 1, lr: 2}\n", "key 'lr' is given twice"),
         ("train: [\n", "not valid YAML"),
         ("base: mine.yaml\n", "leads back to itself"),
-        ("base: nowhere.yaml\n", "nowhere.yaml: No such file"),
+        ("base: nowhere.yaml\n", "mine.yaml): No such file"),
         ("base: [1]\n", "path of one YAML file"),
         ("train: {lr: 1.0}\n", "train.steps: missing; set it, or start the file with `base: base.yaml`"),
         ("train: !!python/object:os.system {}\n", "not valid YAML"),

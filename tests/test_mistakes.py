@@ -193,6 +193,8 @@ def test_train_asks_for_a_config_alone(line: Line, launch_train: Callable, tmp_p
     assert "--allow-change 'train.lrr': unknown setting; did you mean train.lr?" in line(
         launch_train(write_config(tmp_path), "--allow-change", "train.lrr")
     )
+    with pytest.raises(UserError, match=r"--allow-change data is a section; .* such as data.source"):
+        train(tiny_config(tmp_path), ["data"])
     with pytest.raises(UserError, match=r"--allow-change 'foo': unknown setting; write section.key"):
         train(tiny_config(tmp_path), ["foo"])
     assert not (tmp_path / "runs").exists()
@@ -745,3 +747,40 @@ def test_a_repository_that_is_not_there_is_told_from_no_network(monkeypatch: pyt
 
     with pytest.raises(UserError, match=r"a hub id\) cannot be had \(the hub has no such repository"):
         load_autoencoder("some/model")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ("train.compile=true", "train.compile_mode=reduce-overhead", "train.gradient_accumulation=2"),
+            r"replays CUDA graphs, .*set train.compile_mode=default, or train.gradient_accumulation=1",
+        ),
+        (("train.ema_snapshot_every=2",), r"and train.ema=constant has none; set train.ema=power"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    tmp_path: Path, settings: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        tiny_config(tmp_path, *settings)
+
+
+def test_what_a_run_will_not_do_is_said_before_it_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=r"train.score_every is on and nobody said how to score"):
+        train(tiny_config(tmp_path, "train.score_every=1"))
+    assert train(tiny_config(tmp_path, "train.steps=1", "train.ema=power")) == 0
+    assert "averages of other widths than its two cannot be made afterwards" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_a_run_leaves_torchs_settings_as_they_were(tmp_path: Path) -> None:
+    places = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [place.allow_tf32 for place in places]
+    for wanted in ("true", "false"):
+        with open_run(tiny_config(tmp_path, f"train.tf32={wanted}", f"run.name=tf32-{wanted}")):
+            assert [place.allow_tf32 for place in places] == 2 * [wanted == "true"]
+        assert [place.allow_tf32 for place in places] == before

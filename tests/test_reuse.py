@@ -20,6 +20,7 @@ from ldm_dcn.cache import LatentCache
 from ldm_dcn.data import open_dataset
 from ldm_dcn.encoding import Encoding, encode_shards, finish, make_plan
 from ldm_dcn.errors import UserError
+from ldm_dcn.images import Images
 from ldm_dcn.reuse import EarlierCaches
 from ldm_dcn.signals import StopSignals
 
@@ -201,6 +202,42 @@ def test_damage_is_not_taken_over(images: Path, tmp_path: Path, file: str) -> No
         fill(images, tmp_path / "new", tmp_path / "old")
     shutil.rmtree(shard)
     assert fill(images, tmp_path / "new", tmp_path / "old")[1] == 7
+
+
+def test_a_cache_that_is_encoded_again_meanwhile_is_not_taken_for_what_it_was(
+    images: Path, tmp_path: Path
+) -> None:
+    fill(images, tmp_path / "old")
+    dataset = open_dataset(images, image_size=8)
+    plan = make_plan(dataset, CountingAutoencoder(3), None, flips=True, dtype="float16", shard_size=7)
+    earlier = EarlierCaches([tmp_path / "old"], plan)
+    place = earlier.find(dataset.content(0))
+    assert place is not None
+    Image.new("RGB", (20, 16), "red").save(images / "a" / "00.png")
+    fill(images, tmp_path / "old")
+    with pytest.raises(UserError, match="was encoded again while its latents were taken over"):
+        earlier.moments(place, "moments")
+    assert earlier.find(b"") is None and earlier.find(bytes(32)) is None
+
+
+def test_a_shard_of_broken_pictures_alone_is_passed_over(images: Path, tmp_path: Path) -> None:
+    for file in images.rglob("*.png"):
+        file.with_suffix(".txt").write_text(file.stem)
+    for number in range(0, 14, 2):  # the first shard
+        (images / "a" / f"{number:02d}.png").write_bytes(b"no picture")
+    said = fill(images, tmp_path / "old", text=Letters(), max_bad=7)[0]
+    assert (said, 0) == fill(images, tmp_path / "new", tmp_path / "old", text=Letters(), max_bad=7)
+
+
+def test_each_picture_is_read_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is hashed is what is encoded, whatever becomes of the file meanwhile."""
+    read = []
+    monkeypatch.setattr(
+        Images, "_bytes", lambda self, index, real=Images._bytes: read.append(index) or real(self, index)
+    )
+    monkeypatch.setattr(Images, "_read", lambda *_: pytest.fail("it is read again"))
+    fill(images, tmp_path / "old")
+    assert sorted(read) == list(range(30))
 
 
 def _forget(old: Path) -> None:

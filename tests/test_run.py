@@ -213,6 +213,18 @@ def test_power_averages_resume_exactly_and_give_any_width_afterwards(tmp_path: P
         posthoc_ema.main([str(whole.folder), "--width", "0.1", "--step", "5", "--out", str(out)])
 
 
+def test_an_average_that_no_snapshots_make_is_refused(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "train.ema=power", "train.ema_snapshot_every=4")
+    assert train(config) == 0
+    command = [str(config.folder), "--out", str(tmp_path / "out"), "--width"]
+    for width in ("0.02", "0.25"):
+        with pytest.raises(
+            UserError, match=rf"widths 0.05 and 0.1, comes near width {width} at step 8: .*% off"
+        ):
+            posthoc_ema.main([*command, width])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_second_average_is_not_made_up_at_a_resume(tmp_path: Path) -> None:
     assert train(tiny_config(tmp_path, "train.steps=1")) == 0
     power = tiny_config(tmp_path, "train.steps=2", "train.ema=power")

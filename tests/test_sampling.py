@@ -373,6 +373,16 @@ class _Crossings(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_networks_are_given_whole_times(sampler: str) -> None:
+    """FSDP casts what is floating to its 16 bits, in which 999 is 1000."""
+    seen: list[torch.Tensor] = []
+    sample_latents(
+        lambda x, t: seen.append(t) or x, SHAPE, [0, 1], schedule=SCHEDULE, sampler=sampler, steps=3
+    )
+    assert {t.dtype for t in seen} == {torch.int64} and seen[0].tolist() == [999, 999]
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("sampler", ODES)
 def test_no_step_waits_for_the_device(model: Model, sampler: str, prediction: str) -> None:

@@ -552,6 +552,18 @@ def test_timing_one_comparison_keeps_the_others_times(tmp_path):
     assert [figure["name"] for figure in speed["figures"]] == ["a", "b", "c"]
 
 
+def test_a_setting_that_is_wrong_is_the_studys(tmp_path):
+    path = write_study(tmp_path, set=["train.stpes=2"])
+    with pytest.raises(UserError, match=rf"^{path}, variant a: train.stpes: unknown setting"):
+        study.jobs_of(protocol.load_study(path), path, tmp_path / "runs", ["a"])
+
+
+def test_nothing_to_print_is_said(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        study.main([str(write_study(tmp_path)), "--json", str(tmp_path / "none.json"), "--print"])
+    assert "none.json does not exist: there is nothing to print" in capsys.readouterr().err
+
+
 def test_a_run_that_fails_is_named_with_its_words(tmp_path):
     path = write_study(tmp_path, set=["train.steps=2", "data.source=nowhere"])
     jobs = study.jobs_of(protocol.load_study(path), path, tmp_path / "runs", ["a"])

@@ -66,6 +66,13 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_prompts_are_the_same_in_whoevers_autocast(clip: Path) -> None:
+    encoder = load_text_encoder(clip)
+    plain = encoder.encode(["a red fox"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encoder.encode(["a red fox"]), plain)
+
+
 def test_prompts_become_the_last_hidden_state(clip: Path) -> None:
     encoder = load_text_encoder(clip)
     assert (encoder.length, encoder.width) == (6, 8)
