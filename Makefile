@@ -36,7 +36,7 @@ $(VENV)/bin/python:
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt $(NATIVE)
 	@command -v $${CXX:-c++} >/dev/null || { echo "error: no C++ compiler; on Debian: apt-get install g++"; exit 2; }
 	@echo "installing packages and compiling the operator: some minutes"
-	@! PATH="$$CUDA_HOME/bin:$$CUDA_PATH/bin:$$PATH:/usr/local/cuda/bin" command -v nvcc >/dev/null || echo "nvcc is here, so the CUDA kernels are compiled too, many minutes on few cores; to leave them out:" \
+	@case '$(EXTRA)' in *DCNV4_CUDA=OFF*) exit;; esac; ! PATH="$$CUDA_HOME/bin:$$CUDA_PATH/bin:$$PATH:/usr/local/cuda/bin" command -v nvcc >/dev/null || echo "nvcc is here, so the CUDA kernels are compiled too, many minutes on few cores; to leave them out:" \
 	  "make EXTRA=--config-settings=cmake.define.DCNV4_CUDA=OFF"
 	$(call install,-e . $(EXTRA))
 	$(RUN) -m dcnv4_ext

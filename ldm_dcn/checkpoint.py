@@ -64,6 +64,8 @@ def _no_room(final: Path, needed: int, keep: int) -> str:
     room = f"it takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"
     if needed > free:
         room += f", {(needed - free) / 1e6:.1f} MB too few"
+    else:
+        room += ": a quota, or a limit of the size of files (ulimit -f), stops it"
     older = [final.parent / f"step-{step}" for step in saved_steps(final.parent)[1:]]
     gained = sum(file.stat().st_size for folder in older for file in folder.glob("*"))
     mend = "free some space"

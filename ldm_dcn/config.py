@@ -325,7 +325,10 @@ def make_config(
         if True in by_hand:
             origin = "the command line" if by_hand == {True} else f"{origin} and the command line"
         count = "" if len(problems) == 1 else f"{len(problems)} mistakes: "
-        raise UserError(f"{origin}: {count}" + "; ".join(problems)) from None
+        told = "; ".join(problems)
+        if told.count(_MISSING) > 1:  # once will do
+            told = told.replace(_MISSING, "") + _MISSING.replace("it", "them", 1)
+        raise UserError(f"{origin}: {count}{told}") from None
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
@@ -457,6 +460,9 @@ def _is_from(overrides: Sequence[str], error: Mapping[str, Any]) -> bool:
     )
 
 
+_MISSING = "; set it, or start the file with `base: base.yaml`, the path of the project's configs/base.yaml"
+
+
 def _explain(error: Mapping[str, Any]) -> str:
     place = error["loc"]
     key, is_in_list = dotted(place), any(isinstance(part, int) for part in place)
@@ -465,7 +471,7 @@ def _explain(error: Mapping[str, Any]) -> str:
     if error["type"] == "missing" and isinstance(place[-1], int):
         return f"{dotted(place[:-1])}: takes more values than {place[-1]}"
     if error["type"] == "missing":
-        return f"{key}: missing; set it{'' if is_in_list else ', or start the file with `base: base.yaml`'}"
+        return f"{key}: missing{'; set it' if is_in_list else _MISSING}"
     return wrong_value(error)
 
 

@@ -235,7 +235,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("out", nargs="?", metavar="OUT", help="the cache's folder")
     add("--autoencoder", default="stabilityai/sd-vae-ft-ema", metavar="SPEC",
         help="hub id, folder, weights file, digits or identity (default %(default)s)")  # fmt: skip
-    add("--autoencoder-dtype", default="auto", choices=("auto", *DTYPES))
+    add("--autoencoder-dtype", default="auto", choices=("auto", *DTYPES),
+        help="what the autoencoder computes in (default: auto, what its config says, else float32)")  # fmt: skip
     add("--image-size", type=_positive, default=256, help="pixels (default %(default)s)")
     add(
         "--image-channels",

@@ -549,11 +549,16 @@ class Run:
 
     def restore(self, tensors: dict[str, dict[str, torch.Tensor]], facts: dict[str, Any]) -> None:
         """Take up what `_tensors` and `_facts` gave. Raises `UserError` where data or model are others."""
-        source = self.config.data.source
-        mend = (
-            "bring the data back, or choose another run.name for a new run; model.pretrained="
-            f"{self.config.folder} has it begin with the weights of this one"
+        source, model = self.config.data.source, self.config.model
+        others = [
+            f" model.{key}=null"
+            for key in ("preset", "unet", "pretrained", "swap")
+            if getattr(model, key) is not None
+        ]
+        pretrained = (
+            f"model.pretrained={self.config.folder}{''.join(o for o in others if 'pretrained' not in o)}"
         )
+        mend = f"bring the data back, or choose another run.name for a new run; {pretrained} has it begin with the weights of this one"
         if (facts["images"], facts["num_classes"]) != (len(self.latents), self.denoiser.num_classes):
             raise UserError(
                 f"{self.config.folder} was trained on {facts['images']} images of {facts['num_classes']} classes, "

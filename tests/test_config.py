@@ -296,7 +296,7 @@ def write(folder: Path, text: str) -> Path:
         ("base: mine.yaml\n", "leads back to itself"),
         ("base: nowhere.yaml\n", "mine.yaml): No such file"),
         ("base: [1]\n", "path of one YAML file"),
-        ("train: {lr: 1.0}\n", "train.steps: missing; set it, or start the file with `base: base.yaml`"),
+        ("train: {lr: 1.0}\n", "train.steps: missing; train.stratified_times: missing"),
         ("train: !!python/object:os.system {}\n", "not valid YAML"),
         ("? [a, b]\n: 3\n", "a key is a word, not ['a', 'b']"),
         ("? {a: b}\n: 3\n", "a key is a word, not {'a': 'b'}"),
