@@ -4,7 +4,8 @@
     OUT/shards/000000000-000004095/           the images of one range of the source
         latents.safetensors                   moments (n, 2L, h, w), moments_flipped, labels (n,), indices (n,) in the source,
                                               tokens (m, T, D), token_starts (n + 1,)
-        sources.safetensors                   content (n, 32) uint8: sha256 of each picture; captions (n, 32), of its captions
+        sources.safetensors                   sha256 for each image, (n, 32) uint8: content, of the picture; latents, of its moments and
+                                              its mirror image's; captions and tokens
         shard.json                            the broken images of the range, and what the shard was made of
         manifest.json                         size and sha256 of them (`folders.committed_folder`)
     OUT/text/empty.safetensors                tokens (T, D) of the empty prompt
@@ -90,6 +91,11 @@ def meaning(plan: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in plan.items()
         if key not in _WITHOUT_MEANING
     }
+
+
+def moments_of(plan: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of an image's moments in a shard."""
+    return ("moments", "moments_flipped") if plan["preprocessing"]["flips"] else ("moments",)
 
 
 def making(plan: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from .cache_layout import Range
 from .errors import UserError
 from .images import LOOK_ON, PREPROCESSING, BadImage, Images, name_bad, to_float
 from .presence import Presence
-from .reuse import HASH, EarlierCaches, Place, hash_captions, source_tensors
+from .reuse import HASH, EarlierCaches, Place, source_tensors
 from .signals import StopSignals
 from .text import EMPTY, TextEncoder
 from .weights import DTYPES
@@ -205,7 +205,7 @@ def _encode_shard(
     contents: list[bytes] = []
     before = _outside(images, shard)  # of a file that is replaced meanwhile, the next start sees another time
     indices: list[int] = []
-    parts: dict[str, list[Tensor]] = {name: [] for name in _kinds(plan)}
+    parts: dict[str, list[Tensor]] = {name: [] for name in cache_layout.moments_of(plan)}
     captions: list[list[str]] = []
     left_out: list[dict[str, Any]] = []
     reused = 0
@@ -248,32 +248,22 @@ def _encode_shard(
     if encoding.text_encoder is not None:
         counts = [len(several) for several in captions]
         tensors["token_starts"] = torch.tensor([0, *counts], dtype=torch.int64).cumsum(0)
-    sources = source_tensors(
-        [contents[index - shard.first] for index in indices], [*map(hash_captions, captions)]
-    )
+    sources = source_tensors(plan, tensors, [contents[index - shard.first] for index in indices], captions)
     return _Made({**before, "content": _digest(contents)}, tensors, left_out, sources, reused)
-
-
-def _kinds(plan: dict[str, Any]) -> tuple[str, ...]:
-    return ("moments", "moments_flipped") if plan["preprocessing"]["flips"] else ("moments",)
 
 
 def _moments(encoding: Encoding, images: Sequence[Tensor | Place]) -> dict[str, Tensor]:
     """Of pictures' pixels, encoded all at once, and of places in earlier caches, in their order: each (n, 2L, h, w), as stored."""
     fresh = [pixels for pixels in images if isinstance(pixels, Tensor)]
+    known = [encoding.earlier.moments(image) if isinstance(image, Place) else None for image in images]
     pixels = to_float(torch.stack(fresh).to(encoding.autoencoder.device)) if fresh else None
     result: dict[str, Tensor] = {}
-    for name in _kinds(encoding.plan):
+    for name in cache_layout.moments_of(encoding.plan):
         encoded: Iterator[Tensor] = iter(())
         if pixels is not None:
             moments = encoding.autoencoder.encode(pixels if name == "moments" else pixels.flip(-1)).cpu()
             encoded = iter(_stored(moments, encoding.plan["dtype"], encoding.autoencoder.spec))
-        result[name] = torch.stack(
-            [
-                encoding.earlier.moments(image, name) if isinstance(image, Place) else next(encoded)
-                for image in images
-            ]
-        )
+        result[name] = torch.stack([next(encoded) if there is None else there[name] for there in known])
     return result
 
 
@@ -410,4 +400,4 @@ def bytes_missing(encoding: Encoding) -> int:
         if not (encoding.out / cache_layout.SHARDS / shard.name).is_dir()
     )
     captions = _captions_per_image(encoding.images) if encoding.plan["text"] else 0
-    return missing * (cache_layout.bytes_per_image(encoding.plan, captions) + 2 * HASH)
+    return missing * (cache_layout.bytes_per_image(encoding.plan, captions) + 4 * HASH)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ from .cache_layout import (
     begun_plan,
     differences,
     digest,
-    files_of,
     is_cache,
     making,
     meaning,
+    moments_of,
     read_shard,
     shard_ranges,
 )
@@ -61,23 +62,41 @@ class _Shard:
 
     @cached_property
     def sources(self) -> dict[str, np.ndarray]:
-        names = ("content", "captions") if self.plan["text"] else ("content",)
+        """Hashes of the pictures and of their latents, as they were when this was first asked for."""
+        try:
+            folders.verify(self.folder, but=LATENTS)  # that one is checked image by image
+        except Damaged as error:
+            raise Damaged(f"{error}; delete {self.folder}, and {MEND}") from None
+        names = ("content", "latents", *(("captions", "tokens") if self.plan["text"] else ()))
         path, expected = self.folder / SOURCES, dict.fromkeys(names, ("U8", (self.images, HASH)))
         return map_tensors(path, self.files[SOURCES]["size"], expected).rows
 
-    def rows(self) -> dict[str, np.ndarray]:
-        """The latents, once every byte was checked: what is taken over is hashed anew, and damage would go unseen for ever."""
+    def latents(self, row: int) -> dict[str, np.ndarray]:
+        """Moments of an image, and of its mirror image where there are such."""
+        rows = self._rows()
+        found = {name: np.array(rows[name][row]) for name in moments_of(self.plan)}
+        self._check("latents", row, found.values())
+        return found
+
+    def tokens(self, row: int) -> np.ndarray:
+        rows = self._rows()
+        first, last = rows["token_starts"][row : row + 2].tolist()
+        found = np.array(rows["tokens"][first:last])
+        self._check("tokens", row, [found])
+        return found
+
+    def _rows(self) -> dict[str, np.ndarray]:
         if self.map is None:
-            try:
-                folders.verify(self.folder)
-            except Damaged as error:
-                raise Damaged(f"{error}; delete {self.folder}, and {MEND}") from None
-            if files_of(self.folder) != self.files:  # what it was made of was looked up before
-                raise UserError(
-                    f"{self.folder} was encoded again while its latents were taken over; run the same command again"
-                )
             self.map = map_shard(self.folder / LATENTS, self.files[LATENTS]["size"], self.images, self.plan)
         return self.map.rows
+
+    def _check(self, what: str, row: int, found: Iterable[np.ndarray]) -> None:
+        """What is taken over is written with new hashes: damage would go unseen for ever."""
+        if self.sources[what][row].tobytes() != _hash(array.tobytes() for array in found):
+            raise Damaged(
+                f"{self.folder / LATENTS} does not hold what its hashes say: it was encoded again meanwhile, or is damaged; run the same "
+                f"command again, after {self.folder} was deleted in the second case"
+            )
 
 
 class EarlierCaches:
@@ -118,9 +137,10 @@ class EarlierCaches:
                 return Place(shard, number - int(self._starts[shard]))
         return None
 
-    def moments(self, place: Place, name: str) -> Tensor:
-        """`name` ("moments" or "moments_flipped") of an image as stored, (2L, h, w)."""
-        return self._tensor(self._shards[place.shard].rows()[name][place.row])
+    def moments(self, place: Place) -> dict[str, Tensor]:
+        """ "moments" and, where the plan has mirror images, "moments_flipped" of an image as stored, (2L, h, w)."""
+        found = self._shards[place.shard].latents(place.row)
+        return {name: self._tensor(found[name]) for name in moments_of(self._plan)}
 
     def tokens(self, place: Place, captions: Sequence[str]) -> Tensor | None:
         """The embeddings (n, T, D) of the image's n captions; None unless they are there, of the same captions and encoder."""
@@ -129,9 +149,7 @@ class EarlierCaches:
             return None
         if shard.sources["captions"][place.row].tobytes() != hash_captions(captions):
             return None
-        rows = shard.rows()
-        first, last = rows["token_starts"][place.row : place.row + 2].tolist()
-        return self._tensor(rows["tokens"][first:last])
+        return self._tensor(shard.tokens(place.row))
 
     def let_go(self) -> None:
         """Give the memory back that the maps have filled so far."""
@@ -140,20 +158,47 @@ class EarlierCaches:
                 shard.map.let_go()
 
     def _tensor(self, stored: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(np.array(stored))
+        tensor = torch.from_numpy(stored)
         return tensor.view(torch.bfloat16) if self._plan["dtype"] == "bfloat16" else tensor
 
 
 def hash_captions(captions: Sequence[str]) -> bytes:
-    return hashlib.sha256(json.dumps(list(captions)).encode()).digest()
+    return _hash([json.dumps(list(captions)).encode()])
 
 
-def source_tensors(contents: Sequence[bytes], captions: Sequence[bytes]) -> dict[str, Tensor]:
-    """What a shard keeps of its n pictures: "content" (n, 32) uint8 and, with text, "captions"; nothing where some have no file."""
+def source_tensors(
+    plan: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    contents: Sequence[bytes],
+    captions: Sequence[Sequence[str]],
+) -> dict[str, Tensor]:
+    """What a shard of `tensors` keeps of its n pictures, each (n, 32) uint8; nothing where some have no file.
+
+    contents, captions   sha256 of each picture's file, and its captions
+    """
     if not all(contents):
         return {}
-    tensors = {"content": _hash_rows(contents)}
-    return tensors | {"captions": _hash_rows(captions)} if captions else tensors
+    kinds = [tensors[name] for name in moments_of(plan)]
+    latents = [_hash(_bytes(kind[row]) for kind in kinds) for row in range(len(contents))]
+    hashes = {"content": contents, "latents": latents}
+    if plan["text"]:
+        starts = tensors["token_starts"].tolist()
+        hashes["captions"] = [*map(hash_captions, captions)]
+        hashes["tokens"] = [
+            _hash([_bytes(tensors["tokens"][first:last])]) for first, last in pairwise(starts)
+        ]
+    return {name: _hash_rows(rows) for name, rows in hashes.items()}
+
+
+def _hash(parts: Iterable[bytes]) -> bytes:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _hash_rows(hashes: Sequence[bytes]) -> Tensor:
