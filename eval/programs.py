@@ -24,20 +24,20 @@ _stopped_by = 0  # the signal's number
 @contextmanager
 def ending_together() -> Iterator[None]:
     """Inside, SIGTERM, Ctrl-C and SIGUSR1 reach what `call` runs as SIGTERM, and nothing more is begun: `call` raises SystemExit with
-    128 + the signal, or 0 for SIGUSR1. A second Ctrl-C stops at once."""
+    128 + the signal, or 0 for SIGUSR1. So does the signal where none of them runs. A second Ctrl-C stops at once."""
     global _stopped_by
 
     def stop(number: int, _: FrameType | None) -> None:
         global _stopped_by
-        print(
-            f"{signal.Signals(number).name}: what runs saves and stops; the same command goes on",
-            file=sys.stderr,
-        )
+        said = f"{signal.Signals(number).name}: what runs saves and stops; the same command goes on\n"
+        os.write(2, said.encode())  # sys.stderr may be in the middle of a word
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with _lock:
             _stopped_by = number
             for process in _running:
                 process.terminate()
+            if not _running:  # it is this process that works
+                _leave_if_stopped()
 
     before = {number: signal.signal(number, stop) for number in STOPPING}
     try:

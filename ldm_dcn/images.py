@@ -35,9 +35,9 @@ LOOKED_AT = 16  # pictures, spread over all, that are looked at for colour where
 GREY_ENOUGH = 16  # levels between the channels of a grey picture: more than JPEG's rounding, less than any colour that is meant
 LOOK_ON = 2000  # files still looked at after one too many was broken, so that one run finds them all in a small folder
 
-# Pillow raises SyntaxError for a broken PNG chunk, ValueError for some truncated headers, struct.error for damaged EXIF.
 Known = TypeVar("Known")
 
+# Pillow raises SyntaxError for a broken PNG chunk, ValueError for some truncated headers, struct.error for damaged EXIF.
 UNREADABLE = (
     OSError,
     ValueError,

@@ -69,6 +69,18 @@ def test_what_is_stopped_has_its_programs_save_and_begins_no_more(
             os.kill(int(file.read_text()), 0)
 
 
+def test_a_command_that_works_by_itself_stops_at_once(tmp_path: Path) -> None:
+    program = tmp_path / "command.py"
+    program.write_text(
+        "import sys, time\nfrom eval import programs\nwith programs.ending_together():\n"
+        "    print('begun', file=sys.stderr, flush=True)\n    time.sleep(60)\n"
+    )
+    command = Program(str(program))
+    command.wait_for_line("begun")
+    command.send_signal(signal.SIGTERM)
+    assert command.wait(20) == 143
+
+
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
