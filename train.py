@@ -15,7 +15,7 @@ from ldm_dcn.errors import Parser, exit_on_user_error, report
 def main() -> int:
     parser = Parser(
         description=__doc__,
-        usage="%(prog)s CONFIG [section.key=value ...] [--print-config] [--allow-change KEY ...]",
+        usage="%(prog)s CONFIG [section.key=value ...] [--print-config] [--allow-change KEY ...] [--other-data]",
     )
     parser.add_argument(
         "config", nargs="?", metavar="CONFIG", help="a YAML file, such as configs/digits_dcn.yaml"
@@ -26,6 +26,11 @@ def main() -> int:
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and leave")
     parser.add_argument(
         "--allow-change", nargs="+", default=[], metavar="KEY", help="settings that may differ from the run's"
+    )
+    parser.add_argument(
+        "--other-data",
+        action="store_true",
+        help="go on with the run although its images are others than they were: more, fewer, or replaced; of as many classes",
     )
     for argument in sys.argv[1:]:
         if argument.startswith("--") and "." in argument.partition("=")[0]:
@@ -54,7 +59,7 @@ def main() -> int:
 
         score = OnTheWay(config)
     try:
-        return train(config, arguments.allow_change, score)
+        return train(config, arguments.allow_change, score, arguments.other_data)
     except NonFinite as error:
         report(str(error))
         return NON_FINITE

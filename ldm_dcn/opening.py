@@ -48,8 +48,13 @@ FIRST_LOSS_SCALE = 2.0**16  # of fp16, as torch.amp's GradScaler
 
 
 @contextmanager
-def open_run(config: Config, allow_change: Sequence[str] = (), scorer: Score | None = None) -> Iterator[Run]:
-    """The run of `config`: new, or as its newest good checkpoint left it."""
+def open_run(
+    config: Config,
+    allow_change: Sequence[str] = (),
+    scorer: Score | None = None,
+    other_data: bool = False,
+) -> Iterator[Run]:
+    """The run of `config`: new, or as its newest good checkpoint left it; with `other_data` whatever images it was trained on."""
     check_keys("--allow-change", allow_change)
     accelerator = start_accelerator()
     _check_settings(config.train, accelerator)
@@ -57,14 +62,15 @@ def open_run(config: Config, allow_change: Sequence[str] = (), scorer: Score | N
     with run_lock(config.folder) if main else nullcontext(), _tf32(config.train.tf32):
         last = _find_checkpoint(config, accelerator)
         tensors, facts = checkpoint.load(last) if last else ({}, {})
-        changes = check_same_run(facts["config"], config, str(config.folder), allow_change) if facts else []
+        allowed = [*allow_change, *(["data.source"] if other_data else [])]
+        changes = check_same_run(facts["config"], config, str(config.folder), allowed) if facts else []
         run = _build(config, accelerator, facts)
         _check_alike(run)
         run.scorer = scorer
         if config.train.parallel == "ddp":  # else no process draws alone
             run.peers = peers_of(accelerator)
         if facts:
-            run.restore(tensors, facts)
+            changes += run.restore(tensors, facts, other_data)
         elif main:
             checkpoint.check_room(config.folder / "checkpoints", _bytes_to_save(run))
         if config.train.compile:

@@ -536,6 +536,35 @@ class Run:
             group: collected(tensors, self.accelerator.is_main_process) for group, tensors in groups.items()
         }
 
+    def _check_data(self, facts: dict[str, Any], other_data: bool) -> list[str]:
+        source, model = self.config.data.source, self.config.model
+        others = [
+            f" model.{key}=null" for key in ("preset", "unet", "swap") if getattr(model, key) is not None
+        ]
+        begin_anew = (
+            "or choose another run.name for a new run; "
+            f"model.pretrained={self.config.folder}{''.join(others)} has it begin with the weights of this one"
+        )
+        if facts["num_classes"] != self.denoiser.num_classes:
+            raise UserError(
+                f"{self.config.folder} was trained on {facts['images']} images of {facts['num_classes']} classes, "
+                f"{source} now holds {len(self.latents)} of {self.denoiser.num_classes}; bring the data back, {begin_anew}"
+            )
+        known = facts.get("data")
+        # runs on images in memory did not always note it
+        noted = known is not None or isinstance(self.latents, LatentCache)
+        if facts["images"] == len(self.latents) and (known == self.identity or not noted):
+            return []
+        if other_data:
+            unseen = "; those that data.split=train holds out may have been trained on" * bool(self.held_out)
+            return [
+                f"the images of {source}: {facts['images']} -> {len(self.latents)}, {known} -> {self.identity}{unseen}"
+            ]
+        raise UserError(
+            f"{self.config.folder} was trained on another state of {source} ({facts['images']} images, {known}; now it is "
+            f"{len(self.latents)}, {self.identity}); bring the data back, go on with these by --other-data, {begin_anew}"
+        )
+
     def _facts(self) -> dict[str, Any]:
         return {
             "state": asdict(self.state),
@@ -547,30 +576,12 @@ class Run:
             "processes": self.accelerator.num_processes,
         }
 
-    def restore(self, tensors: dict[str, dict[str, torch.Tensor]], facts: dict[str, Any]) -> None:
-        """Take up what `_tensors` and `_facts` gave. Raises `UserError` where data or model are others."""
-        source, model = self.config.data.source, self.config.model
-        others = [
-            f" model.{key}=null"
-            for key in ("preset", "unet", "pretrained", "swap")
-            if getattr(model, key) is not None
-        ]
-        pretrained = (
-            f"model.pretrained={self.config.folder}{''.join(o for o in others if 'pretrained' not in o)}"
-        )
-        mend = f"bring the data back, or choose another run.name for a new run; {pretrained} has it begin with the weights of this one"
-        if (facts["images"], facts["num_classes"]) != (len(self.latents), self.denoiser.num_classes):
-            raise UserError(
-                f"{self.config.folder} was trained on {facts['images']} images of {facts['num_classes']} classes, "
-                f"{source} now holds {len(self.latents)} of {self.denoiser.num_classes}; {mend}"
-            )
-        known = facts.get("data")
-        # runs on images in memory did not always note it
-        if known != self.identity and (known is not None or isinstance(self.latents, LatentCache)):
-            raise UserError(
-                f"{self.config.folder} was trained on another state of {source} (it was {known}, now it is {self.identity}); "
-                + mend
-            )
+    def restore(
+        self, tensors: dict[str, dict[str, torch.Tensor]], facts: dict[str, Any], other_data: bool = False
+    ) -> list[str]:
+        """Take up what `_tensors` and `_facts` gave; returns in words what has changed. Raises `UserError` where the model is another,
+        or the data are and may not be."""
+        changes = self._check_data(facts, other_data)
         _load(self.denoiser.state_dict(), tensors["model"])
         if len(self.averages) > sum(name in tensors for name in EMA_GROUPS):
             raise UserError(
@@ -600,6 +611,7 @@ class Run:
             self.state.samples_before += taken
             self.state.batch_since = self.state.step
         self.batches.began = (self.state.batch_since, self.state.samples_before)
+        return changes
 
 
 @torch.no_grad()

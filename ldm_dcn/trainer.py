@@ -23,11 +23,14 @@ OVERFLOWS_IN_A_ROW = 12
 GROWTH_STEPS = 2000  # steps without an overflow after which fp16's loss scale is doubled
 
 
-def train(config: Config, allow_change: Sequence[str] = (), score: Score | None = None) -> int:
+def train(
+    config: Config, allow_change: Sequence[str] = (), score: Score | None = None, other_data: bool = False
+) -> int:
     """Train, or go on with, the run of `config`; returns the exit code: 0, or 128 + the signal that stopped it.
 
     allow_change   dotted keys that may differ from those of the run's last checkpoint
     score          what `train.score_every` calls: a model and a number of images -> names and values for the log
+    other_data     whether the images may be others than those of the run's last checkpoint, of as many classes
 
     SIGUSR1 saves and returns 0: schedulers that send it start the same command again.
     """
@@ -36,7 +39,11 @@ def train(config: Config, allow_change: Sequence[str] = (), score: Score | None 
             "train.score_every is on and nobody said how to score: give score=eval.on_the_way.OnTheWay(config), as train.py does, or set "
             "train.score_every=0"
         )
-    with leaving_on_requeue(), open_run(config, allow_change, score) as run, StopSignals() as stop:
+    with (
+        leaving_on_requeue(),
+        open_run(config, allow_change, score, other_data) as run,
+        StopSignals() as stop,
+    ):
         run.stop = stop
         if config.train.compile and not run.finished:
             check_compiled(run)

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -644,6 +645,36 @@ def test_moved_data_may_be_allowed_and_replaced_data_may_not(pictures: Path, tmp
     assert picture.stat().st_size == before.st_size
     with pytest.raises(UserError, match=r"was trained on another state of .*; bring the data back"):
         train(later)
+
+
+def test_other_data_of_as_many_classes_are_gone_on_with_where_that_is_asked_for(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(run_on(pictures, tmp_path)) == 0
+    grown = tmp_path / "grown"
+    shutil.copytree(pictures, grown)
+    for number in range(20):
+        Image.new("L", (8, 8), number).save(grown / "ab"[number % 2] / f"new{number}.png")
+    later = run_on(grown, tmp_path, "train.steps=2", "train.lr_schedule=constant")
+    with pytest.raises(
+        UserError,
+        match=r"go on with these by --other-data, or choose another run.name.*model.unet=null has it",
+    ):
+        train(later, ["data.source"])
+    capsys.readouterr()
+    assert train(later, other_data=True) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"changed since the last checkpoint: data.source: '{pictures}' -> '{grown}'" in said
+    assert re.search(rf"changed since the last checkpoint: the images of {grown}: \d+ -> \d+, ", said)
+    assert "held" not in said and "going on from" in said
+    further = run_on(grown, tmp_path, "train.steps=3", "train.lr_schedule=constant")
+    assert train(further) == 0  # these are the run's data now
+    (grown / "c").mkdir()
+    Image.new("L", (8, 8), 99).save(grown / "c" / "one.png")
+    with pytest.raises(
+        UserError, match=r"images of 2 classes, .* now holds \d+ of 3; bring the data back, or choose"
+    ):
+        train(run_on(grown, tmp_path, "train.steps=4", "train.lr_schedule=constant"), other_data=True)
 
 
 def test_a_moved_autoencoder_may_be_allowed_and_another_may_not(tmp_path: Path) -> None:
