@@ -77,9 +77,13 @@ def gradients(parameters: Sequence[nn.Parameter]) -> tuple[list[torch.Tensor], t
 
 
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-    """Of the whole gradient of each parameter that has one, (n,)."""
+    """Of the whole gradient of each of n parameters, (n,); zero where there is none."""
+    there = torch.tensor([p.grad is not None for p in parameters])
+    norms = torch.zeros(len(parameters), device=parameters[0].device)
     with torch.no_grad():
-        return whole(torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None])))
+        found = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+        norms[there.to(norms.device)] = whole(torch.stack(found)).to(norms)
+    return norms
 
 
 def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -8,14 +8,17 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from diffusers.models.upsampling import Upsample2D
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 import sample
 from eval import fid
 from ldm_dcn.changes import check_same_run
-from ldm_dcn.compiling import MODES
+from ldm_dcn.compiling import MODES, compile_unet
 from ldm_dcn.config import TrainConfig
+from ldm_dcn.errors import UserError
 from ldm_dcn.trainer import train
 from tiny import tiny_config
 
@@ -80,6 +83,70 @@ def test_images_that_are_there_are_not_compiled(tmp_path: Path, capsys: pytest.C
     with pytest.raises(SystemExit):
         fid.main([str(tmp_path), "--compile"])
     assert "--compile says how a run is drawn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [None, (8, 10)])
+def test_maps_are_widened_as_diffusers_does(asked: list[Any], size: tuple[int, int] | None) -> None:
+    torch.manual_seed(0)
+    layer = Upsample2D(6, use_conv=True, out_channels=6)
+    x = torch.randn(2, 6, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
+    want = layer(x, size)
+    want.square().sum().backward()
+    gradient, x.grad = x.grad, None
+    for _ in range(2):  # asked for twice it is done once
+        compile_unet(layer)
+    got = layer(x, output_size=size)
+    got.square().sum().backward()
+    assert torch.equal(got, want)
+    torch.testing.assert_close(x.grad, gradient)
+    assert torch.equal(layer(hidden_states=x), layer(x))
+
+
+def test_other_gradients_of_a_compiled_network_end_a_run_before_it_learns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler whose network is right forward, and passes no gradient on below its middle."""
+
+    def cut(self: nn.Module, mode: str) -> None:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            handle = self.mid_block.register_forward_hook(lambda module, inputs, output: output.detach())
+            try:
+                return self._call_impl(*args, **kwargs)
+            finally:
+                handle.remove()
+
+        self._compiled_call_impl = call
+
+    monkeypatch.setattr(nn.Module, "compile", cut)
+    with pytest.raises(UserError, match=r"other gradients \(norm .*set train.compile=false"):
+        train(tiny_config(tmp_path, "train.steps=2", "train.compile=true"))
+    assert not list((tmp_path / "runs" / "tiny" / "checkpoints").glob("step-*"))
+
+    def right(self: nn.Module, mode: str) -> None:
+        self._compiled_call_impl = lambda *args, **kwargs: self._call_impl(*args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "compile", right)
+    for name, compiled in (("compiled", "true"), ("plain", "false")):
+        settings = (
+            "train.steps=2",
+            "model.unet.dropout=0.2",
+            f"run.name={name}",
+            f"train.compile={compiled}",
+        )
+        assert train(tiny_config(tmp_path, *settings)) == 0
+    compiled, plain = (
+        load_file(tmp_path / "runs" / name / "checkpoints" / "step-2" / "model.safetensors")
+        for name in ("compiled", "plain")
+    )
+    for name in plain:  # the look itself changes nothing; upsampling rounds otherwise
+        torch.testing.assert_close(compiled[name], plain[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow(why="compiles for minutes")
+def test_a_compiled_network_learns_the_same(tmp_path: Path) -> None:
+    """`check_compiled` is asked, on what torch makes of it."""
+    swap = "model.swap={sites: [resnet], group_channels: 8}"
+    assert train(tiny_config(tmp_path, "train.steps=2", "train.compile=true", swap)) == 0
 
 
 @pytest.mark.slow(why="compiles for a minute")
