@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from . import folders
+from .config import flat
 from .errors import UserError, one_line
 from .files import replace_file
 from .folders import Damaged
@@ -109,22 +110,12 @@ def making(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What differs between two meanings, for an error; empty where nothing does."""
-    before, after = _flat(old), _flat(new)
+    before, after = flat(old), flat(new)
     different = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     named = "; ".join(
         f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}" for key in different[:4]
     )
     return named + (f"; and {len(different) - 4} more" if len(different) > 4 else "")
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, entry in value.items():
-        if isinstance(entry, Mapping):
-            result.update(_flat(entry, f"{prefix}{key}."))
-        else:
-            result[f"{prefix}{key}"] = entry
-    return result
 
 
 def _short(value: Any) -> str:

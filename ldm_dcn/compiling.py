@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # options are explained without torch
 # their kernels; "max-autotune" tries several kernels besides, and takes longer to begin.
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 WITH_GRAPHS = ("reduce-overhead", "max-autotune")
-# Of the norms of the parameters' gradients. Roundings of 16 bits stay below a hundredth; what is left out is more.
+# Of the norms of the parameters' gradients. Computed in bf16 those of the digits' networks differ by 0.004 and 0.001 from fp32's; what a
+# compiler leaves out is more.
 TOLERANCE = 0.05
 
 

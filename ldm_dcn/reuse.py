@@ -138,7 +138,7 @@ class EarlierCaches:
         return None
 
     def moments(self, place: Place) -> dict[str, Tensor]:
-        """ "moments" and, where the plan has mirror images, "moments_flipped" of an image as stored, (2L, h, w)."""
+        """Those of an image that the plan asks for (`moments_of`), each as stored, (2L, h, w)."""
         found = self._shards[place.shard].latents(place.row)
         return {name: self._tensor(found[name]) for name in moments_of(self._plan)}
 
@@ -215,16 +215,14 @@ def _shards_of(folder: Path, plan: Mapping[str, Any]) -> list[_Shard]:
         raise UserError(f"--reuse {folder}: it is no latent cache; name the OUT of an earlier encoding")
     earlier = begun_plan(folder)
     _check_made_alike(folder, earlier, plan)
-    same_text = bool(plan["text"]) and digest(meaning({"text": earlier["text"]})) == digest(
-        meaning({"text": plan["text"]})
-    )
-    shards = []
+    same_text = bool(plan["text"]) and meaning(earlier)["text"] == meaning(plan)["text"]
+    own, shards = digest(meaning(earlier)), []
     for shard in shard_ranges(earlier["images"], earlier["shard_size"]):
         try:
             facts = read_shard(folder, shard)
         except Damaged:  # not written yet, or cut off: its images are encoded
             continue
-        if facts["plan"] == digest(meaning(earlier)) and SOURCES in facts["files"] and facts["images"]:
+        if facts["plan"] == own and SOURCES in facts["files"] and facts["images"]:
             place = folder / SHARDS / shard.name
             shards.append(_Shard(place, facts["images"], facts["files"], earlier, same_text))
     return shards

@@ -133,9 +133,9 @@ def check_compiled(run: Run) -> None:
     """
     batch = run.batches.at(run.state.step, 0)
     norms = []
-    for arithmetic in (compiling.uncompiled(run.denoiser.unet), nullcontext()):
+    for way in (compiling.uncompiled(run.denoiser.unet), nullcontext()):
         randomness.fix_global(run.config.train.seed, "dropout", run.accelerator.process_index)
-        with arithmetic, gradients_exchanged(run.model, run.config.train.parallel, True):
+        with way, gradients_exchanged(run.model, run.config.train.parallel, True):
             backpropagate(run, batch)
         norms.append(gradient_norms(run.parameters))
         run.optimizer.zero_grad()

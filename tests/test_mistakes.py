@@ -677,6 +677,17 @@ def test_other_data_of_as_many_classes_are_gone_on_with_where_that_is_asked_for(
         train(run_on(grown, tmp_path, "train.steps=4", "train.lr_schedule=constant"), other_data=True)
 
 
+def test_of_other_data_it_is_said_what_validation_no_longer_means(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    split = ("data.split=train", "train.validate_every=1", "train.lr_schedule=constant")
+    assert train(run_on(pictures, tmp_path, *split)) == 0
+    Image.new("L", (8, 8), 77).save(pictures / "a" / "0-first.png")
+    assert train(run_on(pictures, tmp_path, *split, "train.steps=2"), other_data=True) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "those that data.split=train holds out may have been trained on" in said
+
+
 def test_a_moved_autoencoder_may_be_allowed_and_another_may_not(tmp_path: Path) -> None:
     from ldm_dcn.autoencoder import DIGITS_FOLDER
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Event
 from typing import get_args
 
 import numpy as np
@@ -550,6 +551,25 @@ def test_timing_one_comparison_keeps_the_others_times(tmp_path):
         )
     speed = json.loads(file.read_text())["speed"]
     assert [figure["name"] for figure in speed["figures"]] == ["a", "b", "c"]
+
+
+def test_a_run_that_fails_is_told_while_another_one_goes_on(tmp_path, monkeypatch):
+    path, begun, told, said, kept = write_study(tmp_path), Event(), Event(), [], []
+    jobs = study.jobs_of(protocol.load_study(path), path, tmp_path / "runs", ["a", "b"])[::2]
+
+    def run_job(job, *_):
+        if job.variant == "a":
+            assert begun.wait(20)
+            raise UserError("it is broken")
+        begun.set()
+        return {"told in time": told.wait(20)}
+
+    monkeypatch.setattr(study, "run_job", run_job)
+    monkeypatch.setattr(study.tqdm, "write", lambda text, **_: said.append(text) or told.set())
+    with pytest.raises(UserError, match="it is broken"):
+        study.train_and_score(jobs, protocol.Scoring(), [[], []], 1, kept.append)
+    assert said == ["error: it is broken; the runs that have begun are waited for"]
+    assert kept == [{"told in time": True}]
 
 
 def test_a_setting_that_is_wrong_is_the_studys(tmp_path):
