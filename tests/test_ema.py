@@ -71,12 +71,10 @@ def test_the_exponent_is_the_papers(width: float, gamma: float) -> None:
 
 
 def weighting(rule: Power, steps: int) -> torch.Tensor:
-    """The share of each step's weights in the average after `steps`, as the updates give it."""
-    shares = torch.zeros(steps, dtype=torch.float64)
-    for step in range(1, steps + 1):
-        shares *= rule.at(step)
-        shares[step - 1] = 1 - rule.at(step)
-    return shares
+    """The share of each step's weights in the average after `steps`, as the updates give it: what it is given, and keeps in each later one."""
+    keeps = torch.tensor([rule.at(step) for step in range(1, steps + 1)], dtype=torch.float64)
+    later = torch.cat([keeps[1:], torch.ones(1, dtype=torch.float64)])
+    return (1 - keeps) * later.flip(0).cumprod(0).flip(0)
 
 
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.2])

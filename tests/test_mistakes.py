@@ -680,7 +680,7 @@ def test_other_data_of_as_many_classes_are_gone_on_with_where_that_is_asked_for(
 def test_of_other_data_it_is_said_what_validation_no_longer_means(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    split = ("data.split=train", "train.validate_every=1", "train.lr_schedule=constant")
+    split = ("data.split=train", "train.validate_every=1", "train.lr_schedule=constant", "train.batch_size=64")
     assert train(run_on(pictures, tmp_path, *split)) == 0
     Image.new("L", (8, 8), 77).save(pictures / "a" / "0-first.png")
     assert train(run_on(pictures, tmp_path, *split, "train.steps=2"), other_data=True) == 0

@@ -385,18 +385,23 @@ def test_networks_are_given_whole_times(sampler: str) -> None:
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("sampler", ODES)
-def test_no_step_waits_for_the_device(model: Model, sampler: str, prediction: str) -> None:
-    """On the meta device a number that is asked for is an error; a copy is counted."""
-    denoiser = copy.deepcopy(model.denoiser).to("meta")
-    predict = guided(denoiser, torch.tensor([1, 2], device="meta"), 1.5)
-    counts = []
-    for steps in (3, 6):
-        with _Crossings() as crossings:
-            sample_latents(
-                predict, (1, 8, 8), [0, 1], schedule=Schedule(prediction=prediction), sampler=sampler, steps=steps, device="meta"
-            )  # fmt: skip
-        counts.append(crossings.count)
-    assert counts[0] == counts[1] > 0
+def test_no_step_waits_for_the_device(sampler: str, prediction: str) -> None:
+    schedule = Schedule(prediction=prediction)
+    few, many = (crossings(lambda x, t: x, schedule, sampler, steps) for steps in (3, 6))
+    assert few == many > 0
+
+
+def test_no_network_waits_for_the_device(model: Model) -> None:
+    predict = guided(copy.deepcopy(model.denoiser).to("meta"), torch.tensor([1, 2], device="meta"), 1.5)
+    few, many = (crossings(predict, SCHEDULE, "ddim", steps) for steps in (1, 2))
+    assert few == many > 0
+
+
+def crossings(predict: Predict, schedule: Schedule, sampler: str, steps: int) -> int:
+    """Copies between the CPU and the meta device, on which a number that is asked for is an error, in drawing two samples."""
+    with _Crossings() as counted:
+        sample_latents(predict, (1, 8, 8), [0, 1], schedule=schedule, sampler=sampler, steps=steps, device="meta")
+    return counted.count
 
 
 def test_guidance_works_within_its_interval_only(model: Model) -> None:

@@ -25,6 +25,12 @@ UNET = {
 }
 # For the tests that are to meet it on the way up as well.
 ATTENTION_UP = "model.unet.up_block_types=[CrossAttnUpBlock2D, UpBlock2D]"
+# For sharded parameters: torch works out anew, in up to 0.1 s a process, how each operation goes on parts of each shape.
+ONE_LEVEL = (
+    "model.unet={block_out_channels: [8], down_block_types: [CrossAttnDownBlock2D], up_block_types: [UpBlock2D], "
+    "mid_block_type: null, sample_size: 8, in_channels: 1, out_channels: 1, layers_per_block: 1, cross_attention_dim: 8, "
+    "attention_head_dim: 2, norm_num_groups: 4}"
+)
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": {"unet": UNET},
     "autoencoder": {"spec": "identity"},
