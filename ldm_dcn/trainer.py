@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
 
 import torch
 
@@ -129,21 +128,34 @@ def training_step(run: Run, stop: StopSignals) -> float | None:
 def check_compiled(run: Run) -> None:
     """Raise `UserError` where the compiled network has other gradients than the one that was written, on the batch to come.
 
-    In all processes together. Nothing of the run changes.
+    In all processes together, without dropout. Nothing of the run changes.
     """
-    batch = run.batches.at(run.state.step, 0)
-    norms = []
-    for way in (compiling.uncompiled(run.denoiser.unet), nullcontext()):
-        randomness.fix_global(run.config.train.seed, "dropout", run.accelerator.process_index)
-        with way, gradients_exchanged(run.model, run.config.train.parallel, True):
+    names = {p: name for name, p in run.denoiser.named_parameters()}
+    batch, scale = run.batches.at(run.state.step, 0), run.state.loss_scale
+
+    def norms() -> torch.Tensor:
+        with gradients_exchanged(run.model, run.config.train.parallel, True):
             backpropagate(run, batch)
-        norms.append(gradient_norms(run.parameters))
+        found = gradient_norms(run.parameters)
         run.optimizer.zero_grad()
-    plain, compiled = norms
-    if bool(torch.isfinite(plain).all()) and not compiling.same_gradients(plain, compiled):
+        return found
+
+    with compiling.without_dropout(run.denoiser.unet):
+        with compiling.uncompiled(run.denoiser.unet):
+            plain = norms()
+            if not bool(
+                torch.isfinite(plain).all()
+            ):  # fp16's scale is far too large for the first steps of a run
+                run.state.loss_scale = 1.0
+                plain = norms()
+        compiled = norms()
+    run.state.loss_scale = scale
+    if wrong := compiling.wrong_gradients(plain, compiled):
+        worst = wrong[0]
         raise UserError(
-            f"torch.compile of torch {torch.__version__} gives this network other gradients (norm {float(compiled.norm()):.4g}, "
-            f"without it {float(plain.norm()):.4g}); set train.compile=false, or take another version of torch"
+            f"torch.compile of torch {torch.__version__} gives this network other gradients (of {len(wrong)} parameters, most of "
+            f"all of {names[run.parameters[worst]]}: norm {float(compiled[worst]):.4g}, without it {float(plain[worst]):.4g}); set "
+            "train.compile=false, or take another version of torch"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,12 +16,14 @@ from torch import nn
 
 import sample
 from eval import fid
+from ldm_dcn import opening
 from ldm_dcn.changes import check_same_run
-from ldm_dcn.compiling import MODES, compile_unet
+from ldm_dcn.compiling import MODES, compile_unet, without_dropout, wrong_gradients
 from ldm_dcn.config import TrainConfig
 from ldm_dcn.errors import UserError
+from ldm_dcn.opening import open_run
 from ldm_dcn.trainer import train
-from tiny import tiny_config
+from tiny import WHOLE, setting, tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_a_fresh_accelerator")
 
@@ -102,51 +105,93 @@ def test_maps_are_widened_as_diffusers_does(asked: list[Any], size: tuple[int, i
     assert torch.equal(layer(hidden_states=x), layer(x))
 
 
-def test_other_gradients_of_a_compiled_network_end_a_run_before_it_learns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def compiled_by(call: Callable[..., Any]) -> Callable[[nn.Module, str], None]:
+    """A compiler: what it makes of a network is `call(network, *args, **kwargs)`."""
+
+    def compile(self: nn.Module, mode: str) -> None:
+        self._compiled_call_impl = lambda *args, **kwargs: call(self, *args, **kwargs)
+
+    return compile
+
+
+def below_the_middle(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    handle = self.mid_block.register_forward_hook(lambda module, inputs, output: output.detach())
+    try:
+        return self._call_impl(*args, **kwargs)
+    finally:
+        handle.remove()
+
+
+def of_the_condition(self: nn.Module, *args: Any, encoder_hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+    return self._call_impl(*args, encoder_hidden_states=encoder_hidden_states.detach(), **kwargs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("cut", "lost"), [(below_the_middle, "unet"), (of_the_condition, r"class_embedding\.weight")]
+)
+def test_lost_gradients_of_a_compiled_network_end_a_run_before_it_learns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: Callable[..., Any], lost: str, precision: str
 ) -> None:
-    """A compiler whose network is right forward, and passes no gradient on below its middle."""
-
-    def cut(self: nn.Module, mode: str) -> None:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            handle = self.mid_block.register_forward_hook(lambda module, inputs, output: output.detach())
-            try:
-                return self._call_impl(*args, **kwargs)
-            finally:
-                handle.remove()
-
-        self._compiled_call_impl = call
-
-    monkeypatch.setattr(nn.Module, "compile", cut)
-    with pytest.raises(UserError, match=r"other gradients \(norm .*set train.compile=false"):
-        train(tiny_config(tmp_path, "train.steps=2", "train.compile=true"))
+    """A compiler whose network is right forward. That of the classes is a four-hundredth of the whole gradient."""
+    monkeypatch.setattr(nn.Module, "compile", compiled_by(cut))
+    monkeypatch.setattr(opening, "FIRST_LOSS_SCALE", 2.0**40)  # the first look overflows
+    settings = ("train.steps=2", "train.compile=true", f"train.precision={precision}")
+    with pytest.raises(
+        UserError, match=rf"other gradients \(of .* {lost}.*: norm 0, without it .*set train.compile=false"
+    ):
+        train(tiny_config(tmp_path, setting("model.unet", WHOLE), *settings))
     assert not list((tmp_path / "runs" / "tiny" / "checkpoints").glob("step-*"))
 
-    def right(self: nn.Module, mode: str) -> None:
-        self._compiled_call_impl = lambda *args, **kwargs: self._call_impl(*args, **kwargs)
 
-    monkeypatch.setattr(nn.Module, "compile", right)
+def test_the_look_at_a_compiled_network_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nn.Module, "compile", compiled_by(lambda self, *a, **k: self._call_impl(*a, **k)))
+    settings = ("train.steps=2", setting("model.unet", {**WHOLE, "dropout": 0.2}))
     for name, compiled in (("compiled", "true"), ("plain", "false")):
-        settings = (
-            "train.steps=2",
-            "model.unet.dropout=0.2",
-            f"run.name={name}",
-            f"train.compile={compiled}",
-        )
-        assert train(tiny_config(tmp_path, *settings)) == 0
+        own = (f"run.name={name}", f"train.compile={compiled}")
+        assert train(tiny_config(tmp_path, *settings, *own)) == 0
     compiled, plain = (
         load_file(tmp_path / "runs" / name / "checkpoints" / "step-2" / "model.safetensors")
         for name in ("compiled", "plain")
     )
-    for name in plain:  # the look itself changes nothing; upsampling rounds otherwise
+    for name in plain:  # upsampling rounds otherwise
         torch.testing.assert_close(compiled[name], plain[name], rtol=1e-3, atol=1e-4)
 
 
+def test_a_compiler_may_draw_other_random_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As inductor does: what dropout leaves out differs, which makes a tenth of the gradient."""
+
+    def drawing_otherwise(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        torch.rand(3)
+        return self._call_impl(*args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "compile", compiled_by(drawing_otherwise))
+    dropout = setting("model.unet", {**WHOLE, "dropout": 0.5})
+    config = tiny_config(tmp_path, dropout, "train.steps=1", "train.compile=true")
+    assert train(config) == 0
+    with open_run(config) as run, without_dropout(run.denoiser.unet):
+        assert not any(m.training for m in run.denoiser.modules() if isinstance(m, nn.Dropout) and m.p > 0)
+
+
+def test_gradients_of_nothing_are_no_fault() -> None:
+    """What is rounding in both networks, and what is not finite in the one that is written."""
+    plain = torch.tensor([1.0, 1e-9, 0.01])
+    assert wrong_gradients(plain, torch.tensor([1.01, 5e-9, 0.007])) == []
+    assert wrong_gradients(plain, torch.tensor([1.0, 0.0, 0.0])) == [2]
+    assert wrong_gradients(plain, torch.tensor([1.0, 0.0, torch.nan]))[0] == 2
+    assert wrong_gradients(plain, torch.tensor([0.9, 1e-9, 0.01]))[0] == 0
+    assert wrong_gradients(torch.tensor([1.0, torch.inf]), torch.tensor([1.0, 1.0])) == []
+
+
 @pytest.mark.slow(why="compiles for minutes")
-def test_a_compiled_network_learns_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_compiled_network_learns_the_same(tmp_path: Path, dropout: float) -> None:
     """`check_compiled` is asked, on what torch makes of it."""
+    network = setting("model.unet", {**WHOLE, "dropout": dropout})
     swap = "model.swap={sites: [resnet], group_channels: 8}"
-    assert train(tiny_config(tmp_path, "train.steps=2", "train.compile=true", swap)) == 0
+    assert train(tiny_config(tmp_path, network, "train.steps=2", "train.compile=true", swap)) == 0
 
 
 @pytest.mark.slow(why="compiles for a minute")

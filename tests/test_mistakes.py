@@ -41,7 +41,7 @@ from ldm_dcn.launch import start_accelerator
 from ldm_dcn.opening import open_run
 from ldm_dcn.signals import StopSignals
 from ldm_dcn.trainer import train
-from tiny import ROOT, tiny_config, write_config
+from tiny import ROOT, WHOLE, setting, tiny_config, write_config
 
 Line = Callable[[Callable[[], object]], str]
 
@@ -463,7 +463,7 @@ def test_a_first_checkpoint_that_cannot_fit_is_seen_at_the_start(
     leave_free(monkeypatch, 100_000)
     with pytest.raises(
         UserError,
-        match=r"no room for the checkpoints of this run .* takes 1.0 MB .* 0.1 MB are free, 0.9 MB too few",
+        match=r"no room for the checkpoints of this run .* takes 0.2 MB .* 0.1 MB are free, 0.1 MB too few",
     ):
         train(config)
     assert not (tmp_path / "runs").exists()
@@ -680,7 +680,12 @@ def test_other_data_of_as_many_classes_are_gone_on_with_where_that_is_asked_for(
 def test_of_other_data_it_is_said_what_validation_no_longer_means(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    split = ("data.split=train", "train.validate_every=1", "train.lr_schedule=constant", "train.batch_size=64")
+    split = (
+        "data.split=train",
+        "train.validate_every=1",
+        "train.lr_schedule=constant",
+        "train.batch_size=64",
+    )
     assert train(run_on(pictures, tmp_path, *split)) == 0
     Image.new("L", (8, 8), 77).save(pictures / "a" / "0-first.png")
     assert train(run_on(pictures, tmp_path, *split, "train.steps=2"), other_data=True) == 0
@@ -718,19 +723,19 @@ def test_an_image_size_that_the_autoencoder_cannot_halve_is_refused(tmp_path: Pa
 
 @pytest.mark.parametrize("small", [0, opening.SMALL_NETWORK], ids=["meta", "cpu"])
 @pytest.mark.parametrize(
-    "setting", ["layers_per_block=0", "encoder_hid_dim=12", "class_embed_type=timestep", "sample_size=32"]
+    "wrong", ["layers_per_block=0", "encoder_hid_dim=12", "class_embed_type=timestep", "sample_size=32"]
 )
 def test_a_network_that_fails_at_its_first_step_is_refused_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, small: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str, small: int
 ) -> None:
     monkeypatch.setattr(opening, "SMALL_NETWORK", small)
-    config = tiny_config(tmp_path, f"model.unet.{setting}")
-    if setting == "sample_size=32":  # nothing is wrong with that one, but that it is not what is drawn
+    config = tiny_config(tmp_path, setting("model.unet", WHOLE), f"model.unet.{wrong}")
+    if wrong == "sample_size=32":  # nothing is wrong with that one, but that it is not what is drawn
         with open_run(config) as run:
             assert run.denoiser.unet.config.sample_size == 8
         return
     further = r"it wants a condition beside classes or captions \(class_embed_type=timestep\)"
-    mend = further if setting.startswith("class_embed_type") else "mend model.unet"
+    mend = further if wrong.startswith("class_embed_type") else "mend model.unet"
     with pytest.raises(UserError, match=rf"cannot take latents of shape \(1, 8, 8\): .*; {mend}"):
         train(config)
 

@@ -18,13 +18,13 @@ from ldm_dcn.denoiser import Denoiser
 from ldm_dcn.errors import UserError
 from ldm_dcn.sampling import DEFAULTS
 from ldm_dcn.trainer import train
-from tiny import tiny_config
+from tiny import WHOLE, setting, tiny_config
 
 
 @pytest.fixture(scope="module")
 def draw(tmp_path_factory: pytest.TempPathFactory) -> LatentDiffusion:
     AcceleratorState._reset_state(reset_partial_state=True)
-    config = tiny_config(tmp_path_factory.mktemp("pipeline"), "train.steps=1")
+    config = tiny_config(tmp_path_factory.mktemp("pipeline"), setting("model.unet", WHOLE), "train.steps=1")
     assert train(config) == 0
     return LatentDiffusion.from_pretrained(config.folder)
 

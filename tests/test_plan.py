@@ -16,7 +16,7 @@ from ldm_dcn.config import Config, load_config
 from ldm_dcn.denoiser import Denoiser
 from ldm_dcn.errors import UserError
 from ldm_dcn.unet import build_unet
-from tiny import ATTENTION_UP, ROOT, UNET, tiny_config, write_config
+from tiny import ROOT, UNET, WHOLE, setting, tiny_config, write_config
 
 _counted: dict[str, Counted] = {}
 
@@ -79,7 +79,7 @@ def test_what_is_kept_is_foreseen(tmp_path: Path, swap: str, precision: str, ask
         f"train.gradient_checkpointing={str(asked).lower()}",
         f"train.precision={precision}",
         "data.num_classes=10",
-        ATTENTION_UP,
+        setting("model.unet", WHOLE),
     )
     counted = count(config)
     for checkpointing, (an_image, once) in ((False, counted.kept), (True, counted.kept_checkpointed)):

@@ -27,7 +27,7 @@ from eval.report.markup import joined, tag
 from ldm_dcn.export import load_model
 from ldm_dcn.sampling import generate
 from ldm_dcn.trainer import train
-from tiny import ROOT, tiny_config
+from tiny import ROOT, WHOLE, setting, tiny_config
 
 SWAP = "model.swap={sites: [resnet, self_attention, resample], group_channels: 4}"
 DRAW = ["--labels", "3", "1", "--seeds", "7", "8", "9", "--steps", "3", "--moments", "2", "--device", "cpu"]
@@ -47,7 +47,8 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("runs")
     found = []
     validated = ("data.split=train", "train.validate_every=2", "train.validation_images=8")
-    for name, overrides in (("dcn", (SWAP, "train.lr=1e-2", *validated)), ("unet", ())):
+    network = setting("model.unet", WHOLE)
+    for name, overrides in (("dcn", (network, SWAP, "train.lr=1e-2", *validated)), ("unet", (network,))):
         AcceleratorState._reset_state(reset_partial_state=True)
         config = tiny_config(
             folder, f"run.name={name}", "train.steps=4", "train.log_every=2", "train.save_every=0", *overrides

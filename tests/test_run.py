@@ -36,7 +36,7 @@ from ldm_dcn.swap import apply_swap, plan_swap
 from ldm_dcn.trainer import train, training_step
 from ldm_dcn.unet import build_unet, set_attention
 from programs import run_together
-from tiny import ONE_LEVEL, ROOT, UNET, tiny_config, write_config
+from tiny import ROOT, WHOLE, tiny_config, write_config
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_a_fresh_accelerator")
 
@@ -257,7 +257,7 @@ def test_exports_of_single_steps_stay_and_are_scored_side_by_side(tmp_path: Path
 
 def test_fsdp_goes_on_from_one_process_and_one_process_from_fsdp(tmp_path: Path) -> None:
     """Steps 1 to 3 in one process, 4 to 6 shared out on two, 7 and 8 in one again: the losses of eight in one."""
-    swap = (ONE_LEVEL, "model.swap={sites: [resnet], group_channels: 4}", "data.split=train")
+    swap = ("model.swap={sites: [resnet], group_channels: 4}", "data.split=train")
     every = ("train.sample_every=6", "train.validate_every=6", "train.validation_images=50")
     one = tiny_config(tmp_path, *swap, *every, name="one")
     assert train(one) == 0
@@ -402,7 +402,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small U-Net in a pipeline's layout."""
     torch.manual_seed(3)
     folder = tmp_path_factory.mktemp("pretrained")
-    build_unet(UNET).save_pretrained(folder / "unet")
+    build_unet(WHOLE).save_pretrained(folder / "unet")
     return folder
 
 
@@ -427,7 +427,7 @@ def test_new_blocks_learn_the_old_ones_outputs_first(pretrained: Path, tmp_path:
 
     old = load_file(pretrained / "unet" / "diffusion_pytorch_model.safetensors")
     new = load_file(config.folder / "checkpoints" / "step-60" / "model.safetensors")
-    sites = [site.name for site in plan_swap(build_unet(UNET), sites=["resnet"], group_channels=4)]
+    sites = [site.name for site in plan_swap(build_unet(WHOLE), sites=["resnet"], group_channels=4)]
     stayed = [name for name in old if not name.startswith(tuple(f"{site}." for site in sites))]
     assert stayed and all(torch.equal(new[f"unet.{name}"], old[name]) for name in stayed)
     end = load_file(config.folder / "checkpoints" / "step-64" / "model.safetensors")
@@ -435,7 +435,7 @@ def test_new_blocks_learn_the_old_ones_outputs_first(pretrained: Path, tmp_path:
 
 
 def test_matching_runs_the_network_on_its_old_blocks(pretrained: Path) -> None:
-    unet = build_unet(UNET)
+    unet = build_unet(WHOLE)
     plan = plan_swap(unet, sites=["resnet", "self_attention"], group_channels=4)
     originals = {site.name: unet.get_submodule(site.name) for site in plan}
     x, t, tokens = torch.randn(2, 1, 8, 8), torch.tensor([3, 900]), torch.randn(2, 1, 8)
@@ -632,7 +632,7 @@ def test_weights_and_biases_goes_on_with_the_same_curves(
 
 def test_attention_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU would meet; without one, either is refused before (`test_what_cannot_be_is_refused`)."""
-    unet = build_unet(UNET)
+    unet = build_unet(WHOLE)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
     expected = {"flash": "this PyTorch was built without it; use train.attention=sdpa"}
     if not importlib.util.find_spec("xformers"):

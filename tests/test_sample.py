@@ -24,7 +24,7 @@ from ldm_dcn.arithmetic import ARITHMETIC
 from ldm_dcn.errors import UserError
 from ldm_dcn.trainer import train
 from programs import Program, run_together
-from tiny import tiny_config
+from tiny import WHOLE, setting, tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_a_fresh_accelerator")
 
@@ -32,7 +32,9 @@ pytestmark = pytest.mark.usefixtures("one_thread_and_a_fresh_accelerator")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     AcceleratorState._reset_state(reset_partial_state=True)
-    config = tiny_config(tmp_path_factory.mktemp("run"), "train.steps=2", "train.save_every=0")
+    config = tiny_config(
+        tmp_path_factory.mktemp("run"), setting("model.unet", WHOLE), "train.steps=2", "train.save_every=0"
+    )
     assert train(config) == 0
     return str(config.folder)
 
@@ -309,7 +311,7 @@ def test_images_of_other_settings_are_never_mixed(run: str, tmp_path: Path) -> N
     command = [run, "--n", "4", "--steps", "1", "--png-dir", str(folder)]
     assert sample.main(command) == 0
     before = pictures(folder)
-    for setting, told in (
+    for option, told in (
         (["--guidance", "3"], r"guidance: 1.4 -> 3.0"),
         (["--steps", "2"], r"steps: 1 -> 2"),
         (["--sampler", "ddim"], r"sampler: dpm\+\+ -> ddim"),
@@ -317,7 +319,7 @@ def test_images_of_other_settings_are_never_mixed(run: str, tmp_path: Path) -> N
         (["--guidance-rescale", "0.7"], "guidance_rescale: None -> 0.7"),
     ):
         with pytest.raises(UserError, match=rf"drawn with other settings \({told}\); give another place"):
-            sample.main([*command, *setting])
+            sample.main([*command, *option])
     assert pictures(folder) == before
     assert sample.main([*command[:2], "6", *command[3:]]) == 0  # more of the same
     assert before.items() < pictures(folder).items() and len(pictures(folder)) == 6

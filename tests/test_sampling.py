@@ -32,7 +32,7 @@ from ldm_dcn.sampling import (
     sampling_times,
 )
 from ldm_dcn.unet import build_unet
-from tiny import UNET
+from tiny import WHOLE
 
 SCHEDULE = Schedule()
 SHAPE = (4, 6, 5)
@@ -290,7 +290,7 @@ def test_wrong_settings_are_refused(options: dict[str, object], expected: str) -
 @pytest.fixture(scope="module")
 def model() -> Model:
     torch.manual_seed(0)
-    denoiser = Denoiser(UNet2DConditionModel(**UNET), num_classes=10)
+    denoiser = Denoiser(UNet2DConditionModel(**WHOLE), num_classes=10)
     torch.nn.init.normal_(denoiser.class_embedding.weight)
     denoiser.to(memory_format=torch.channels_last)
     return Model(denoiser, load_autoencoder("identity", image_channels=1), SCHEDULE, (1, 8, 8), "tiny", 0)
@@ -326,7 +326,7 @@ def test_a_swapped_network_and_an_autoencoder_draw_another_size(model: Model) ->
     """DCNv4 in convolutions and self-attention, which is told height and width; 4 pixels a latent."""
     torch.manual_seed(0)
     unet = build_unet(
-        {**UNET, "in_channels": 4, "out_channels": 4},
+        {**WHOLE, "in_channels": 4, "out_channels": 4},
         swap={"sites": ("resnet", "self_attention"), "group_channels": 4},
     )
     autoencoder = load_autoencoder("digits", image_channels=1)
@@ -400,7 +400,9 @@ def test_no_network_waits_for_the_device(model: Model) -> None:
 def crossings(predict: Predict, schedule: Schedule, sampler: str, steps: int) -> int:
     """Copies between the CPU and the meta device, on which a number that is asked for is an error, in drawing two samples."""
     with _Crossings() as counted:
-        sample_latents(predict, (1, 8, 8), [0, 1], schedule=schedule, sampler=sampler, steps=steps, device="meta")
+        sample_latents(
+            predict, (1, 8, 8), [0, 1], schedule=schedule, sampler=sampler, steps=steps, device="meta"
+        )
     return counted.count
 
 

@@ -15,7 +15,7 @@ from ldm_dcn.opening import open_run
 from ldm_dcn.signals import StopSignals
 from ldm_dcn.trainer import train, training_step
 from programs import run_together
-from tiny import ONE_LEVEL, tiny_config, write_config
+from tiny import tiny_config, write_config
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_a_fresh_accelerator")
 
@@ -37,7 +37,6 @@ def assert_alike(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 def test_zero_goes_on_from_zero_with_the_same_files_as_one_process(tmp_path: Path) -> None:
     """Two parts a step, clipped gradients, two rates of learning, two averages and their snapshots; AdamW's state too."""
     settings = (
-        ONE_LEVEL,
         "model.swap={sites: [resnet], group_channels: 4}",
         "train.gradient_accumulation=2",
         "train.gradient_clip=0.5",
@@ -97,7 +96,7 @@ def test_a_drawing_that_fails_leaves_the_next_step_its_weights(tmp_path: Path, p
 
 def test_fp16_steps_that_overflow_are_taken_again_in_all_processes(tmp_path: Path) -> None:
     """And parameters that have been stepped more often than others keep their own count."""
-    settings = (ONE_LEVEL, "train.precision=fp16")
+    settings = ("train.precision=fp16",)
     one, two = (tiny_config(tmp_path, *settings, name=name) for name in ("one", "two"))
     with open_run(one) as run:
         run.record(training_step(run, StopSignals()))

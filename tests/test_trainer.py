@@ -35,7 +35,7 @@ from ldm_dcn.sampling import generate
 from ldm_dcn.signals import StopSignals
 from ldm_dcn.trainer import learning_rate, train, training_step
 from programs import torchrun
-from tiny import ATTENTION_UP, tiny_config, write_config
+from tiny import WHOLE, setting, tiny_config, write_config
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_a_fresh_accelerator")
 
@@ -520,7 +520,11 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path, override: 
 
 
 def test_a_swapped_network_trains_resumes_exports_and_draws(tmp_path: Path) -> None:
-    swap = ("model.swap.sites=[resnet, self_attention]", "model.swap.group_channels=4", ATTENTION_UP)
+    swap = (
+        "model.swap.sites=[resnet, self_attention]",
+        "model.swap.group_channels=4",
+        setting("model.unet", WHOLE),
+    )
     whole, cut = (tiny_config(tmp_path, *swap, "train.steps=4", name=name) for name in ("whole", "cut"))
     assert train(whole) == 0
     with open_run(cut) as run:
