@@ -106,7 +106,7 @@ def measure(source: Source, extractor: FeatureExtractor, *, keep_shape: tuple[in
             if writer is not None:
                 writer.add(block.pixels)
             if block.seconds is not None:
-                place = number % processes.count
+                place = number % processes.at_once
                 seconds[place] = seconds.get(place, 0) + block.seconds
             digest.update(block.digest)
             bar.update(len(values))

@@ -75,14 +75,14 @@ class OnTheWay:
     def __call__(self, model: Model, count: int, processes: Processes) -> dict[str, Any]:
         """The distance of `count` images, under its own name, and everything it depends on; on the first of `processes`."""
         settings, device = self._settings, str(model.denoiser.device)
-        self._scorer.to(device)
 
-        def measure_reference() -> None:
+        def prepare() -> tuple[str | None, Tensor | None]:
+            self._scorer.to(device)
             if self._real is None and processes.is_first:
                 self._real = measure(self._images, self._scorer, device=device)
+            return self._labels(count, model.num_classes)
 
-        processes.together(measure_reference)
-        rule, labels = self._labels(count, model.num_classes)
+        rule, labels = processes.together(prepare)  # what fails in one of them alone fails in all
         source = SampleSource(
             model,
             model.name,

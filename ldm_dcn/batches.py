@@ -51,7 +51,11 @@ class Batches:
         self._takes_text = denoiser.takes_text
         self._device = accelerator.device
         self._processes, self._rank = accelerator.num_processes, accelerator.process_index
-        self._loader = ThreadPoolExecutor(1, "loader")
+        # A thread begins on the first GPU, on which pinning memory may then leave each process's context.
+        own = (
+            (torch.cuda.set_device, (self._device.index or 0,)) if self._device.type == "cuda" else (None, ())
+        )
+        self._loader = ThreadPoolExecutor(1, "loader", *own)
         self._ahead: dict[tuple[int, int], Future[tuple[torch.Tensor, ...]]] = {}
 
     def close(self) -> None:

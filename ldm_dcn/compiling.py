@@ -36,6 +36,16 @@ def compile_unet(unet: nn.Module, mode: str = "default") -> None:
     unet.compile(mode=mode)
 
 
+def let_ddp_recompute() -> None:
+    """Before a network that recomputes its blocks is compiled in DDP: older torch divides what it compiles where DDP's buckets end, and
+    knows no way to where blocks are recomputed (issue 104674 of pytorch; 2.13 does). Undivided, gradients are exchanged at the end.
+    """
+    import torch._dynamo
+
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        torch._dynamo.config.optimize_ddp = False
+
+
 def _upsample(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of diffusers' upsampling: what it does itself where `interpolate` is set, without an index."""
     from torch.nn.functional import interpolate

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from . import files
 from .denoiser import Denoiser
 from .errors import UserError
 from .files import replacing
 from .pictures import save_png
 
 NOTE = ".drawn.json"  # in the folder: what its images were drawn with
-PATIENCE = 75.0  # seconds; NFS shows an old listing of a folder for up to 60 (acdirmax)
 WRITERS = 8  # threads; compression, most of a PNG's time, runs outside Python's lock
 WAIT = 1.0  # seconds between two looks
 MOST_WORDS = 120  # letters of one setting in an error
@@ -84,7 +84,7 @@ class Drawn:
 
     def lost(self) -> list[int]:
         """`missing`, after all processes have drawn: a network file system shows what others wrote only after a while."""
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + files.UNSEEN
         while (missing := self.missing()) and time.monotonic() < until:
             time.sleep(WAIT)
         return missing

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import cache_layout, cache_writer, folders
+from . import cache_layout, cache_writer, files, folders
 from .autoencoder import Autoencoder
 from .cache_layout import Range
 from .errors import UserError
@@ -345,6 +345,9 @@ def _advance(bar: tqdm | None, count: int) -> None:
 
 def wait_for_others(encoding: Encoding, presence: Presence, stop: StopSignals) -> None:
     """Until all shards are there. No exchange between the processes: one that failed would make the others wait for ever."""
+    free_since: dict[
+        int, float
+    ] = {}  # of those whose shards are missing: they may be there, and not be seen yet
     waiting = [
         (rank, shard)
         for rank in range(encoding.processes)
@@ -357,7 +360,9 @@ def wait_for_others(encoding: Encoding, presence: Presence, stop: StopSignals) -
     while waiting and not stop.received:
         present = {rank: presence.is_there(rank) for rank, _ in waiting}  # asked first: it may end just now
         waiting = [(rank, shard) for rank, shard in waiting if not _is_done(encoding, shard, outdated)]
-        gone = sorted({rank for rank, _ in waiting if not present[rank]})
+        now = time.monotonic()
+        free_since = {rank: free_since.get(rank, now) for rank, _ in waiting if not present[rank]}
+        gone = sorted(rank for rank, since in free_since.items() if now - since >= files.UNSEEN)
         if gone:
             raise UserError(
                 f"process {gone[0]} ended before its shards were written (its own error says why); the others' are kept; "

@@ -110,6 +110,8 @@ def quiet(log: ModuleType) -> Iterator[None]:
 def explain(error: OSError) -> str:
     """What the operating system refused, where, and what to do about it."""
     where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    if error.strerror is None:  # a library's, which has words of its own
+        return f"{where}{one_line(error)}"
     return f"{where}{error.strerror}; {_MENDS.get(error.errno, 'look at it')}"
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 from threading import get_ident
 from typing import IO, Any
 
+# Seconds that what another machine has written may not be seen: NFS shows an old listing of a folder for up to 60 (acdirmax).
+UNSEEN = 75.0
+
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:

@@ -21,7 +21,7 @@ from .autoencoder import Autoencoder, load_autoencoder
 from .batches import Batches
 from .cache import LatentCache
 from .changes import check_same_run
-from .compiling import compile_unet
+from .compiling import compile_unet, let_ddp_recompute
 from .config import Config, ParameterGroup, TrainConfig, check_keys, flat
 from .data import check_source
 from .denoiser import Denoiser
@@ -67,14 +67,15 @@ def open_run(
         run = _build(config, accelerator, facts)
         _check_alike(run)
         run.scorer = scorer
-        if config.train.parallel == "ddp":  # else no process draws alone
-            run.peers = peers_of(accelerator)
+        run.peers = peers_of(accelerator, in_step=config.train.parallel != "ddp")
         if facts:
             changes += run.restore(tensors, facts, other_data)
         elif main:
             checkpoint.check_room(config.folder / "checkpoints", _bytes_to_save(run))
         if config.train.compile:
             compile_unet(run.denoiser.unet, config.train.compile_mode)
+            if config.train.gradient_checkpointing and config.train.parallel == "ddp":
+                let_ddp_recompute()
         if main:
             _write_down(run, tensors.get("ema"))
             run.metrics = MetricsLog(config.folder, run.state.step, config.train.trackers, config.resolved())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -52,10 +53,10 @@ def shard(denoiser: nn.Module, parallel: str, device: torch.device, dtype: torch
 def replicate(denoiser: nn.Module, device: torch.device) -> nn.Module:
     """DDP around those parameters of `denoiser` that learn now. Gradients lie in its buckets alone, not there and beside."""
     ids = [device.index or 0] if device.type == "cuda" else None
-    # The one buffer, tokens of the empty prompt, is the same everywhere and never changes.
-    return DistributedDataParallel(
-        denoiser, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    # The one buffer, tokens of the empty prompt, is the same everywhere and never changes. torch 2.13 has another name for that.
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(denoiser, device_ids=ids, gradient_as_bucket_view=True, **{buffers: False})
 
 
 @contextmanager

@@ -117,9 +117,7 @@ class Run:
     metrics: MetricsLog | None = None  # on the main process
     bar: tqdm | None = None  # on the main process
     scorer: Score | None = None
-    peers: Processes = field(
-        default_factory=Processes
-    )  # that share the drawing; with FSDP each takes part in all of it
+    peers: Processes = field(default_factory=Processes)  # that share the drawing
     stop: StopSignals | None = None
     stopped_by: int = 0  # the signal that asked us to stop
     interrupted: bool = False  # whether a signal cut the drawing at this step short, here

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ldm_dcn import cache, cache_writer, encode
+from ldm_dcn import cache, cache_writer, encode, files
 from ldm_dcn import encoding as encoding_module
 from ldm_dcn.autoencoder import IdentityAutoencoder, load_autoencoder
 from ldm_dcn.cache import LatentCache
@@ -216,7 +216,10 @@ def test_two_processes_a_kill_and_another_number_of_processes(images: Path, tmp_
     assert hashes(three) == hashes(tmp_path / "one")
 
 
-def test_a_process_that_is_gone_is_not_waited_for(images: Path, tmp_path: Path) -> None:
+def test_a_process_that_is_gone_is_not_waited_for(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "UNSEEN", 0.5)
     encoding = make_encoding(images, tmp_path, 0, 2)
     presence, other = Presence(tmp_path, 0), Presence(tmp_path, 1)
     with pytest.raises(UserError, match="another process is encoding into"):
@@ -235,6 +238,9 @@ def test_a_process_that_is_gone_is_not_waited_for(images: Path, tmp_path: Path) 
     ):
         wait_for_others(encoding, presence, StopSignals())
     encode_shards(make_encoding(images, tmp_path, 1, 2), StopSignals())
+    unseen = time.monotonic() + 0.3  # as NFS shows what another machine has just written
+    really = encoding_module._is_done
+    monkeypatch.setattr(encoding_module, "_is_done", lambda *a: time.monotonic() > unseen and really(*a))
     wait_for_others(encoding, presence, StopSignals())
     presence.leave()
     finish(encoding)

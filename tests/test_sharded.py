@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from eval.on_the_way import OnTheWay
 from ldm_dcn import metrics
-from ldm_dcn.config import Config
+from ldm_dcn.config import Config, load_config
 from ldm_dcn.opening import open_run
 from ldm_dcn.signals import StopSignals
 from ldm_dcn.trainer import train, training_step
@@ -92,6 +93,77 @@ def test_a_drawing_that_fails_leaves_the_next_step_its_weights(tmp_path: Path, p
     script.write_text(FAILING)
     ended = run_together(str(script), str(write_config(tmp_path)), parallel)
     assert ["alike" in program.stdout for program in ended] == [True, True]
+
+
+# One process of two fails: before the network draws, or in the place of drawing, where the other waits for its share.
+ALONE = """
+import os
+import sys
+from datetime import timedelta
+from eval.features import FeatureExtractor
+from eval.on_the_way import OnTheWay
+from ldm_dcn import processes, run
+from ldm_dcn.config import load_config
+from ldm_dcn.trainer import train
+
+path, parallel, owner, name = sys.argv[1:]
+owner = {"Run": run.Run, "run": run, "FeatureExtractor": FeatureExtractor}[owner]
+real = getattr(owner, name)
+
+def failing(*args, **kwargs):
+    if os.environ["RANK"] == "1":
+        raise OSError("unreadable")
+    return real(*args, **kwargs)
+
+settings = ["train.steps=2", "train.save_every=1", f"train.parallel={parallel}"]
+score = ["train.score_every=2", "sample.score_extractor=digits", "sample.score_images=300", "data.num_classes=10"]
+config = load_config(path, settings + (score if owner is FeatureExtractor else ["train.sample_every=2"]))
+scorer = OnTheWay(config) if owner is FeatureExtractor else None
+setattr(owner, name, failing)
+processes.ALONE = timedelta(seconds=2)
+sys.exit(train(config, score=scorer))
+"""
+
+
+@pytest.mark.parametrize(
+    ("parallel", "owner", "name", "failed"),
+    [
+        ("zero", "Run", "_grid_rows", "the grid of samples"),
+        ("fsdp", "FeatureExtractor", "to", "the score"),
+        ("ddp", "FeatureExtractor", "to", "the score"),
+    ],
+)
+def test_what_fails_in_one_process_is_spared_in_all(
+    tmp_path: Path, parallel: str, owner: str, name: str, failed: str
+) -> None:
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE)
+    first, _ = run_together(str(script), str(write_config(tmp_path)), parallel, owner, name)
+    assert f"step 2: {failed} failed (unreadable); training goes on" in first.stderr
+    assert not list(tmp_path.glob("runs/*/samples/*"))
+
+
+def test_a_process_that_fails_where_others_need_its_share_ends(tmp_path: Path) -> None:
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE)
+    with pytest.raises(AssertionError, match=r"process \d failed where all go on together: "):
+        run_together(str(script), str(write_config(tmp_path)), "fsdp", "run", "generate")
+    assert (tmp_path / "runs" / "tiny" / "checkpoints" / "step-2").is_dir()
+
+
+def test_a_score_of_a_network_in_shares_is_that_of_one_process(tmp_path: Path) -> None:
+    settings = (
+        "train.steps=2",
+        "train.score_every=2",
+        "sample.score_extractor=digits",
+        "sample.score_images=300",
+    )
+    one, two = (load_config(write_config(tmp_path, name), settings) for name in ("one", "two"))
+    assert train(one, score=OnTheWay(one)) == 0
+    run_together("train.py", str(tmp_path / "two.yaml"), *settings, "train.parallel=fsdp")
+    scores = [[line for line in metrics.read(c.folder / "metrics.jsonl") if "N" in line] for c in (two, one)]
+    assert [len(lines) for lines in scores] == [1, 1]
+    assert scores[0][0]["fd_digits-v1"] == pytest.approx(scores[1][0]["fd_digits-v1"], rel=1e-3)
 
 
 def test_fp16_steps_that_overflow_are_taken_again_in_all_processes(tmp_path: Path) -> None:
