@@ -397,6 +397,11 @@ def _plan(
     return list(islice(cycle(labels), n)), seeds, min(n, len(labels))
 
 
+def _is_png(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(8) in (b"\x89PNG\r\n\x1a\n", b"")
+
+
 def _check_places(arguments: argparse.Namespace) -> None:
     """Refuse outputs without a name, or one name for two of them: the second would replace the first."""
     taken: dict[str, str] = {}
@@ -408,6 +413,8 @@ def _check_places(arguments: argparse.Namespace) -> None:
             raise UserError(f"{name} {path} is a folder; give another {name}")
         if option == "grid" and path.suffix.lower() in OTHER_PICTURES:
             raise UserError(f"--grid {path}: grids are PNG files; give {path.with_suffix('.png')}")
+        if option == "grid" and path.is_file() and not _is_png(path):
+            raise UserError(f"--grid {path}: there is a file that is no PNG; remove it, or give another name")
         place = os.path.realpath(path)
         if place in taken:
             raise UserError(f"{taken[place]} and {name} are both {path}; give each a place of its own")

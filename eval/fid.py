@@ -216,7 +216,13 @@ def evaluate(inputs: Sequence[str], *, extractor: str | None = None, reference: 
             count, model = num or min(opened.reference_size, MOST_IMAGES), models[path]
             learned_from = model.config.get("data", {}).get("source")
             rule, chosen = choose_labels(
-                labels, count, model.num_classes, real, seed, learned_from=learned_from
+                labels,
+                count,
+                model.num_classes,
+                real,
+                seed,
+                learned_from=learned_from,
+                class_names=model.class_names,
             )
             opened.sources.extend(
                 SampleSource(model, f"{names[path]} g={scale:g}", chosen, count, label_rule=rule, guidance=scale,

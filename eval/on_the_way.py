@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -59,7 +60,9 @@ class OnTheWay:
         if self._images is not None and self._images.labels is not None:
             self._labels(settings.score_images, classes_of(config, self._images))
 
-    def _labels(self, count: int, num_classes: int) -> tuple[str | None, Tensor | None]:
+    def _labels(
+        self, count: int, num_classes: int, class_names: Sequence[str] = ()
+    ) -> tuple[str | None, Tensor | None]:
         """Raises `UserError` where the reference has other classes."""
         return choose_labels(
             "auto",
@@ -68,6 +71,7 @@ class OnTheWay:
             self._images,
             0,
             learned_from=self._learned_from,
+            class_names=class_names,
             mend="set sample.score_reference to images of the classes that are trained on, or to statistics (eval.fid "
             "--save-statistics), against which each class is drawn alike",
         )
@@ -80,7 +84,7 @@ class OnTheWay:
             self._scorer.to(device)
             if self._real is None and processes.is_first:
                 self._real = measure(self._images, self._scorer, device=device)
-            return self._labels(count, model.num_classes)
+            return self._labels(count, model.num_classes, model.class_names)
 
         rule, labels = processes.together(prepare)  # what fails in one of them alone fails in all
         source = SampleSource(

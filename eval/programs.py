@@ -89,5 +89,6 @@ def _last_words(log: Path, begin: int) -> str:
         file.seek(begin)
         text = file.read().decode("utf-8", errors="replace")
     lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    # behind a bar that another process left unfinished, too
+    errors = [found[1] for line in lines if (found := re.search(r"(?:^|\])error: (.*)", line))]
     return (errors or lines or [""])[-1]

@@ -78,6 +78,14 @@ class Study(_Strict):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _seeds_come_once(self) -> Study:
+        own = {f"variants.{name}.seeds": variant.seeds or () for name, variant in self.variants.items()}
+        for where, seeds in {"seeds": self.seeds, **own}.items():
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"{where}: {list(seeds)} names a seed twice, which would be the same run")
+        return self
+
 
 def load_study(path: Path) -> Study:
     """Raises `UserError` for what is no study."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from ldm_dcn.archives import find_tars, is_saved_dataset
 from ldm_dcn.arithmetic import check_precision
 from ldm_dcn.cache_layout import is_cache, read_manifest
 from ldm_dcn.data import list_pictures, open_dataset
-from ldm_dcn.errors import UserError, one_line
+from ldm_dcn.errors import UserError, one_line, shown
 from ldm_dcn.images import UNREADABLE, BadImage, Images, broken, complaint
 from ldm_dcn.sampling import check_guidance, check_sampler, check_steps, generate
 
@@ -282,17 +283,20 @@ def choose_labels(
     seed: int,
     *,
     learned_from: str | None = None,
+    class_names: Sequence[str] = (),
     mend: str = "use --labels balanced, or the reference that it was trained on",
 ) -> tuple[str | None, Tensor | None]:
     """The rule that was used, "auto" being one of the others, and labels (count,) to draw for. None twice without classes.
 
-    learned_from  the data set of the model's classes; of another one with as many classes they are taken to be the same
+    learned_from  the data set of the model's classes
+    class_names   the model's: a reference that has names, too, has the same in the same order, but where `rule` asks for its labels
     mend          what to do about a reference of other classes
 
     Raises `UserError` for labels of a reference that has none, or other classes than the model's `num_classes`.
     """
     if num_classes == 0:
         return None, None
+    asked = rule == "reference"
     labels = None if reference is None else reference.labels
     if rule == "auto":
         rule = "balanced" if labels is None else "reference"
@@ -313,6 +317,14 @@ def choose_labels(
     if int(labels.max()) >= num_classes:
         raise UserError(
             f"the reference {source} has label {int(labels.max())}, the model {num_classes} classes; {mend}"
+        )
+    pairs = enumerate(zip(class_names, reference.classes or (), strict=False))
+    other = next(((number, own, its) for number, (own, its) in pairs if own != its), None)
+    if other is not None and not asked and source != learned_from:
+        number, own, its = other
+        raise UserError(
+            f"class {number} is {shown(own)} to the model and {shown(its)} in the reference {source}; {mend}, or --labels "
+            "reference where the same classes have other names there"
         )
     # What is left beside the whole set, or there is of it, is every k-th of its labels in order: all classes have their share.
     whole, rest = divmod(count, len(labels))

@@ -93,5 +93,7 @@ def check_same_run(old: Mapping[str, Any], new: Config, where: str, allowed: Seq
         raise UserError(
             f"{where} was trained under other settings ({lines}); {another}, or go on with "
             f"--allow-change {keys}"
+            + ", and --other-data where data.source holds other images"
+            * ("data.source" in keys)
         )
     return harmless

@@ -17,7 +17,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from .cache import LatentCache
 from .data import check_source, open_dataset
 from .device import choose_device
 from .encoding import Encoding, bytes_missing, encode_shards, finish, make_plan, wait_for_others
-from .errors import Parser, UserError, exit_on_user_error
+from .errors import Parser, UserError, exit_on_user_error, shown
 from .launch import start_accelerator
 from .presence import Presence
 from .reuse import EarlierCaches
@@ -211,17 +211,16 @@ def _measure(folder: str) -> int:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number above 0")
+    return int(text)
 
 
 def _limit(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError
-    return value
+    with suppress(ValueError):
+        if 0 <= (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"{shown(text)} is no number from 0 on")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from .batches import Batches
 from .cache import LatentCache
 from .config import Config, TrainConfig, config_hash
 from .denoiser import Denoiser
-from .errors import UserError, explain
+from .errors import UserError, explain, shown
 from .files import write_json
 from .folders import DiskFull
 from .latents import Latents
@@ -349,7 +349,7 @@ class Run:
             settings,
             tags,
             text_encoder=self.latents.text.encoder if self.latents.text else None,
-            class_names=self.latents.class_names[: self.denoiser.num_classes],
+            class_names=tuple(self._class_names()),
             between_batches=self._look_up,
         )
 
@@ -534,6 +534,9 @@ class Run:
             group: collected(tensors, self.accelerator.is_main_process) for group, tensors in groups.items()
         }
 
+    def _class_names(self) -> list[str]:
+        return list(self.latents.class_names[: self.denoiser.num_classes])
+
     def _check_data(self, facts: dict[str, Any], other_data: bool) -> list[str]:
         source, model = self.config.data.source, self.config.model
         others = [
@@ -554,9 +557,11 @@ class Run:
         if facts["images"] == len(self.latents) and (known == self.identity or not noted):
             return []
         if other_data:
+            renamed = _renamed(facts.get("class_names", []), self._class_names(), source)
             unseen = "; those that data.split=train holds out may have been trained on" * bool(self.held_out)
             return [
-                f"the images of {source}: {facts['images']} -> {len(self.latents)}, {known} -> {self.identity}{unseen}"
+                f"the images of {source}: {facts['images']} -> {len(self.latents)}, {known} -> {self.identity}{unseen}",
+                *renamed,
             ]
         raise UserError(
             f"{self.config.folder} was trained on another state of {source} ({facts['images']} images, {known}; now it is "
@@ -570,6 +575,7 @@ class Run:
             "autoencoder": self.autoencoder.fingerprint(),
             "images": len(self.latents),
             "num_classes": self.denoiser.num_classes,
+            "class_names": self._class_names(),
             "data": self.identity,
             "processes": self.accelerator.num_processes,
         }
@@ -610,6 +616,19 @@ class Run:
             self.state.batch_since = self.state.step
         self.batches.began = (self.state.batch_since, self.state.samples_before)
         return changes
+
+
+def _renamed(before: Sequence[str], now: Sequence[str], source: str) -> list[str]:
+    """The classes that have other names than those learned, in words. Raises `UserError` where one that was learned has another number."""
+    known = {name: number for number, name in enumerate(before)}
+    for number, name in enumerate(now):
+        if known.get(name, number) != number:
+            raise UserError(
+                f"class {shown(name)} of {source} has number {number}, and the run learned it as number {known[name]}; name the "
+                "others so that the order stays, or choose another run.name for a new run"
+            )
+    pairs = enumerate(zip(before, now, strict=False))
+    return [f"class {number}: {shown(a)} -> {shown(b)}" for number, (a, b) in pairs if a != b]
 
 
 @torch.no_grad()

@@ -458,18 +458,20 @@ def test_a_changed_autoencoder_is_refused(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "told"),
     [
-        ("images",),
-        ("images", "out", "--max-bad", "-1"),
-        ("images", "out", "--shard-size", "0"),
-        ("a", "b", "--flop"),
+        (("images",), "IMAGES and OUT are needed"),
+        (("images", "out", "--max-bad", "-1"), "--max-bad: '-1' is no number from 0 on"),
+        (("images", "out", "--shard-size", "0"), "--shard-size: '0' is no whole number above 0"),
+        (("a", "b", "--flop"), "--flop"),
     ],
 )
-def test_wrong_arguments_are_refused(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_refused(
+    arguments: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as left:
         parse(arguments)
-    assert left.value.code == 2 and capsys.readouterr().err
+    assert left.value.code == 2 and told in capsys.readouterr().err
 
 
 def test_the_defaults_are_those_of_the_recipe() -> None:

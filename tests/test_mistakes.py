@@ -635,7 +635,10 @@ def test_moved_data_may_be_allowed_and_replaced_data_may_not(pictures: Path, tmp
     assert train(run_on(pictures, tmp_path)) == 0
     moved = pictures.rename(tmp_path / "moved")
     later = run_on(moved, tmp_path, "train.steps=2", "train.lr_schedule=constant")
-    with pytest.raises(UserError, match=r"go on with --allow-change data.source$"):
+    with pytest.raises(
+        UserError,
+        match=r"go on with --allow-change data.source, and --other-data where data.source holds other images$",
+    ):
         train(later)
     assert train(later, ["data.source"]) == 0
     picture = moved / "a" / "2.png"
@@ -675,6 +678,26 @@ def test_other_data_of_as_many_classes_are_gone_on_with_where_that_is_asked_for(
         UserError, match=r"images of 2 classes, .* now holds \d+ of 3; bring the data back, or choose"
     ):
         train(run_on(grown, tmp_path, "train.steps=4", "train.lr_schedule=constant"), other_data=True)
+
+
+def test_other_data_may_rename_classes_and_not_renumber_them(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(run_on(pictures, tmp_path)) == 0
+    later = ("train.steps=2", "train.lr_schedule=constant")
+    (pictures / "a").rename(pictures / "c")  # b is the first now, whose number was another's
+    with pytest.raises(
+        UserError,
+        match=r"class 'b' of .*pictures has number 0, and the run learned it as number 1; name the others",
+    ):
+        train(run_on(pictures, tmp_path, *later), other_data=True)
+    (pictures / "c").rename(pictures / "aa")
+    Image.new("L", (8, 8), 77).save(pictures / "b" / "new.png")
+    capsys.readouterr()
+    assert train(run_on(pictures, tmp_path, *later), other_data=True) == 0
+    assert "changed since the last checkpoint: class 0: 'a' -> 'aa'" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_of_other_data_it_is_said_what_validation_no_longer_means(

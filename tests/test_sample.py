@@ -419,3 +419,16 @@ def test_two_processes_draw_the_files_of_one(run: str, tmp_path: Path) -> None:
     assert len(pictures(tmp_path / "one")) == 11
     assert pictures(tmp_path / "one") == pictures(tmp_path / "two")
     assert arrays(tmp_path / "one.npz") == arrays(tmp_path / "two.npz")
+
+
+def test_a_grid_replaces_no_file_of_another_kind(run: str, tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text("run: {name: mine}\n")
+    command = [run, "--n", "1", "--steps", "1", "--grid"]
+    with pytest.raises(
+        UserError, match=r"--grid .*mine.yaml: there is a file that is no PNG; remove it, or give"
+    ):
+        sample.main([*command, str(config)])
+    assert config.read_text() == "run: {name: mine}\n"
+    for _ in range(2):  # a grid replaces a grid
+        assert sample.main([*command, str(tmp_path / "grid.png")]) == 0

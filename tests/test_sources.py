@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -80,6 +81,22 @@ def test_labels_of_other_classes_are_refused():
         # Of the data set it learned from (data.num_classes may leave room for more) they mean the same.
         assert sources.choose_labels(rule, 4, 5, some, 0, learned_from="photos")[1].tolist() == [0, 1, 1, 2]
     assert sources.choose_labels("balanced", 4, 1000, some, 0)[1].tolist() == [0, 1, 2, 3]
+
+
+def test_labels_of_classes_with_other_names_are_taken_where_that_is_asked_for_alone():
+    """Folders a_square, b_tri, c_disc number their classes otherwise than disc, square, triangle did."""
+    some = Labelled([0, 1, 1, 2], "abc")
+
+    def choose(rule: str, names: Sequence[str], **more: str) -> list[int]:
+        return sources.choose_labels(rule, 4, 3, some, 0, class_names=names, **more)[1].tolist()
+
+    told = "class 1 is 'x' to the model and 'b' in the reference photos; use --labels balanced, .* or --labels reference where"
+    for names in ("axc", "ax"):
+        with pytest.raises(UserError, match=told):
+            choose("auto", names)
+        assert choose("reference", names) == choose("auto", "abc") == choose("auto", "a") == [0, 1, 1, 2]
+        assert choose("balanced", names) == [0, 1, 2, 0]
+        assert choose("auto", names, learned_from="photos") == [0, 1, 1, 2]
 
 
 # --------------------------------------------------------------------------------------------------- ADM's npz

@@ -25,7 +25,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 
-from eval import comparison, fid, gpus, protocol, study
+from eval import comparison, fid, gpus, programs, protocol, study
 from eval.report.__main__ import main as report
 from eval.sources import LABEL_RULES
 from ldm_dcn.arithmetic import ARITHMETIC
@@ -79,6 +79,11 @@ def test_the_projects_studies_can_be_run(path, tmp_path):
             r"variants.a.config: missing.*variants.a.confg: unknown .* mean config\?",
         ),
         ({"seeds": []}, r"seeds"),
+        ({"seeds": [1, 0, 1]}, r"seeds: \[1, 0, 1\] names a seed twice"),
+        (
+            {"variants": {"a": {"config": "x.yaml", "seeds": [2, 2]}}, "comparisons": {}},
+            r"variants.a.seeds: \[2, 2\] names a seed twice",
+        ),
         ({"scoring": {"guidence": [1.0]}}, r"scoring.guidence: unknown setting; did you mean guidance\?"),
         (
             {"scoring": {"cfg": 2}},
@@ -665,3 +670,15 @@ def test_the_committed_studies_go_on_with_the_programs_of_today(tmp_path, file: 
     assert {(run["variant"], run["seed"]) for run in content["runs"]} <= {
         (job.variant, job.seed) for job in jobs
     }
+
+
+def test_the_words_of_a_failing_run_are_its_own(tmp_path: Path) -> None:
+    """Not those of a bar that a run draws on, whose study was killed, in the same log."""
+    log = tmp_path / "log"
+    log.write_text("error: of an earlier start\n")
+    begin = log.stat().st_size
+    bar = "\rdcn: 49%|####    | 49/100 [01:18<01:15, 1.48s/step, loss=1.1733]"
+    log.write_text(
+        f"{log.read_text()}{bar}error: another process is training in runs/dcn; wait for it\n{bar}"
+    )
+    assert programs._last_words(log, begin) == "another process is training in runs/dcn; wait for it"
