@@ -45,6 +45,7 @@ def train(
     ):
         run.stop = stop
         if config.train.compile and not run.finished:
+            run.say("compiling the network and comparing its gradients, which may take minutes")
             check_compiled(run)
         if run.state.step:
             watch(run, run.left_behind())

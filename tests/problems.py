@@ -199,6 +199,24 @@ def problem_of(
     )
 
 
+def of_groups(
+    problem: Problem, results: tuple[Tensor, Tensor, Tensor], groups: list[int]
+) -> tuple[Problem, tuple[Tensor, Tensor, Tensor]]:
+    """Some groups of a problem and of its results: groups do not know of each other."""
+
+    def some(tensor: Tensor) -> Tensor:
+        return tensor.unflatten(-1, (problem.settings["groups"], -1))[..., groups, :].flatten(-2)
+
+    value, offset_mask, grad_output = map(some, (problem.value, problem.offset_mask, problem.grad_output))
+    output, grad_value, grad_offset_mask = map(some, results)
+    settings = problem.settings | dict(groups=len(groups))
+    return Problem(problem.seed, value, offset_mask, grad_output, settings), (
+        output,
+        grad_value,
+        grad_offset_mask,
+    )
+
+
 def solve(operator, problem: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(output, gradient of value, gradient of offset_mask) of an operator on a problem, in `dtype` or the problem's own."""
     value = problem.value.to(dtype or problem.value.dtype).detach().requires_grad_()

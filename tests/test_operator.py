@@ -21,6 +21,7 @@ from problems import (
     Problem,
     between_cells,
     mismatches,
+    of_groups,
     problem_of,
     random_problem,
     solve,
@@ -48,10 +49,14 @@ def test_random_problems(isa: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_where_the_official_operator_fails(name: str, dtype: torch.dtype) -> None:
     shape, settings = OFFICIAL_FAILURES[name]
-    if math.prod(shape[:4]) > 10**7 and dtype is not torch.float32:
+    large = math.prod(shape[:4]) > 10**7
+    if large and dtype is not torch.float32:
         pytest.skip("the reference takes seconds; once is enough for a large map")
     problem = problem_of(*shape, dtype, **settings)
-    found = mismatches(problem, solve(dcnv4, problem))
+    results = solve(dcnv4, problem)
+    if large:  # of its first and its last group
+        problem, results = of_groups(problem, results, [0, shape[4] - 1])
+    found = mismatches(problem, results)
     assert not found, "\n".join(found)
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from eval import fid
+from eval.on_the_way import OnTheWay
 from ldm_dcn import checkpoint, latents, metrics, opening, posthoc_ema, trainer
 from ldm_dcn.config import Config, load_config
 from ldm_dcn.errors import UserError
@@ -259,8 +260,9 @@ def test_fsdp_goes_on_from_one_process_and_one_process_from_fsdp(tmp_path: Path)
     """Steps 1 to 3 in one process, 4 to 6 shared out on two, 7 and 8 in one again: the losses of eight in one."""
     swap = ("model.swap={sites: [resnet], group_channels: 4}", "data.split=train")
     every = ("train.sample_every=6", "train.validate_every=6", "train.validation_images=50")
+    every += ("train.score_every=6", "sample.score_extractor=digits", "sample.score_images=300")
     one = tiny_config(tmp_path, *swap, *every, name="one")
-    assert train(one) == 0
+    assert train(one, score=OnTheWay(one)) == 0
 
     path = write_config(tmp_path, "shared")
     assert train(load_config(path, [*swap, "train.steps=3"])) == 0
@@ -272,6 +274,8 @@ def test_fsdp_goes_on_from_one_process_and_one_process_from_fsdp(tmp_path: Path)
     assert np.abs(np.array(grids[0]).astype(int) - np.array(grids[1])).max() <= 2  # the averaged weights
     validated = losses(shared, "validation_loss")
     assert len(validated) == 1 and validated == pytest.approx(losses(one, "validation_loss"), rel=1e-4)
+    scores = [losses(config, "fd_digits-v1") for config in (shared, one)]
+    assert len(scores[0]) == 1 and scores[0] == pytest.approx(scores[1], rel=1e-3)
     assert train(load_config(path, swap)) == 0
     assert losses(shared) == pytest.approx(losses(one), rel=1e-4)
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eval.on_the_way import OnTheWay
 from ldm_dcn import metrics
-from ldm_dcn.config import Config, load_config
+from ldm_dcn.config import Config
 from ldm_dcn.opening import open_run
 from ldm_dcn.signals import StopSignals
 from ldm_dcn.trainer import train, training_step
@@ -149,21 +148,6 @@ def test_a_process_that_fails_where_others_need_its_share_ends(tmp_path: Path) -
     with pytest.raises(AssertionError, match=r"process \d failed where all go on together: "):
         run_together(str(script), str(write_config(tmp_path)), "fsdp", "run", "generate")
     assert (tmp_path / "runs" / "tiny" / "checkpoints" / "step-2").is_dir()
-
-
-def test_a_score_of_a_network_in_shares_is_that_of_one_process(tmp_path: Path) -> None:
-    settings = (
-        "train.steps=2",
-        "train.score_every=2",
-        "sample.score_extractor=digits",
-        "sample.score_images=300",
-    )
-    one, two = (load_config(write_config(tmp_path, name), settings) for name in ("one", "two"))
-    assert train(one, score=OnTheWay(one)) == 0
-    run_together("train.py", str(tmp_path / "two.yaml"), *settings, "train.parallel=fsdp")
-    scores = [[line for line in metrics.read(c.folder / "metrics.jsonl") if "N" in line] for c in (two, one)]
-    assert [len(lines) for lines in scores] == [1, 1]
-    assert scores[0][0]["fd_digits-v1"] == pytest.approx(scores[1][0]["fd_digits-v1"], rel=1e-3)
 
 
 def test_fp16_steps_that_overflow_are_taken_again_in_all_processes(tmp_path: Path) -> None:
