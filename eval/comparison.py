@@ -112,7 +112,8 @@ def tables(content: dict[str, Any]) -> str:
     seconds = sum(r["training_cpu_seconds"] + r["scoring_cpu_seconds"] for r in records)
     texts.append(
         f"\nMean ± standard deviation over seeds; p: exact permutation test against the first column, * below {SIGNIFICANT}, not "
-        f"corrected for the number of tests: {in_all(content)}. {len(records)} runs, {seconds / 60:.0f} processor minutes in all, without what trainings took that were interrupted."
+        f"corrected for the number of tests: {in_all(content)}. {len(records)} runs, {seconds / 60:.0f} processor minutes in "
+        "all, without what trainings took before they were interrupted."
     )
     return "\n".join(texts)
 

@@ -297,7 +297,8 @@ def check_run(config: Config, name: str, *, extractor: str | None = None, refere
     opened = _Opened(scorer, [], real, statistics)
     opened.check()
     count = num or min(opened.reference_size, MOST_IMAGES)
-    choose_labels(labels, count, classes_of(config, real), real, 0, learned_from=config.data.source)
+    classes, names = classes_of(config, real)
+    choose_labels(labels, count, classes, real, 0, learned_from=config.data.source, class_names=names)
 
 
 def _check_counts(num: int | None, batch_size: int, max_bad: float | None) -> None:

@@ -58,7 +58,7 @@ class OnTheWay:
         self._real: Measured | Statistics | None = self._statistics
         self._learned_from = config.data.source
         if self._images is not None and self._images.labels is not None:
-            self._labels(settings.score_images, classes_of(config, self._images))
+            self._labels(settings.score_images, *classes_of(config, self._images))
 
     def _labels(
         self, count: int, num_classes: int, class_names: Sequence[str] = ()

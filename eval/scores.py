@@ -121,9 +121,8 @@ def kernel_distance(a: Tensor, b: Tensor, seed: int = 0) -> tuple[float, float]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # torchmetrics draws its subsets from the global generator
         mean, std = kid.compute()
-    return mean.item(), 0.0 if size == len(a) == len(
-        b
-    ) else std.item()  # of one subset there is rounding alone
+    all_at_once = size == len(a) == len(b)  # then subsets are the same, and differ by rounding
+    return mean.item(), 0.0 if all_at_once else std.item()
 
 
 def inception_score(logits: Tensor, seed: int = 0) -> float:

@@ -332,21 +332,23 @@ def choose_labels(
     return rule, torch.cat([labels.repeat(whole), in_order[torch.arange(rest) * len(labels) // max(rest, 1)]])
 
 
-def classes_of(config: Config, opened: Source | None = None) -> int:
-    """How many classes a run of `config` will know, as `ldm_dcn.latents.condition_of` has it; of `opened`, where that is its data."""
+def classes_of(config: Config, opened: Source | None = None) -> tuple[int, Sequence[str]]:
+    """How many classes a run of `config` will know, as `ldm_dcn.latents.condition_of` has it, and their names, where these can be had
+    without reading the data anew; `opened` may be its data."""
     data = config.data
     if data.condition == "text":
-        return 0
-    if data.num_classes is not None:
-        return data.num_classes
+        return 0, ()
+    names: Sequence[str] = ()
     if opened is not None and opened.tags["source"] == data.source:
-        return len(opened.classes or ())
-    if is_cache(data.source):
-        return len(read_manifest(Path(data.source))["plan"]["class_names"])
-    images = open_dataset(
-        data.source, image_size=data.image_size, image_channels=data.image_channels, say_grey=False
-    )
-    return images.num_classes
+        names = opened.classes or ()
+    elif is_cache(data.source):
+        names = read_manifest(Path(data.source))["plan"]["class_names"]
+    elif data.num_classes is None:
+        names = open_dataset(
+            data.source, image_size=data.image_size, image_channels=data.image_channels, say_grey=False
+        ).class_names
+    count = len(names) if data.num_classes is None else data.num_classes
+    return count, names[:count]
 
 
 def _grey(images: Tensor) -> Tensor:

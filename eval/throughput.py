@@ -129,7 +129,7 @@ def open_subject(path: str, overrides: Sequence[str] = (), device: str = "cpu") 
     if config.data.condition == "text":
         classes, tokens = 0, torch.zeros(CLIP_TOKENS, unet.config.cross_attention_dim)
     elif classes is None:
-        classes = classes_of(config, None)
+        classes, _ = classes_of(config)
     denoiser = Denoiser(unet, classes, tokens).to(device=device, memory_format=torch.channels_last)
     side = config.data.image_size // (autoencoder.factor if autoencoder else PIXELS_PER_LATENT)
     model = Model(denoiser, autoencoder, Schedule(**config.diffusion.model_dump()), (unet.config.in_channels, side, side),

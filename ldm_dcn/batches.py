@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from accelerate import Accelerator
@@ -52,10 +52,10 @@ class Batches:
         self._device = accelerator.device
         self._processes, self._rank = accelerator.num_processes, accelerator.process_index
         # A thread begins on the first GPU, on which pinning memory may then leave each process's context.
-        own = (
-            (torch.cuda.set_device, (self._device.index or 0,)) if self._device.type == "cuda" else (None, ())
+        begin = (
+            partial(torch.cuda.set_device, self._device.index or 0) if self._device.type == "cuda" else None
         )
-        self._loader = ThreadPoolExecutor(1, "loader", *own)
+        self._loader = ThreadPoolExecutor(1, "loader", begin)
         self._ahead: dict[tuple[int, int], Future[tuple[torch.Tensor, ...]]] = {}
 
     def close(self) -> None:

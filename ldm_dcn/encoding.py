@@ -345,9 +345,8 @@ def _advance(bar: tqdm | None, count: int) -> None:
 
 def wait_for_others(encoding: Encoding, presence: Presence, stop: StopSignals) -> None:
     """Until all shards are there. No exchange between the processes: one that failed would make the others wait for ever."""
-    free_since: dict[
-        int, float
-    ] = {}  # of those whose shards are missing: they may be there, and not be seen yet
+    # Of processes that are gone while shards of theirs are missing, which may be there and not be seen yet.
+    free_since: dict[int, float] = {}
     waiting = [
         (rank, shard)
         for rank in range(encoding.processes)

@@ -144,9 +144,8 @@ def check_compiled(run: Run) -> None:
     with compiling.without_dropout(run.denoiser.unet):
         with compiling.uncompiled(run.denoiser.unet):
             plain = norms()
-            if not bool(
-                torch.isfinite(plain).all()
-            ):  # fp16's scale is far too large for the first steps of a run
+            if not bool(torch.isfinite(plain).all()):
+                # The scale at which fp16 begins may be far too large.
                 run.state.loss_scale = 1.0
                 plain = norms()
         compiled = norms()
