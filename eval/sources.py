@@ -275,6 +275,9 @@ def open_reference(
     return images, statistics
 
 
+OPTION = "use --labels balanced, or the reference that it was trained on"  # what --labels can mend
+
+
 def choose_labels(
     rule: str,
     count: int,
@@ -284,7 +287,7 @@ def choose_labels(
     *,
     learned_from: str | None = None,
     class_names: Sequence[str] = (),
-    mend: str = "use --labels balanced, or the reference that it was trained on",
+    mend: str = OPTION,
 ) -> tuple[str | None, Tensor | None]:
     """The rule that was used, "auto" being one of the others, and labels (count,) to draw for. None twice without classes.
 
@@ -323,8 +326,12 @@ def choose_labels(
     if other is not None and not asked and source != learned_from:
         number, own, its = other
         raise UserError(
-            f"class {number} is {shown(own)} to the model and {shown(its)} in the reference {source}; {mend}, or --labels "
-            "reference where the same classes have other names there"
+            f"class {number} is {shown(own)} to the model and {shown(its)} in the reference {source}; {mend}"
+            + (
+                ", or --labels reference where the same classes have other names there"
+                if mend is OPTION
+                else ""
+            )
         )
     # What is left beside the whole set, or there is of it, is every k-th of its labels in order: all classes have their share.
     whole, rest = divmod(count, len(labels))

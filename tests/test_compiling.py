@@ -18,7 +18,7 @@ import sample
 from eval import fid
 from ldm_dcn import opening
 from ldm_dcn.changes import check_same_run
-from ldm_dcn.compiling import MODES, compile_unet, without_dropout, wrong_gradients
+from ldm_dcn.compiling import MODES, compile_unet, let_ddp_recompute, without_dropout, wrong_gradients
 from ldm_dcn.config import TrainConfig
 from ldm_dcn.errors import UserError
 from ldm_dcn.opening import open_run
@@ -206,3 +206,15 @@ def test_a_compiled_network_draws_the_same(run: str, tmp_path: Path, mode: str) 
         )
         pictures.append(np.asarray(Image.open(tmp_path / name)).astype(int))
     assert pictures[0].std() > 0 and abs(pictures[0] - pictures[1]).max() <= 1
+
+
+@pytest.mark.parametrize(("version", "undivided"), [("2.8.0+cu126", True), ("2.13.0", False)])
+def test_older_torch_does_not_divide_what_recomputes_its_blocks(
+    monkeypatch: pytest.MonkeyPatch, version: str, undivided: bool
+) -> None:
+    import torch._dynamo
+
+    monkeypatch.setattr(torch, "__version__", version)
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        let_ddp_recompute()
+        assert torch._dynamo.config.optimize_ddp is not undivided

@@ -551,6 +551,10 @@ def test_scores_on_the_way_carry_their_tags(tmp_path: Path) -> None:
             ("sample.score_reference={two}",),
             "two has 2 classes, the model 10; set sample.score_reference to images of the classes",
         ),
+        (
+            ("sample.score_reference={two}", "data.source={other}"),
+            "class 1 is 'c' to the model and 'b' in the reference .*two; set sample.score_reference to .* drawn alike$",
+        ),
     ],
 )
 def test_scores_that_cannot_be_had_are_refused_at_the_start(
@@ -561,11 +565,12 @@ def test_scores_that_cannot_be_had_are_refused_at_the_start(
     cache = tmp_path / "cache"
     (cache / "shards").mkdir(parents=True)
     (cache / "manifest.json").touch()
-    two = tmp_path / "two"
-    for name in ("a", "b"):
-        (two / name).mkdir(parents=True)
-        Image.new("L", (8, 8)).save(two / name / "0.png")
-    settings = ("sample.score_extractor=digits", *(text.format(cache=cache, two=two) for text in overrides))
+    two, other = tmp_path / "two", tmp_path / "other"
+    for folder in (two / "a", two / "b", other / "a", other / "c"):
+        folder.mkdir(parents=True)
+        Image.new("L", (8, 8)).save(folder / "0.png")
+    places = {"cache": cache, "two": two, "other": other}
+    settings = ("sample.score_extractor=digits", *(text.format(**places) for text in overrides))
     with pytest.raises(UserError, match=expected):
         OnTheWay(tiny_config(tmp_path, *settings))
 
