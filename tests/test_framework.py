@@ -376,7 +376,7 @@ torch.testing.assert_close(got, results[0][0])
 
 
 IN_EACH = """
-import os, sys, traceback, torch
+import os, sys, traceback, torch, torch.distributed.tensor  # which torch.testing takes a second to import
 failed = 0
 for owner, name in {hidden!r}:
     if not (child := os.fork()):  # torch is imported once, the operator in each
