@@ -624,8 +624,8 @@ def _renamed(before: Sequence[str], now: Sequence[str], source: str) -> list[str
     for number, name in enumerate(now):
         if known.get(name, number) != number:
             raise UserError(
-                f"class {shown(name)} of {source} has number {number}, and the run learned it as number {known[name]}; name the "
-                "others so that the order stays, or choose another run.name for a new run"
+                f"class {shown(name)} of {source} has number {number}, and the run learned it as number {known[name]}; name "
+                "class folders so that each keeps its number, or choose another run.name for a new run"
             )
     pairs = enumerate(zip(before, now, strict=False))
     return [f"class {number}: {shown(a)} -> {shown(b)}" for number, (a, b) in pairs if a != b]

@@ -688,7 +688,7 @@ def test_other_data_may_rename_classes_and_not_renumber_them(
     (pictures / "a").rename(pictures / "c")  # b is the first now, whose number was another's
     with pytest.raises(
         UserError,
-        match=r"class 'b' of .*pictures has number 0, and the run learned it as number 1; name the others",
+        match=r"class 'b' of .*pictures has number 0, and the run learned it as number 1; name class folders",
     ):
         train(run_on(pictures, tmp_path, *later), other_data=True)
     (pictures / "c").rename(pictures / "aa")
