@@ -1,7 +1,9 @@
-"""Programs that a command runs, and that end with it: what is asked to stop has them stop too, each in its own way, and waits."""
+"""Programs that a command runs, and that end with it: what is asked to stop has them stop too, each in its own way, and waits; where it
+is killed, they are asked to stop all the same, on Linux."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
@@ -15,6 +17,10 @@ from types import FrameType
 
 from ldm_dcn.errors import UserError
 from ldm_dcn.signals import REQUEUE, STOPPING
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+# Loaded here: between fork and exec of a process with threads nothing may be waited for.
+_system = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 _lock = RLock()  # of the two below; a signal may come while this thread holds it
 _running: set[subprocess.Popen] = set()
@@ -56,7 +62,8 @@ def call(arguments: Sequence[str], log: Path, variables: Mapping[str, str]) -> f
         with _lock:
             _leave_if_stopped()
             process = subprocess.Popen(
-                [sys.executable, *arguments], env={**os.environ, **variables}, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+                [sys.executable, *arguments], env={**os.environ, **variables}, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                preexec_fn=_end_with_me if _system is not None else None,
             )  # fmt: skip
             _running.add(process)
             if _stopped_by:
@@ -76,6 +83,11 @@ def call(arguments: Sequence[str], log: Path, variables: Mapping[str, str]) -> f
         said = _last_words(log, before) or f"exit code {process.returncode}"
         raise UserError(f"{' '.join(arguments[:2])} failed: {said}; the whole of it is in {log}")
     return usage.ru_utime + usage.ru_stime
+
+
+def _end_with_me() -> None:
+    """In a new process: to have SIGTERM when the one that began it is gone, killed with no time to say so. Linux alone has that."""
+    _system.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def _leave_if_stopped() -> None:

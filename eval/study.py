@@ -7,8 +7,8 @@ A study names variants (a config and settings over it), seeds, how to score, and
 against its first. Every variant is trained with every seed, by `train.py`, and scored, by `eval.fid` (what could not be scored is an
 error before the first is trained): one run a GPU at a time, of those that CUDA_VISIBLE_DEVICES names where it is set, or one a core
 without GPUs. Then a grid is drawn of each variant's first seed, and the networks are timed in turns (`eval.throughput`). Results are
-written after every run; the same command goes on where it was stopped. SIGTERM and Ctrl-C reach the runs, which save and stop.
-The tables give mean and standard deviation over seeds, and the p value of an exact permutation test.
+written after every run; the same command goes on where it was stopped. SIGTERM and Ctrl-C reach the runs, which save and stop; so they
+do, on Linux, where the study is killed. The tables give mean and standard deviation over seeds, and the p value of an exact permutation test.
 """
 
 from __future__ import annotations

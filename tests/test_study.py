@@ -31,6 +31,7 @@ from eval.sources import LABEL_RULES
 from ldm_dcn.arithmetic import ARITHMETIC
 from ldm_dcn.config import load_config
 from ldm_dcn.errors import UserError
+from programs import Program
 from tiny import ROOT, write_config
 
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
@@ -682,3 +683,41 @@ def test_the_words_of_a_failing_run_are_its_own(tmp_path: Path) -> None:
         f"{log.read_text()}{bar}error: another process is training in runs/dcn; wait for it\n{bar}"
     )
     assert programs._last_words(log, begin) == "another process is training in runs/dcn; wait for it"
+
+
+THAT_IS_KILLED = """
+import sys
+from pathlib import Path
+from threading import Thread
+from eval.programs import call
+
+# As a study does, from a thread for each run.
+runs = Thread(target=call, args=([sys.argv[1]], Path(sys.argv[2]), {}))
+runs.start()
+runs.join()
+"""
+THAT_RUNS = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), os._exit(143)))
+print("runs", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
+def test_runs_stop_when_their_study_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "killed.py").write_text(THAT_IS_KILLED)
+    (tmp_path / "run.py").write_text(THAT_RUNS)
+    log = tmp_path / "log"
+    log.touch()
+    study_process = Program(str(tmp_path / "killed.py"), str(tmp_path / "run.py"), str(log))
+
+    def comes(word: str) -> bool:
+        deadline = time.monotonic() + 30
+        while word not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return word in log.read_text()
+
+    assert comes("runs")
+    study_process.kill()
+    assert comes("saved")
