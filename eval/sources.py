@@ -275,6 +275,11 @@ def open_reference(
     return images, statistics
 
 
+def _named(names: Sequence[str]) -> Sequence[str]:
+    """None where they are numbers, as data sets without names have them."""
+    return () if all(name == str(number) for number, name in enumerate(names)) else names
+
+
 OPTION = "use --labels balanced, or the reference that it was trained on"  # what --labels can mend
 
 
@@ -321,7 +326,7 @@ def choose_labels(
         raise UserError(
             f"the reference {source} has label {int(labels.max())}, the model {num_classes} classes; {mend}"
         )
-    pairs = enumerate(zip(class_names, reference.classes or (), strict=False))
+    pairs = enumerate(zip(_named(class_names), _named(reference.classes or ()), strict=False))
     other = next(((number, own, its) for number, (own, its) in pairs if own != its), None)
     if other is not None and not asked and source != learned_from:
         number, own, its = other
@@ -340,17 +345,15 @@ def choose_labels(
 
 
 def classes_of(config: Config, opened: Source | None = None) -> tuple[int, Sequence[str]]:
-    """How many classes a run of `config` will know, as `ldm_dcn.latents.condition_of` has it, and their names, where these can be had
-    without reading the data anew; `opened` may be its data."""
+    """How many classes a run of `config` will know, as `ldm_dcn.latents.condition_of` has it, and their names; `opened` may be its data."""
     data = config.data
     if data.condition == "text":
         return 0, ()
-    names: Sequence[str] = ()
     if opened is not None and opened.tags["source"] == data.source:
         names = opened.classes or ()
     elif is_cache(data.source):
         names = read_manifest(Path(data.source))["plan"]["class_names"]
-    elif data.num_classes is None:
+    else:
         names = open_dataset(
             data.source, image_size=data.image_size, image_channels=data.image_channels, say_grey=False
         ).class_names

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -370,8 +370,13 @@ class Run:
     def draw_grid(self) -> None:
         """samples/step-N.png: one row a class or prompt, one column a seed, the same seeds every time."""
         settings, columns = self.config.sample, self.config.sample.images_per_class
-        with self.spared("the grid of samples"), self.pause(), self.averaged():
-            rows = self.peers.together(self._grid_rows)
+        with self.spared("the grid of samples"), self.pause(), ExitStack() as inside:
+
+            def begin() -> torch.Tensor:
+                inside.enter_context(self.averaged())
+                return self._grid_rows()
+
+            rows = self.peers.together(begin)  # what fails in one process alone, others would wait for
             seeds = torch.arange(columns).repeat(len(rows)).split(settings.batch_size)
             conditions = rows.repeat_interleave(columns, 0).split(settings.batch_size)
             model = self.averaged_model()
@@ -410,8 +415,10 @@ class Run:
             return
         with self.spared("the score"):
             if self.bar is not None:
-                self.bar.set_postfix_str(f"drawing {self.config.sample.score_images} images to score")
-            with self.pause(), self.averaged():
+                with suppress(OSError):
+                    self.bar.set_postfix_str(f"drawing {self.config.sample.score_images} images to score")
+            with self.pause(), ExitStack() as inside:
+                self.peers.together(lambda: inside.enter_context(self.averaged()))
                 values = self.scorer(self.averaged_model(), self.config.sample.score_images, self.peers)
             if self.metrics is not None:
                 self.metrics.write(self.state.step, **values)
@@ -620,12 +627,14 @@ class Run:
 
 def _renamed(before: Sequence[str], now: Sequence[str], source: str) -> list[str]:
     """The classes that have other names than those learned, in words. Raises `UserError` where one that was learned has another number."""
-    known = {name: number for number, name in enumerate(before)}
+    known: dict[str, list[int]] = {}  # lists of ImageNet's names have some twice
+    for number, name in enumerate(before):
+        known.setdefault(name, []).append(number)
     for number, name in enumerate(now):
-        if known.get(name, number) != number:
+        if name in known and number not in known[name]:
             raise UserError(
-                f"class {shown(name)} of {source} has number {number}, and the run learned it as number {known[name]}; name "
-                "class folders so that each keeps its number, or choose another run.name for a new run"
+                f"class {shown(name)} of {source} has number {number}, and the run learned it as number {known[name][0]}; name "
+                "class folders (or lines of classnames.txt) so that each keeps its number, or choose another run.name for a new run"
             )
     pairs = enumerate(zip(before, now, strict=False))
     return [f"class {number}: {shown(a)} -> {shown(b)}" for number, (a, b) in pairs if a != b]

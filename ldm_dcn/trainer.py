@@ -153,8 +153,8 @@ def check_compiled(run: Run) -> None:
     if wrong := compiling.wrong_gradients(plain, compiled):
         worst = wrong[0]
         raise UserError(
-            f"torch.compile of torch {torch.__version__} gives this network other gradients (of {len(wrong)} parameters, most of "
-            f"all of {names[run.parameters[worst]]}: norm {float(compiled[worst]):.4g}, without it {float(plain[worst]):.4g}); set "
+            f"torch.compile of torch {torch.__version__} gives this network other gradients, most of all of "
+            f"{names[run.parameters[worst]]} (norm {float(compiled[worst]):.4g}, without it {float(plain[worst]):.4g}); set "
             "train.compile=false, or take another version of torch"
         )
 

@@ -700,6 +700,16 @@ def test_other_data_may_rename_classes_and_not_renumber_them(
     )
 
 
+def test_two_classes_of_one_name_keep_their_numbers() -> None:
+    twice = ["missile", "wolf", "missile"]
+    assert run_module._renamed(twice, twice, "photos") == []
+    assert run_module._renamed(twice, ["missile", "fox", "missile"], "photos") == ["class 1: 'wolf' -> 'fox'"]
+    with pytest.raises(
+        UserError, match="class 'wolf' of photos has number 0, and the run learned it as number 1"
+    ):
+        run_module._renamed(twice, ["wolf", "missile", "missile"], "photos")
+
+
 def test_of_other_data_it_is_said_what_validation_no_longer_means(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,7 +37,7 @@ from ldm_dcn.swap import apply_swap, plan_swap
 from ldm_dcn.trainer import train, training_step
 from ldm_dcn.unet import build_unet, set_attention
 from programs import run_together
-from tiny import ROOT, WHOLE, tiny_config, write_config
+from tiny import ROOT, WHOLE, setting, tiny_config, write_config
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_a_fresh_accelerator")
 
@@ -258,7 +258,11 @@ def test_exports_of_single_steps_stay_and_are_scored_side_by_side(tmp_path: Path
 
 def test_fsdp_goes_on_from_one_process_and_one_process_from_fsdp(tmp_path: Path) -> None:
     """Steps 1 to 3 in one process, 4 to 6 shared out on two, 7 and 8 in one again: the losses of eight in one."""
-    swap = ("model.swap={sites: [resnet], group_channels: 4}", "data.split=train")
+    swap = (
+        "model.swap={sites: [resnet], group_channels: 4}",
+        setting("model.unet", WHOLE),
+        "data.split=train",
+    )
     every = ("train.sample_every=6", "train.validate_every=6", "train.validation_images=50")
     every += ("train.score_every=6", "sample.score_extractor=digits", "sample.score_images=300")
     one = tiny_config(tmp_path, *swap, *every, name="one")
@@ -552,7 +556,7 @@ def test_scores_on_the_way_carry_their_tags(tmp_path: Path) -> None:
             "two has 2 classes, the model 10; set sample.score_reference to images of the classes",
         ),
         (
-            ("sample.score_reference={two}", "data.source={other}"),
+            ("sample.score_reference={two}", "data.source={other}", "data.num_classes=2"),
             "class 1 is 'c' to the model and 'b' in the reference .*two; set sample.score_reference to .* drawn alike$",
         ),
     ],

@@ -15,7 +15,7 @@ from ldm_dcn.opening import open_run
 from ldm_dcn.signals import StopSignals
 from ldm_dcn.trainer import train, training_step
 from programs import run_together
-from tiny import tiny_config, write_config
+from tiny import WHOLE, setting, tiny_config, write_config
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_a_fresh_accelerator")
 
@@ -37,6 +37,7 @@ def assert_alike(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 def test_zero_goes_on_from_zero_with_the_same_files_as_one_process(tmp_path: Path) -> None:
     """Two parts a step, clipped gradients, two rates of learning, two averages and their snapshots; AdamW's state too."""
     settings = (
+        setting("model.unet", WHOLE),
         "model.swap={sites: [resnet], group_channels: 4}",
         "train.gradient_accumulation=2",
         "train.gradient_clip=0.5",
@@ -103,10 +104,11 @@ from eval.features import FeatureExtractor
 from eval.on_the_way import OnTheWay
 from ldm_dcn import processes, run
 from ldm_dcn.config import load_config
+from ldm_dcn.ema import EMA
 from ldm_dcn.trainer import train
 
 path, parallel, owner, name = sys.argv[1:]
-owner = {"Run": run.Run, "run": run, "FeatureExtractor": FeatureExtractor}[owner]
+owner = {"Run": run.Run, "run": run, "FeatureExtractor": FeatureExtractor, "EMA": EMA}[owner]
 real = getattr(owner, name)
 
 def failing(*args, **kwargs):
@@ -128,6 +130,7 @@ sys.exit(train(config, score=scorer))
     ("parallel", "owner", "name", "failed"),
     [
         ("zero", "Run", "_grid_rows", "the grid of samples"),
+        ("zero", "EMA", "in_place", "the grid of samples"),
         ("fsdp", "FeatureExtractor", "to", "the score"),
         ("ddp", "FeatureExtractor", "to", "the score"),
     ],

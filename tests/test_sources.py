@@ -97,6 +97,7 @@ def test_labels_of_classes_with_other_names_are_taken_where_that_is_asked_for_al
         assert choose("reference", names) == choose("auto", "abc") == choose("auto", "a") == [0, 1, 1, 2]
         assert choose("balanced", names) == [0, 1, 2, 0]
         assert choose("auto", names, learned_from="photos") == [0, 1, 1, 2]
+    assert choose("auto", "012") == [0, 1, 1, 2]  # numbers are no names
 
 
 # --------------------------------------------------------------------------------------------------- ADM's npz
