@@ -67,7 +67,7 @@ class Processes:
             if error is None:
                 raise
             raise RuntimeError(
-                f"process {self.rank} failed where all go on together: {one_line(error)}"
+                f"process {self.rank} failed where all go on together: {one_line(error)}; mend that, and give the same command again"
             ) from error
         if error is None:
             error = next((sent for sent in errors if sent is not None), None)

@@ -155,8 +155,7 @@ def test_a_process_that_fails_where_others_need_its_share_ends(tmp_path: Path) -
 
 def test_fp16_steps_that_overflow_are_taken_again_in_all_processes(tmp_path: Path) -> None:
     """And parameters that have been stepped more often than others keep their own count."""
-    settings = ("train.precision=fp16",)
-    one, two = (tiny_config(tmp_path, *settings, name=name) for name in ("one", "two"))
+    one, two = (tiny_config(tmp_path, "train.precision=fp16", name=name) for name in ("one", "two"))
     with open_run(one) as run:
         run.record(training_step(run, StopSignals()))
         run.state.loss_scale = 2.0**27
@@ -165,7 +164,7 @@ def test_fp16_steps_that_overflow_are_taken_again_in_all_processes(tmp_path: Pat
         run.save()
     shutil.copytree(one.folder, two.folder)
     assert train(one) == 0
-    run_together("train.py", str(tmp_path / "two.yaml"), *settings, "train.parallel=zero")
+    run_together("train.py", str(tmp_path / "two.yaml"), "train.precision=fp16", "train.parallel=zero")
     # A process's gradient, of half as many images, leaves the range a halving earlier.
     overflows = [column(config, "overflows")[-1] for config in (one, two)]
     assert 3 < overflows[0] <= overflows[1] <= overflows[0] + 1
