@@ -203,6 +203,7 @@ struct F32 {
     _mm512_storeu_si512(out, _mm512_cvttps_epi32(_mm512_mask_mov_ps(otherwise.v, used, cell.v)));
   }
   static DCNV4_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+  static DCNV4_INLINE void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 };
 DCNV4_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
 DCNV4_INLINE F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -261,6 +262,7 @@ struct F64 {
     _mm256_storeu_si256((__m256i*)out, _mm256_mask_mov_epi32(_mm256_set1_epi32(blank), used, cell));
   }
   static DCNV4_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+  static DCNV4_INLINE void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 };
 DCNV4_INLINE F64 operator+(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
 DCNV4_INLINE F64 operator-(F64 a, F64 b) { return {_mm512_sub_pd(a.v, b.v)}; }

@@ -229,7 +229,8 @@ DCNV4_NOINLINE void dot_lookups(const typename C::Cell* map, int64_t width, int6
   if (kSingle) width = kVectors * C::width;
   for (int i = 0; i < count; ++i, gradient += step, sums += 4 * kTaps) {
     if (kSingle || !add) ahead.fetch();
-    V::prefetch(gradient + 4 * step);
+    constexpr int kLine = 64 / sizeof(T);
+    for (int c = 0; c < kVectors * C::width; c += kLine) V::prefetch(gradient + 8 * step + c);
     typename C::Operand grad[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       const int64_t left = channels - v * C::width;

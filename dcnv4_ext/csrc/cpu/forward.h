@@ -57,7 +57,7 @@ DCNV4_INLINE void gather(const ScalarOf<V>* map, int64_t width, int64_t row_size
 template <class V, class T, int kVectors, int kTaps>
 void forward_rows(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* value, const T* offset_mask, T* output,
                   const ScalarOf<V>* map, Window window, int32_t blank, int64_t first_row, int64_t last_row,
-                  ScalarOf<V>* tap_scratch, Ahead<V> ahead, bool past_caches) {
+                  ScalarOf<V>* tap_scratch, Ahead<V>& ahead, bool past_caches) {
   using S = ScalarOf<V>;
   constexpr int kBatch = 4;  // pixels located before any is gathered: the stores of the weights have settled by then
   const int64_t K = kTaps > 0 ? kTaps : plan.K, padded = plan.padded_taps;
@@ -177,7 +177,7 @@ DCNV4_NOINLINE void gather_lookups(const typename C::Cell* map, int64_t row_size
 template <class C, class T, int kVectors, int kTaps, class V = typename C::Vector>
 void forward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* value, const T* offset_mask, T* output,
                          const typename C::Cell* map, Window window, int32_t blank, int64_t first_row, int64_t last_row,
-                         ScalarOf<V>* tap_scratch, Ahead<V> ahead, bool past_caches) {
+                         ScalarOf<V>* tap_scratch, Ahead<V>& ahead, bool past_caches) {
   using S = ScalarOf<V>;
   constexpr int64_t kChunk = kVectors * C::width;
   const LaneTables<V, kTaps>& lanes = *static_cast<const LaneTables<V, kTaps>*>(plan.lanes);
@@ -225,7 +225,7 @@ void forward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, 
 
 template <class C, class T, class V = typename C::Vector>
 using ForwardRows = void (*)(const dcnv4_problem&, const Plan<ScalarOf<V>>&, const T*, const T*, T*, const typename C::Cell*,
-                             Window, int32_t, int64_t, int64_t, ScalarOf<V>*, Ahead<V>, bool);
+                             Window, int32_t, int64_t, int64_t, ScalarOf<V>*, Ahead<V>&, bool);
 
 template <class C, class T, int kVectors>
 ForwardRows<C, T> forward_rows_for_taps(int64_t K, bool exact) {
@@ -338,8 +338,9 @@ int32_t forward(const dcnv4_problem& p, const void* value_, const void* offset_m
       const int32_t blank = int32_t((part.window.last - part.window.first) * plan.pitch);
       pack<C>(p, plan, image, part.window, map);
       clear_blank(plan, map + int64_t(blank) * plan.packed_width);
+      Ahead<V> ahead = data_of(next);
       rows_kernel(p, plan, image, offsets_of(part), output_of(part), map, part.window, blank, part.first, part.last,
-                  reinterpret_cast<S*>(memory + map_bytes), data_of(next), past_caches);
+                  reinterpret_cast<S*>(memory + map_bytes), ahead, past_caches);
     });
     if constexpr (V::looks_up)
       if (past_caches) V::fence();

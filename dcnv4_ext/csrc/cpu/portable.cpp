@@ -102,6 +102,7 @@ struct Lanes {
       out[i] = used.lane[i] ? (int32_t(y.v[i]) - first_row) * pitch + int32_t(x.v[i]) + 1 : blank;
   }
   static DCNV4_INLINE void prefetch(const void*) {}
+  static DCNV4_INLINE void prefetch_l2(const void*) {}
 };
 template <class S, int n>
 DCNV4_INLINE Lanes<S, n> operator+(const Lanes<S, n>& a, const Lanes<S, n>& b) {

@@ -2,13 +2,23 @@
 
 namespace {
 
+// Asks for a pixel's channels: `whole_lines` lines 64 bytes apart, and the line of the byte `last`. Into the L2 cache alone: they
+// are for the next task or block, and the L1 cache belongs to the map that this one looks at.
+template <class V>
+DCNV4_INLINE void fetch_pixel(const char* at, int64_t whole_lines, int64_t last) {
+  V::prefetch_l2(at + last);
+  if (whole_lines == 0) return;
+  V::prefetch_l2(at);
+  for (int64_t line = 1; line < whole_lines; ++line) V::prefetch_l2(at + 64 * line);
+}
+
 // Some channels of consecutive pixels, to be fetched into the caches.
 struct Stream {
   const char* at = nullptr;
   int64_t step = 0;         // bytes from pixel to pixel
   int64_t pixels = 0;       // left
   int64_t whole_lines = 0;  // 64 bytes apart from a pixel's first byte on
-  int64_t last = 0;         // the byte whose line is fetched after these
+  int64_t last = 0;         // the byte whose line is fetched besides
 
   Stream() = default;
   template <class T>
@@ -23,8 +33,7 @@ struct Stream {
 
   template <class V>
   DCNV4_INLINE void fetch() {
-    for (int64_t line = 0; line < whole_lines; ++line) V::prefetch(at + 64 * line);
-    V::prefetch(at + last);
+    fetch_pixel<V>(at, whole_lines, last);
     at += --pixels > 0 ? step : 0;  // stays on the last pixel: a branch would be foreseen wrongly
   }
 };
@@ -73,8 +82,7 @@ class BlocksAhead {
   void add(const T* first, int64_t stride, int64_t row_stride, int64_t elements) {
     constexpr int64_t kSize = int64_t(sizeof(T));
     const Stream pixel(first, stride, 1, elements);
-    blocks_[count_++] = {pixel.at, pixel.last, stride * kSize, (row_stride - columns_ * stride) * kSize};
-    lines_between_ = std::max(lines_between_, pixel.whole_lines - 1);
+    blocks_[count_++] = {pixel.at, pixel.whole_lines, pixel.last, stride * kSize, (row_stride - columns_ * stride) * kSize};
   }
 
   DCNV4_INLINE void fetch() {
@@ -89,13 +97,12 @@ class BlocksAhead {
  private:
   struct Block {
     const char* at = nullptr;
-    int64_t last = 0, step = 0, jump = 0;  // bytes
+    int64_t whole_lines = 0, last = 0;  // as in Stream
+    int64_t step = 0, jump = 0;         // bytes
   };
 
   DCNV4_INLINE void fetch(Block& block) {
-    V::prefetch(block.at);
-    for (int64_t line = 1; line <= lines_between_; ++line) V::prefetch(block.at + std::min(64 * line, block.last));
-    V::prefetch(block.at + block.last);
+    fetch_pixel<V>(block.at, block.whole_lines, block.last);
     block.at += block.step;
   }
   DCNV4_NOINLINE bool begin_row() {
@@ -111,7 +118,6 @@ class BlocksAhead {
 
   int64_t columns_ = 0, rows_ = 0;  // of a block; not yet begun
   int64_t column_ = 0;              // how many of the row are left
-  int64_t lines_between_ = 0;       // a pixel's first and last
   int count_ = 0;
   bool begun_ = false;
   Block blocks_[4];
@@ -124,8 +130,8 @@ using AheadOfVisits = std::conditional_t<V::sorts, BlocksAhead<V>, Ahead<V>>;
 // What tasks threads take: each at first a share of its own, tasks that follow one another, then whoever is free one that is
 // left. Threads keep away from each other: neighbouring groups share cache lines, and a line that one thread writes while
 // another one works at it goes back and forth between their caches, for as long as that takes on this machine. Not all are for
-// whoever is free: to take one waits until memory has what was stored past the caches. A thread knows its next task while it
-// does this one where there are many, and can ask for that one's data meanwhile.
+// whoever is free: to take one waits until memory has what was stored past the caches; a single thread takes none so. A thread
+// knows its next task while it does this one where there are many, and can ask for that one's data meanwhile.
 class Tasks {
  public:
   explicit Tasks(int64_t count) : count_(count) {}
@@ -134,7 +140,8 @@ class Tasks {
   // asked for: what OpenMP gives is what counts.
   template <class Work>
   void run(Thread thread, Work work) {
-    const int64_t team = thread.team, share = count_ / team, own = share * 3 / 4, left = share - own;
+    const int64_t team = thread.team, share = count_ / team;
+    const int64_t own = team == 1 ? share : share * 3 / 4, left = share - own;
     const bool early = count_ >= 4 * team;
     int64_t begun = 0;  // of its own
     const auto another = [&]() {
