@@ -56,9 +56,9 @@ struct CpuId {
   }
 };
 
-// AMD's Zen 5 (family 1Ah) was measured: four pipes of 512 bits take bf16 channels apart beside two loads. Others have two such
-// pipes, or pipes of half that width.
-bool takes_channels_apart() {
+// AMD's Zen 5 (family 1Ah), or a later one. It was measured: four pipes of 512 bits. An Intel Xeon was, too (Emerald Rapids):
+// it has two, as others have, or pipes of half that width.
+bool has_four_wide_pipes() {
   constexpr unsigned kAuth = 0x68747541;  // of "AuthenticAMD"
   const unsigned version = CpuId(1).eax;
   return CpuId(0).ebx == kAuth && (version >> 8 & 0xf) + (version >> 20 & 0xff) >= 0x1a;
@@ -76,7 +76,7 @@ struct Choice {
     if (has_avx512_bf16()) {
       available[count++] = &kAvx512WideKernels;
       available[count++] = &kAvx512Bf16Kernels;
-      if (!takes_channels_apart()) std::swap(available[0], available[1]);
+      if (!has_four_wide_pipes()) std::swap(available[0], available[1]);
     }
 #endif
     if (has_avx512()) available[count++] = &kAvx512Kernels;

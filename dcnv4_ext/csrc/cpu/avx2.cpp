@@ -140,7 +140,7 @@ struct F32 {
     _mm_storeu_ps(out, sums);
   }
 
-  static constexpr bool looks_up = true, spreads = false, sorts = false;
+  static constexpr bool looks_up = true, sorts = false;
   static constexpr int permuted = 4;
   using Weights = const float*;
   static DCNV4_INLINE Weights weights(const float* p) { return p; }

@@ -159,7 +159,7 @@ struct F32 {
     _mm_storeu_ps(out, sums);
   }
 
-  static constexpr bool looks_up = true, spreads = true, sorts = true;
+  static constexpr bool looks_up = true, sorts = true;
   static constexpr int permuted = 2;
   using Weights = F32;
   static DCNV4_INLINE Weights weights(const float* p) { return load(p); }

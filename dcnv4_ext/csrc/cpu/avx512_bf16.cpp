@@ -8,7 +8,7 @@
 #define DCNV4_BF16_INSTRUCTIONS
 
 namespace dcnv4 {
-extern const CpuKernels kAvx512Kernels;
+extern const CpuKernels kAvx512Kernels, kAvx512CellsKernels;
 
 namespace avx512_bf16 {
 
@@ -82,26 +82,30 @@ namespace {
 // Whether cells of bf16 hold `D` channels with no more waste than cells of the compute type.
 bool fits(int64_t D) { return cell_elements<Bf16>(D) <= cell_elements<Widened<F32>>(D); }
 
-template <bool kNarrow>
+template <bool kWide>
 int32_t forward_of(const dcnv4_problem& p, const void* value, const void* offset_mask, void* output) {
   if (p.dtype != DCNV4_BFLOAT16) return kAvx512Kernels.forward(p, value, offset_mask, output);
-  if (kNarrow && fits(p.D)) return forward<F32, bf16, Bf16>(p, value, offset_mask, output);
+  if (kWide && fits(p.D)) return forward<F32, bf16, Bf16>(p, value, offset_mask, output);
   return forward<F32, bf16>(p, value, offset_mask, output);
 }
 
+template <bool kWide>
 int32_t backward_of(const dcnv4_problem& p, const void* value, const void* offset_mask, const void* grad_output,
                     void* grad_value, void* grad_offset_mask) {
   if (p.dtype != DCNV4_BFLOAT16)
-    return kAvx512Kernels.backward(p, value, offset_mask, grad_output, grad_value, grad_offset_mask);
-  if (fits(p.D)) return backward<F32, bf16, Bf16>(p, value, offset_mask, grad_output, grad_value, grad_offset_mask);
-  return backward<F32, bf16>(p, value, offset_mask, grad_output, grad_value, grad_offset_mask);
+    return (kWide ? kAvx512CellsKernels : kAvx512Kernels)
+        .backward(p, value, offset_mask, grad_output, grad_value, grad_offset_mask);
+  if (kWide && fits(p.D))
+    return backward<F32, bf16, Bf16>(p, value, offset_mask, grad_output, grad_value, grad_offset_mask, kWide);
+  return backward<F32, bf16>(p, value, offset_mask, grad_output, grad_value, grad_offset_mask, kWide);
 }
 
 }  // namespace
 }  // namespace avx512_bf16
 
 extern const CpuKernels kAvx512Bf16Kernels, kAvx512WideKernels;
-const CpuKernels kAvx512Bf16Kernels = {"avx512_bf16", avx512_bf16::forward_of<false>, avx512_bf16::backward_of};
-// Where taking channels apart costs less than loading them twice: four pipes of 512 bits beside two loads.
-const CpuKernels kAvx512WideKernels = {"avx512_wide", avx512_bf16::forward_of<true>, avx512_bf16::backward_of};
+const CpuKernels kAvx512Bf16Kernels = {"avx512_bf16", avx512_bf16::forward_of<false>, avx512_bf16::backward_of<false>};
+// For four pipes of 512 bits beside two loads: taking channels apart costs less there than loading them twice. Dot products by the
+// instruction, and backward by cells: elsewhere the one takes four times as long as a multiply-add.
+const CpuKernels kAvx512WideKernels = {"avx512_wide", avx512_bf16::forward_of<true>, avx512_bf16::backward_of<true>};
 }  // namespace dcnv4

@@ -219,70 +219,54 @@ void backward_rows(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const 
   }
 }
 
-// Dot products of grad_output with the corners of the taps of `count` pixels, four a tap, over kVectors vectors of channels of
-// which `channels` are there; `add`: to what `sums` holds. Cells are `width` elements apart.
-template <class C, class T, int kVectors, int kTaps, bool kSingle, class V = typename C::Vector>
-DCNV4_NOINLINE void dot_lookups(const typename C::Cell* map, int64_t width, int64_t row_size, const Lookups<V, kTaps>& from,
-                                int count, const T* gradient, int64_t step, int64_t channels, ScalarOf<V>* sums, bool add,
-                                AheadOfVisits<V>& ahead) {
+// For `count` pixels: grad_output times the weights of the corners of their taps, added to the cells of `grad_map`; with kDots
+// also its dot products with the values of the corners, four a tap, to `sums`, or added to what these hold. Over kVectors vectors
+// of channels, of which `channels` are there; cells are `width` elements apart. Both in one loop: adding waits for stores, dot
+// products for arithmetic.
+template <class C, class T, int kVectors, int kTaps, bool kDots, bool kSingle, class V = typename C::Vector>
+DCNV4_NOINLINE void visit_lookups(const typename C::Cell* map, ScalarOf<V>* grad_map, int64_t width, int64_t row_size,
+                                  const Lookups<V, kTaps>& from, int count, const T* gradient, int64_t step, int64_t channels,
+                                  ScalarOf<V>* sums, bool add, AheadOfVisits<V>& ahead) {
+  using S = ScalarOf<V>;
   using Cell = typename C::Cell;
+  constexpr int kParts = kVectors * C::registers, kLine = 64 / int(sizeof(T));
   if (kSingle) width = kVectors * C::width;
   for (int i = 0; i < count; ++i, gradient += step, sums += 4 * kTaps) {
     if (kSingle || !add) ahead.fetch();
-    constexpr int kLine = 64 / sizeof(T);
     for (int c = 0; c < kVectors * C::width; c += kLine) V::prefetch(gradient + 8 * step + c);
-    typename C::Operand grad[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t left = channels - v * C::width;
-      grad[v] = DCNV4_LIKELY(left >= C::width) ? C::operand(gradient + v * C::width)
-                                               : C::operand_some(gradient + v * C::width, int(left));
-    }
-    uint64_t two = 0;
-    DCNV4_UNROLL
-    for (int k = 0; k < kTaps; ++k, two >>= 32) {
-      if (k % 2 == 0) memcpy(&two, from.element + i * kTaps + k, sizeof two);
-      const Cell* top = map + uint32_t(two);
-      const Cell* const corner[4] = {top, top + width, top + row_size, top + row_size + width};
-      V dot[4];
-      for (int q = 0; q < 4; ++q) {
-        dot[q] = C::dot(grad[0], C::operand(corner[q]));
-        for (int v = 1; v < kVectors; ++v) dot[q] = C::dot(grad[v], C::operand(corner[q] + v * C::width), dot[q]);
-      }
-      V::sum4(dot[0], dot[1], dot[2], dot[3], sums + 4 * k, !kSingle && add);
-    }
-  }
-}
-
-// grad_output times the weights of the corners, added to the cells of `map`.
-template <class C, class T, int kVectors, int kTaps, bool kSingle, class V = typename C::Vector>
-DCNV4_NOINLINE void scatter_lookups(ScalarOf<V>* map, int64_t width, int64_t row_size, const Lookups<V, kTaps>& from, int count,
-                                    const T* gradient, int64_t step, int64_t channels) {
-  using S = ScalarOf<V>;
-  constexpr int kParts = kVectors * C::registers;
-  if (kSingle) width = kVectors * C::width;
-  for (int i = 0; i < count; ++i, gradient += step) {
-    const int at = i * kTaps;
-    const Spreads<V, V::spreads> w00(from.w00 + at), w01(from.w01 + at), w10(from.w10 + at), w11(from.w11 + at);
+    typename C::Operand operand[kVectors];
     V grad[kParts];
     for (int v = 0; v < kVectors; ++v) {
       const int64_t left = channels - v * C::width;
       const T* const source = gradient + v * C::width;
+      if (kDots) operand[v] = DCNV4_LIKELY(left >= C::width) ? C::operand(source) : C::operand_some(source, int(left));
       const C c = DCNV4_LIKELY(left >= C::width) ? C::load(source) : C::load_some(source, int(left));
       for (int r = 0; r < C::registers; ++r) grad[v * C::registers + r] = c.part(r);
     }
+    const int at = i * kTaps;
     uint64_t two = 0;
     DCNV4_UNROLL
     for (int k = 0; k < kTaps; ++k, two >>= 32) {
       if (k % 2 == 0) memcpy(&two, from.element + at + k, sizeof two);
-      S* top = map + uint32_t(two);
-      S* bottom = top + row_size;
-      const auto add = [&](S* corner, V weight) DCNV4_LAMBDA_INLINE {
-        for (int v = 0; v < kParts; ++v) V::fma(weight, grad[v], V::load(corner + v * V::width)).store(corner + v * V::width);
+      const Cell* const top = map + uint32_t(two);
+      S* const grad_top = grad_map + uint32_t(two);
+      V dot[4];
+      if (kDots) {
+        const Cell* const corner[4] = {top, top + width, top + row_size, top + row_size + width};
+        for (int q = 0; q < 4; ++q) {
+          dot[q] = C::dot(operand[0], C::operand(corner[q]));
+          for (int v = 1; v < kVectors; ++v) dot[q] = C::dot(operand[v], C::operand(corner[q] + v * C::width), dot[q]);
+        }
+      }
+      const auto add_to = [&](S* cell, S weight) DCNV4_LAMBDA_INLINE {
+        const V w = V::set1(weight);
+        for (int v = 0; v < kParts; ++v) V::fma(w, grad[v], V::load(cell + v * V::width)).store(cell + v * V::width);
       };
-      add(top, w00(k));
-      add(top + width, w01(k));
-      add(bottom, w10(k));
-      add(bottom + width, w11(k));
+      add_to(grad_top, from.w00[at + k]);
+      add_to(grad_top + width, from.w01[at + k]);
+      add_to(grad_top + row_size, from.w10[at + k]);
+      add_to(grad_top + row_size + width, from.w11[at + k]);
+      if (kDots) V::sum4(dot[0], dot[1], dot[2], dot[3], sums + 4 * k, !kSingle && add);
     }
   }
 }
@@ -351,23 +335,32 @@ DCNV4_INLINE void for_batches_of(const dcnv4_problem& p, const Block& block, Wor
     for (int64_t column = block.left; column < block.right; column += V::width) work(row, column, V::width, V::width);
 }
 
-// How wide blocks are: the nearer to a square, the fewer cells its taps look at. At most a hundred columns where some vectors
-// of them divide the output's.
+// How large blocks may be. Taps are sorted in large ones, where cells have many of them. Else blocks are what is fetched ahead and
+// how far rows of the maps reach: with AVX-512 few whole rows, which the caches hold on to.
 template <class V>
-int64_t columns_of_block(const dcnv4_problem& p) {
-  constexpr int64_t kWide = 100;
+struct BlockSize {
+  int64_t pixels, columns;
+  explicit BlockSize(bool by_cells)
+      : pixels(V::sorts && !by_cells ? 256 : 2048),
+        columns(V::sorts && !by_cells ? SortedTaps<V, kLookupTaps>::kMostPixels : 100) {}
+};
+
+// How wide blocks are: the nearer to a square, the fewer cells its taps look at. Narrower than the output where some vectors of
+// columns divide it.
+template <class V>
+int64_t columns_of_block(const dcnv4_problem& p, bool by_cells) {
+  const int64_t most = BlockSize<V>(by_cells).columns;
   for (int64_t strips = 1; p.Wo / strips >= V::width; ++strips)
-    if (p.Wo / strips <= kWide && (strips == 1 || p.Wo % (strips * V::width) == 0)) return p.Wo / strips;
+    if (p.Wo / strips <= most && (strips == 1 || p.Wo % (strips * V::width) == 0)) return p.Wo / strips;
   return p.Wo;
 }
 
 // And how high, all alike if they can be; 0 where a single row is too much.
 template <class V>
-int64_t rows_of_block(const dcnv4_problem& p) {
-  constexpr int64_t kPixels = SortedTaps<V, kLookupTaps>::kPixels;
-  const int64_t columns = columns_of_block<V>(p);
+int64_t rows_of_block(const dcnv4_problem& p, bool by_cells) {
+  const int64_t columns = columns_of_block<V>(p, by_cells);
   if (columns > SortedTaps<V, kLookupTaps>::kMostPixels) return 0;
-  const int64_t most = std::max<int64_t>(1, kPixels / columns), blocks = (p.Ho + most - 1) / most;
+  const int64_t most = std::max<int64_t>(1, BlockSize<V>(by_cells).pixels / columns), blocks = (p.Ho + most - 1) / most;
   return (p.Ho + blocks - 1) / blocks;
 }
 
@@ -376,7 +369,7 @@ template <class C>
 int64_t sorted_bytes(const dcnv4_problem& p, const Plan<ScalarOf<typename C::Vector>>& plan) {
   using V = typename C::Vector;
   SortedTaps<V, kLookupTaps> taps;
-  const int64_t pixels = rows_of_block<V>(p) * columns_of_block<V>(p);
+  const int64_t pixels = rows_of_block<V>(p, true) * columns_of_block<V>(p, true);
   return taps.lay_out(nullptr, pixels, (p.H + 2) * plan.pitch, false) +
          (pixels * plan.packed_width + 32) * int64_t(sizeof(typename C::Cell));
 }
@@ -519,12 +512,12 @@ void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
       locate_lookups<V, T, kTaps>(p, frame, lanes, batch, lookups, nullptr, &states, front.rolls() ? &reach : nullptr);
       if (front.rolls() && reach.first() <= reach.last()) front.cover(reach.first() / row_size, reach.last() / row_size + 2);
       for (int64_t c = 0; c < width; c += kChunk) {
-        const auto dot = width == kChunk ? dot_lookups<C, T, kVectors, kTaps, true> : dot_lookups<C, T, kVectors, kTaps, false>;
-        const auto scatter =
-            width == kChunk ? scatter_lookups<C, T, kVectors, kTaps, true> : scatter_lookups<C, T, kVectors, kTaps, false>;
-        if (grad_offset_mask)
-          dot(map + c, width, row_size, lookups, count, gradient + c, p.output_stride, p.D - c, sums, c > 0, ahead);
-        scatter(grad_map + c, width, row_size, lookups, count, gradient + c, p.output_stride, p.D - c);
+        const bool single = width == kChunk;
+        const auto visit = grad_offset_mask ? (single ? visit_lookups<C, T, kVectors, kTaps, true, true>
+                                                      : visit_lookups<C, T, kVectors, kTaps, true, false>)
+                                            : (single ? visit_lookups<C, T, kVectors, kTaps, false, true>
+                                                      : visit_lookups<C, T, kVectors, kTaps, false, false>);
+        visit(map + c, grad_map + c, width, row_size, lookups, count, gradient + c, p.output_stride, p.D - c, sums, c > 0, ahead);
       }
       if (grad_offset_mask)
         finish_lookups<V, T, kTaps>(lanes, frame.frame.scale, sums, states.view(), p.softmax, count,
@@ -532,7 +525,7 @@ void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
                                     front.rolls());
     });
   };
-  const int64_t rows = rows_of_block<V>(p), columns = columns_of_block<V>(p);
+  const int64_t rows = rows_of_block<V>(p, plan.by_cells), columns = columns_of_block<V>(p, plan.by_cells);
   if (rows == 0 || !(V::sorts || front.rolls())) {
     AheadOfVisits<V> whole{};
     if constexpr (!V::sorts) whole = ahead;
@@ -548,6 +541,7 @@ void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
         const Operands<T> own = {front.image(), offset_mask, grad_output, first_row, last_row};
         BlocksAhead<V> ahead = ahead_of<C, T>(p, kTaps, block, own, next, grad_offset_mask, front);
         const auto sorted = [&]() {
+          if (!plan.by_cells) return Sorting::does_not_pay;
           return backward_block_sorted<C, T, kVectors, kTaps>(
               p, plan, offset_mask, grad_output, grad_offset_mask, map, grad_map, window, blank, block,
               grid_of<V>(p, plan.pitch, block, narrow), reinterpret_cast<char*>(scratch), front, padding, ahead);
@@ -597,10 +591,11 @@ BackwardRows<C, T> choose_backward_rows(int at_once, int64_t K, bool exact) {
   }
 }
 
-// With packed maps of channels as C holds them, or in the compute type where C has no kernel for the problem.
+// With packed maps of channels as C holds them, or in the compute type where C has no kernel for the problem. `by_cells`: where
+// V sorts.
 template <class V, class T, class C = Widened<V>>
 int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_mask_, const void* grad_output_,
-                 void* grad_value_, void* grad_offset_mask_) {
+                 void* grad_value_, void* grad_offset_mask_, bool by_cells = false) {
   using S = ScalarOf<V>;
   using Cell = typename C::Cell;
   const T *value = static_cast<const T*>(value_), *offset_mask = static_cast<const T*>(offset_mask_);
@@ -610,11 +605,12 @@ int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_
   S* grid = static_cast<S*>(grid_scratch.get(TapGrid<V>::elements(p) * sizeof(S)));
   if (!grid) return DCNV4_OUT_OF_MEMORY;
   Plan<S> plan = TapGrid<V>::template plan<C>(p, grid);
+  plan.by_cells = by_cells;
   std::optional<LaneTables<V, kLookupTaps>> lanes;
   if (V::looks_up && plan.K == kLookupTaps) plan.lanes = &lanes.emplace(plan);
   const auto rows_kernel = choose_backward_rows<C, T>(plan.at_once, plan.K, is_exact(p, plan, p.H + 2));
   if constexpr (!std::is_same_v<C, Widened<V>>)
-    if (!rows_kernel) return backward<V, T>(p, value_, offset_mask_, grad_output_, grad_value_, grad_offset_mask_);
+    if (!rows_kernel) return backward<V, T>(p, value_, offset_mask_, grad_output_, grad_value_, grad_offset_mask_, by_cells);
   const Window whole = {-1, p.H + 1};
   const int32_t blank = int32_t((p.H + 2) * plan.pitch);
   const int64_t map_size = map_elements(plan, p.H + 2);
@@ -623,11 +619,11 @@ int32_t backward(const dcnv4_problem& p, const void* value_, const void* offset_
   bool rolls = false, by_blocks = false;
   if constexpr (V::looks_up) {
     constexpr int64_t kStays = int64_t(V::sorts ? 2 : 4) << 20;  // bytes of maps
-    by_blocks = plan.lanes && is_exact(p, plan, p.H + 2) && rows_of_block<V>(p) > 0;
+    by_blocks = plan.lanes && is_exact(p, plan, p.H + 2) && rows_of_block<V>(p, by_cells) > 0;
     rolls = by_blocks && map_size * int64_t(sizeof(Cell) + sizeof(S)) > kStays;
     by_blocks = by_blocks && (rolls || V::sorts);
     if constexpr (V::sorts)
-      if (plan.lanes) tap_bytes = std::max(tap_bytes, sorted_bytes<C>(p, plan));
+      if (plan.lanes && by_cells) tap_bytes = std::max(tap_bytes, sorted_bytes<C>(p, plan));
   }
 
   // Where there are fewer groups than threads, the output rows are split into slabs, each with gradient maps of its own that

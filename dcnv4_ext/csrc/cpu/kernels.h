@@ -14,8 +14,8 @@
 // floor, first_lanes, greater (among the lanes of a mask), any, select, store_cells, sum4, prefetch (into the L1 cache) and prefetch_l2, operators + - *; where
 // `looks_up` is true also all_pairs, permute, store_whole, either, least, greatest, lane, power_of_two, stream (a store past
 // the caches), store_two, fence; Weights, weights and spread (one of a pixel's weights over all lanes, out of registers),
-// permuted (how many of the four corners' weights forward takes so) and spreads (whether backward does); `sorts`: whether
-// backward goes by cells (cells.h), with store_quads, sum_blocks and a store_whole for lanes that are not used. kUnrollTaps
+// permuted (how many of the four corners' weights forward takes so); `sorts`: whether backward can go by cells (cells.h), with
+// store_quads, sum_blocks and a store_whole for lanes that are not used. kUnrollTaps
 // asks for kernels with the nine taps of a 3x3 kernel unrolled, which pays where the taps' weights can stay in registers.
 
 // In the order in which they need each other.
@@ -52,18 +52,18 @@ int32_t forward_any(const dcnv4_problem& p, const void* value, const void* offse
   }
 }
 
-template <class F32, class F64>
+template <class F32, class F64, bool kByCells = false>
 int32_t backward_any(const dcnv4_problem& p, const void* value, const void* offset_mask, const void* grad_output,
                      void* grad_value, void* grad_offset_mask) {
   switch (p.dtype) {
     case DCNV4_FLOAT32:
-      return backward<F32, float>(p, value, offset_mask, grad_output, grad_value, grad_offset_mask);
+      return backward<F32, float>(p, value, offset_mask, grad_output, grad_value, grad_offset_mask, kByCells);
     case DCNV4_FLOAT64:
       return backward<F64, double>(p, value, offset_mask, grad_output, grad_value, grad_offset_mask);
     case DCNV4_BFLOAT16:
-      return backward<F32, bf16>(p, value, offset_mask, grad_output, grad_value, grad_offset_mask);
+      return backward<F32, bf16>(p, value, offset_mask, grad_output, grad_value, grad_offset_mask, kByCells);
     case DCNV4_FLOAT16:
-      return backward<F32, f16>(p, value, offset_mask, grad_output, grad_value, grad_offset_mask);
+      return backward<F32, f16>(p, value, offset_mask, grad_output, grad_value, grad_offset_mask, kByCells);
     default:
       return DCNV4_NO_KERNEL;
   }

@@ -128,6 +128,7 @@ struct Plan {
   S width, height, scale;
   const S *grid_x, *grid_y;     // padded_taps each
   const void* lanes = nullptr;  // LaneTables, where the kernel wants them
+  bool by_cells = false;        // whether backward sorts taps by cells (cells.h), where its vectors can
 };
 
 }  // namespace
