@@ -74,7 +74,7 @@ report: $(VENV)/installed
 	  --study benchmarks/results/digits_study.json benchmarks/results/ablations.json \
 	  --scores benchmarks/results/digits_compare.json benchmarks/results/photographs_compare.json \
 	  --throughput benchmarks/results/digits_throughput.json --operators benchmarks/results/operators_cpu.json \
-	  benchmarks/results/operators_cpu_avx2.json benchmarks/results/operators_nvidia_h200.json \
+	  benchmarks/results/operators_cpu_intel.json benchmarks/results/operators_cpu_avx2.json benchmarks/results/operators_nvidia_h200.json \
 	  benchmarks/results/operators_nvidia_h200_last.json benchmarks/results/operators_nvidia_h200_earlier.json \
 	  --ablations benchmarks/results/ablations_speed.json
 

@@ -154,6 +154,17 @@ def networks(results: dict[str, Any]) -> str:
     return markdown(rows)
 
 
+def scaling(results: dict[str, Any]) -> str:
+    """How many times as fast all threads are as one, of `benchmarks/cpu_scaling.py`: a row a shape."""
+    records = results["measurements"]
+    kinds = dict.fromkeys((r["direction"], r["dtype"]) for r in records)
+    rows = [["", *(f"{direction}, {dtype}" for direction, dtype in kinds)]]
+    for shape in dict.fromkeys(r["shape"] for r in records):
+        found = {(r["direction"], r["dtype"]): r["speedup"] for r in records if r["shape"] == shape}
+        rows.append([shape, *(f"{found[kind]:.2f}" for kind in kinds)])
+    return markdown(rows)
+
+
 def operator_kinds(records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     dtypes = dict.fromkeys(r["dtype"] for r in records)
     return [(dtype, direction) for dtype in dtypes for direction in ("forward", "backward")]
@@ -176,6 +187,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "ablations": study,
     "ablations_speed": ablations_speed,
     "operators_cpu": operators,
+    "operators_cpu_intel": operators,
+    "cpu_scaling": scaling,
     "operators_cpu_avx2": operators,
     "operators_nvidia_h200": partial(
         operators,

@@ -115,22 +115,60 @@ def test_sentences_are_those_of_the_json(readme: ModuleType) -> None:
         assert sentence in text, sentence
 
 
+def backward_over_forward(measurements: list[dict], dtype: str) -> list[float]:
+    """How many times as long as forward dcnv4's backward takes, row by row."""
+    ours = {(r["dtype"], r["direction"], r["shape"]): r["times"]["dcnv4"]["median"] for r in measurements}
+    shapes = dict.fromkeys(r["shape"] for r in measurements)
+    return [ours[dtype, "backward", shape] / ours[dtype, "forward", shape] for shape in shapes]
+
+
 def test_what_is_said_of_the_operators_speed_is_in_the_json(readme: ModuleType) -> None:
     """Where dcnv4 and oneDNN's depthwise convolution stand, and what backward costs."""
-    content = json.loads((readme.RESULTS / "operators_cpu.json").read_text(encoding="utf-8"))
-    records = {(r["dtype"], r["direction"], r["shape"]): r for r in content["measurements"]}
+    measurements = json.loads((readme.RESULTS / "operators_cpu.json").read_text(encoding="utf-8"))[
+        "measurements"
+    ]
     text = " ".join(EVIDENCE.split())
     for dtype, name in (("float32", "fp32"), ("bfloat16", "bf16")):
-        forward = [r for (of, direction, _), r in records.items() if (of, direction) == (dtype, "forward")]
+        forward = [r for r in measurements if (r["dtype"], r["direction"]) == (dtype, "forward")]
         ratios = [readme.times_as_long(r, "depthwise_onednn") for r in forward]
         ahead = sum(ratio >= 1 for ratio in ratios)
         assert f"{name} dcnv4 is ahead in {ahead} of {len(ratios)} rows" in text, ahead
         assert f"{statistics.geometric_mean(ratios):.2f} in geometric mean" in text
-        costs = [
-            records[dtype, "backward", r["shape"]]["times"]["dcnv4"]["median"] / r["times"]["dcnv4"]["median"]
-            for r in forward
-        ]
+        costs = backward_over_forward(measurements, dtype)
         assert f"{statistics.median(costs):.1f} times its forward in {name}" in text, costs
+
+
+def test_what_is_said_of_an_intel_xeon_is_in_the_json(readme: ModuleType) -> None:
+    """Against oneDNN and the grid_sample twin, backward against forward, two threads against one."""
+    content = json.loads((readme.RESULTS / "operators_cpu_intel.json").read_text(encoding="utf-8"))
+    measurements = content["measurements"]
+    assert content["environment"]["cpu"].startswith("Intel") and content["environment"]["threads"] == 2
+    text = " ".join(EVIDENCE.split()).partition("### On an Intel Xeon")[2].partition("### Where")[0]
+    for dtype, name in (("float32", "fp32"), ("bfloat16", "bf16")):
+        ratios = [
+            readme.times_as_long(r, "depthwise_onednn")
+            for r in measurements
+            if (r["dtype"], r["direction"]) == (dtype, "forward")
+        ]
+        costs = backward_over_forward(measurements, dtype)
+        ahead = sum(ratio >= 1 for ratio in ratios)
+        mean = statistics.geometric_mean(ratios)
+        assert (
+            f"in {name} dcnv4 is ahead in {ahead} of {len(ratios)} rows ({mean:.2f} in geometric mean)"
+            in text
+        )
+        said = f"{statistics.median(costs):.1f} times its forward in {name} (at most {max(costs):.2f})"
+        assert said in text, costs
+    for direction in ("forward", "backward"):
+        least = min(
+            readme.times_as_long(r, "grid_sample") for r in measurements if r["direction"] == direction
+        )
+        assert f"{least:.1f} times dcnv4's {direction}" in text, least
+    scaling = json.loads((readme.RESULTS / "cpu_scaling.json").read_text(encoding="utf-8"))
+    assert scaling["identity"]["kernels"] == content["identity"]["kernels"]
+    speedups = [r["speedup"] for r in scaling["measurements"]]
+    said = f"median {statistics.median(speedups):.2f}, and {sum(s >= 1.8 for s in speedups)} of {len(speedups)} are 1.8 or more"
+    assert said in text, said
 
 
 def test_what_is_said_of_avx2_is_in_the_json(readme: ModuleType) -> None:
@@ -263,6 +301,7 @@ def test_times_of_older_kernels_are_called_so(readme: ModuleType) -> None:
     for device, name, sentence in (
         ("cuda", "operators_nvidia_h200", "The CUDA kernels have changed since"),
         ("cpu", "operators_cpu", "The CPU kernels have changed since"),
+        ("cpu", "operators_cpu_intel", "These kernels have changed since on Intel processors"),
         ("cpu", "operators_cpu_avx2", "These AVX2 kernels have changed since"),
     ):
         content = json.loads((readme.RESULTS / f"{name}.json").read_text(encoding="utf-8"))

@@ -105,7 +105,7 @@ int32_t backward_of(const dcnv4_problem& p, const void* value, const void* offse
 
 extern const CpuKernels kAvx512Bf16Kernels, kAvx512WideKernels;
 const CpuKernels kAvx512Bf16Kernels = {"avx512_bf16", avx512_bf16::forward_of<false>, avx512_bf16::backward_of<false>};
-// For four pipes of 512 bits beside two loads: taking channels apart costs less there than loading them twice. Dot products by the
-// instruction, and backward by cells: elsewhere the one takes four times as long as a multiply-add.
+// For four pipes of 512 bits beside two loads: taking channels apart costs less there than loading them twice. Dot products by
+// the instruction, and backward by cells: elsewhere the one takes four times as long as a multiply-add.
 const CpuKernels kAvx512WideKernels = {"avx512_wide", avx512_bf16::forward_of<true>, avx512_bf16::backward_of<true>};
 }  // namespace dcnv4

@@ -220,9 +220,9 @@ void backward_rows(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const 
 }
 
 // For `count` pixels: grad_output times the weights of the corners of their taps, added to the cells of `grad_map`; with kDots
-// also its dot products with the values of the corners, four a tap, to `sums`, or added to what these hold. Over kVectors vectors
-// of channels, of which `channels` are there; cells are `width` elements apart. Both in one loop: adding waits for stores, dot
-// products for arithmetic.
+// also its dot products with the values of the corners, four a tap, to `sums`, or added to what these hold. Over kVectors
+// vectors of channels, of which `channels` are there; cells are `width` elements apart. Both in one loop: adding waits for
+// stores, dot products for arithmetic.
 template <class C, class T, int kVectors, int kTaps, bool kDots, bool kSingle, class V = typename C::Vector>
 DCNV4_NOINLINE void visit_lookups(const typename C::Cell* map, ScalarOf<V>* grad_map, int64_t width, int64_t row_size,
                                   const Lookups<V, kTaps>& from, int count, const T* gradient, int64_t step, int64_t channels,
@@ -335,8 +335,9 @@ DCNV4_INLINE void for_batches_of(const dcnv4_problem& p, const Block& block, Wor
     for (int64_t column = block.left; column < block.right; column += V::width) work(row, column, V::width, V::width);
 }
 
-// How large blocks may be. Taps are sorted in large ones, where cells have many of them. Else blocks are what is fetched ahead and
-// how far rows of the maps reach: with AVX-512 few whole rows, which the caches hold on to.
+// How large blocks may be. Taps are sorted in large ones, where cells have many of them. Else a block is what is fetched ahead,
+// and what rows of the maps are packed for: few whole rows with AVX-512, so that both are still in the caches when they are
+// needed.
 template <class V>
 struct BlockSize {
   int64_t pixels, columns;
@@ -487,7 +488,7 @@ BlocksAhead<V> ahead_of(const dcnv4_problem& p, int64_t taps, const Block& block
 }
 
 // The same as backward_rows where positions and elements of the map are whole numbers that the compute type holds: by cells, or
-// dot products, scattering and the rest in passes of their own over some pixels, which keep what each needs in registers.
+// in three passes over some pixels, which each keep what they need in registers: locating taps, visiting corners, finishing.
 template <class C, class T, int kVectors, int kTaps, class V = typename C::Vector>
 void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan, const T* offset_mask, const T* grad_output,
                           T* grad_offset_mask, const typename C::Cell* map, ScalarOf<V>* grad_map, Window window, int32_t blank,
@@ -517,7 +518,8 @@ void backward_rows_lookup(const dcnv4_problem& p, const Plan<ScalarOf<V>>& plan,
                                                       : visit_lookups<C, T, kVectors, kTaps, true, false>)
                                             : (single ? visit_lookups<C, T, kVectors, kTaps, false, true>
                                                       : visit_lookups<C, T, kVectors, kTaps, false, false>);
-        visit(map + c, grad_map + c, width, row_size, lookups, count, gradient + c, p.output_stride, p.D - c, sums, c > 0, ahead);
+        visit(map + c, grad_map + c, width, row_size, lookups, count, gradient + c, p.output_stride, p.D - c, sums, c > 0,
+              ahead);
       }
       if (grad_offset_mask)
         finish_lookups<V, T, kTaps>(lanes, frame.frame.scale, sums, states.view(), p.softmax, count,

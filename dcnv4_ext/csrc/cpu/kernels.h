@@ -11,12 +11,12 @@
 // nine vectors for as many pixels as a vector has lanes, and each of the passes that follow has its constants in registers.
 //
 // A vector type V has: width, Scalar, Mask; set1, zero, load, load_some, store, store_some, pairs, store_pairs, quads, fma,
-// floor, first_lanes, greater (among the lanes of a mask), any, select, store_cells, sum4, prefetch (into the L1 cache) and prefetch_l2, operators + - *; where
-// `looks_up` is true also all_pairs, permute, store_whole, either, least, greatest, lane, power_of_two, stream (a store past
-// the caches), store_two, fence; Weights, weights and spread (one of a pixel's weights over all lanes, out of registers),
-// permuted (how many of the four corners' weights forward takes so); `sorts`: whether backward can go by cells (cells.h), with
-// store_quads, sum_blocks and a store_whole for lanes that are not used. kUnrollTaps
-// asks for kernels with the nine taps of a 3x3 kernel unrolled, which pays where the taps' weights can stay in registers.
+// floor, first_lanes, greater (among the lanes of a mask), any, select, store_cells, sum4, prefetch (into the L1 cache) and
+// prefetch_l2, operators + - *; where `looks_up` is true also all_pairs, permute, store_whole, either, least, greatest, lane,
+// power_of_two, stream (a store past the caches), store_two, fence; Weights, weights and spread (one of a pixel's weights over
+// all lanes, out of registers), permuted (how many of the four corners' weights forward takes so); `sorts`: whether backward
+// can go by cells (cells.h), with store_quads, sum_blocks and a store_whole for lanes that are not used. kUnrollTaps asks for
+// kernels with the nine taps of a 3x3 kernel unrolled, which pays where the taps' weights can stay in registers.
 
 // In the order in which they need each other.
 #include "channels.h"
