@@ -61,6 +61,7 @@ def test_the_report_is_of_all_results(readme: ModuleType) -> None:
     names = {path.name for path in readme.RESULTS.glob("*.json")}
     assert [name for name in sorted(names) if name not in recipe] == [
         "cache_reading.json",
+        "cpu_scaling.json",
         "digits_dcn_loop.json",
         "digits_unet_loop.json",
         "full_size_cpu.json",
