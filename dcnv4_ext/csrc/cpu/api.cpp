@@ -12,7 +12,8 @@
 #endif
 
 namespace dcnv4 {
-extern const CpuKernels kAvx512WideKernels, kAvx512Bf16Kernels, kAvx512Kernels, kAvx2Kernels, kPortableKernels;
+extern const CpuKernels kAvx512WideKernels, kAvx512Bf16Kernels, kAvx512Bf16CellsKernels, kAvx512Kernels, kAvx512CellsKernels,
+    kAvx2Kernels, kPortableKernels;
 
 namespace {
 
@@ -42,7 +43,7 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 #endif
 #endif
 
-#if defined(DCNV4_AVX512_BF16)
+#if defined(DCNV4_X86)
 struct CpuId {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   explicit CpuId(int leaf) {
@@ -56,13 +57,21 @@ struct CpuId {
   }
 };
 
-// AMD's Zen 5 (family 1Ah), or a later one. It was measured: four pipes of 512 bits. An Intel Xeon was, too (Emerald Rapids):
-// it has two, as others have, or pipes of half that width.
-bool has_four_wide_pipes() {
+// Backward by cells was measured on AMD's Zen 5, pixel by pixel on an Intel Xeon (Emerald Rapids); Zen 4, which stores 512 bits
+// only every second cycle, is taken for one of its family.
+bool goes_by_cells() {
   constexpr unsigned kAuth = 0x68747541;  // of "AuthenticAMD"
-  const unsigned version = CpuId(1).eax;
-  return CpuId(0).ebx == kAuth && (version >> 8 & 0xf) + (version >> 20 & 0xff) >= 0x1a;
+  return CpuId(0).ebx == kAuth;
 }
+
+#if defined(DCNV4_AVX512_BF16)
+// Zen 5 (family 1Ah) was measured: four pipes of 512 bits take bf16 channels apart beside two loads. Others have two such
+// pipes, or pipes of half that width.
+bool takes_channels_apart() {
+  const unsigned version = CpuId(1).eax;
+  return goes_by_cells() && (version >> 8 & 0xf) + (version >> 20 & 0xff) >= 0x1a;
+}
+#endif
 #endif
 
 struct Choice {
@@ -75,11 +84,11 @@ struct Choice {
 #if defined(DCNV4_AVX512_BF16)
     if (has_avx512_bf16()) {
       available[count++] = &kAvx512WideKernels;
-      available[count++] = &kAvx512Bf16Kernels;
-      if (!has_four_wide_pipes()) std::swap(available[0], available[1]);
+      available[count++] = goes_by_cells() ? &kAvx512Bf16CellsKernels : &kAvx512Bf16Kernels;
+      if (!takes_channels_apart()) std::swap(available[0], available[1]);
     }
 #endif
-    if (has_avx512()) available[count++] = &kAvx512Kernels;
+    if (has_avx512()) available[count++] = goes_by_cells() ? &kAvx512CellsKernels : &kAvx512Kernels;
     if (has_avx2()) available[count++] = &kAvx2Kernels;
 #endif
     available[count++] = &kPortableKernels;

@@ -272,7 +272,7 @@ DCNV4_NOINLINE void visit_lookups(const typename C::Cell* map, ScalarOf<V>* grad
 }
 
 // Gradients of the offsets and weights of `count` pixels from the dot products, to rows `step` apart, and zeros to the
-// `padding` columns behind them. `fetch`: nobody has asked for those rows ahead; those of the next pixels are.
+// `padding` columns behind them. `fetch`: those rows may be far away; those of the next pixels are asked for.
 template <class V, class T, int kTaps>
 DCNV4_NOINLINE void finish_lookups(const LaneTables<V, kTaps>& lanes, V scale, const ScalarOf<V>* sums,
                                    const LookupStates<V>& states, bool softmax, int count, T* target, int64_t step,
@@ -335,19 +335,18 @@ DCNV4_INLINE void for_batches_of(const dcnv4_problem& p, const Block& block, Wor
     for (int64_t column = block.left; column < block.right; column += V::width) work(row, column, V::width, V::width);
 }
 
-// How large blocks may be. Taps are sorted in large ones, where cells have many of them. Else a block is what is fetched ahead,
-// and what rows of the maps are packed for: few whole rows with AVX-512, so that both are still in the caches when they are
-// needed.
+// How large blocks may be. Taps are sorted in large ones, where cells have many of them: the nearer to a square, the fewer
+// cells they look at. With AVX-512 and pixel by pixel, a block is what is fetched ahead, and what rows of the maps are packed
+// for: few whole rows, so that both are still in the caches when they are needed. With AVX2 it is the latter alone.
 template <class V>
 struct BlockSize {
   int64_t pixels, columns;
   explicit BlockSize(bool by_cells)
       : pixels(V::sorts && !by_cells ? 256 : 2048),
-        columns(V::sorts && !by_cells ? SortedTaps<V, kLookupTaps>::kMostPixels : 100) {}
+        columns(V::sorts && !by_cells ? std::numeric_limits<int64_t>::max() : 100) {}
 };
 
-// How wide blocks are: the nearer to a square, the fewer cells its taps look at. Narrower than the output where some vectors of
-// columns divide it.
+// How wide blocks are. Narrower than the output where some vectors of columns divide it.
 template <class V>
 int64_t columns_of_block(const dcnv4_problem& p, bool by_cells) {
   const int64_t most = BlockSize<V>(by_cells).columns;
@@ -360,7 +359,7 @@ int64_t columns_of_block(const dcnv4_problem& p, bool by_cells) {
 template <class V>
 int64_t rows_of_block(const dcnv4_problem& p, bool by_cells) {
   const int64_t columns = columns_of_block<V>(p, by_cells);
-  if (columns > SortedTaps<V, kLookupTaps>::kMostPixels) return 0;
+  if ((by_cells || !V::sorts) && columns > SortedTaps<V, kLookupTaps>::kMostPixels) return 0;
   const int64_t most = std::max<int64_t>(1, BlockSize<V>(by_cells).pixels / columns), blocks = (p.Ho + most - 1) / most;
   return (p.Ho + blocks - 1) / blocks;
 }

@@ -1,6 +1,6 @@
 // Backward by cells, for 3x3 kernels: the taps of many pixels are sorted by the cell they look at. The values of a cell and its
 // three neighbours, and the sums of their gradients, then stay in registers for all taps that look there. A pass over pixels
-// would read, and worse, write all eight vectors again for every tap: stores are what a processor does least of in a cycle.
+// reads, and writes, all eight vectors again for every tap; which of the two is faster depends on the processor (api.cpp).
 
 namespace {
 
@@ -18,8 +18,7 @@ struct SortedTap {
 template <class V, int kTaps>
 struct SortedTaps {
   using S = ScalarOf<V>;
-  static constexpr int64_t kPixels = 2048;  // of a block: a megabyte belongs to them, and fewer make cells with fewer taps
-  static constexpr int64_t kMostPixels = 4 * kPixels;  // where a row has so many
+  static constexpr int64_t kMostPixels = 8192;  // of a block
   static_assert(SortedTap::kNext * kTaps * kMostPixels <= SortedTap::kNextPixel &&
                     kMostPixels <= (int64_t(1) << (32 - SortedTap::kPlaceBits)),
                 "an entry holds them");

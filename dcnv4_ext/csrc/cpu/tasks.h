@@ -2,8 +2,8 @@
 
 namespace {
 
-// Asks for a pixel's channels: `whole_lines` lines 64 bytes apart, and the line of the byte `last`. Into the L2 cache alone:
-// they are for the next task or block, and the L1 cache belongs to the map that this one looks at.
+// Asks for a pixel's channels: `whole_lines` lines 64 bytes apart, and the line of the byte `last`. Where it was measured, into
+// the L2 cache alone: they are for the next task or block, and the L1 cache belongs to the map that this one looks at.
 template <class V>
 DCNV4_INLINE void fetch_pixel(const char* at, int64_t whole_lines, int64_t last) {
   V::prefetch_l2(at + last);
