@@ -354,13 +354,23 @@ _kept_problem = lru_cache(maxsize=2)(_problem)  # instruction sets take turns
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("d", [16, 24, 32, 48, 64, 80, 160])
 def test_more_pixels_than_are_sorted_at_once(isa: str, d: int) -> None:
-    """Where backward goes by cells: blocks of 2048 pixels, one visit or several, a last batch that is not full."""
+    """Backward in blocks, of 2048 pixels where it goes by cells and of 256 where it does not: one visit or several, a last batch
+    that is not full."""
     problems = [
         _kept_problem((61, 37), d, dtype, 2, seed, softmax=seed == 1)
         for seed, dtype in enumerate((torch.float32, torch.bfloat16))
     ]
     with native.forced_isa(isa):
         found = [text for problem in problems for text in mismatches(problem, solve(dcnv4, problem))]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_row_wider_than_any_block(isa: str) -> None:
+    """No vectors of columns divide it: by cells there are no blocks then, pixel by pixel they are of one row."""
+    problem = _kept_problem((3, 8203), 32, torch.float32, 2, 7)
+    with native.forced_isa(isa):
+        found = mismatches(problem, solve(dcnv4, problem))
     assert not found, "\n".join(found)
 
 
@@ -458,8 +468,8 @@ def test_maps_past_what_fp32_counts_exactly(isa: str, size: tuple[int, int]) -> 
 @pytest.mark.parametrize("threads", [1, 2], ids=["one task a group", "several tasks a group"])
 @pytest.mark.parametrize("offsets", ["near", "far", "few far"])
 def test_maps_larger_than_a_cache(isa: str, dtype: torch.dtype, threads: int, offsets: str) -> None:
-    """Backward packs and unpacks rows as it comes to them, in blocks of some columns: taps may leave those, and return to rows
-    that were done."""
+    """Backward packs and unpacks rows as it comes to them, in blocks of some columns or of few rows: taps may leave those, and
+    return to rows that were done."""
     results = []
     before = torch.get_num_threads()
     for settings in (dict(groups=1), dict(groups=1, stride=2, softmax=True, offset_scale=0.5)):
