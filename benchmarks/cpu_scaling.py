@@ -7,7 +7,6 @@ median over rounds. Name the number of threads with OMP_NUM_THREADS; no other pr
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import sys
@@ -24,10 +23,12 @@ sys.path.insert(0, str(ROOT))
 
 from eval.contenders import DIRECTIONS, buffer_sets, make_contender  # noqa: E402
 from eval.environment import environment  # noqa: E402
-from eval.operators import CPU_BATCH, MAIN_SIGMA, parse_rows  # noqa: E402
+from eval.operators import CPU_BATCH, DEFAULT_DTYPES, DTYPES, MAIN_SIGMA, parse_rows  # noqa: E402
 from eval.peers import OURS, PEERS, Case, Shape  # noqa: E402
 from eval.results import identity, write  # noqa: E402
 from eval.stopwatch import Contender, Stopwatch, keep_freed_memory  # noqa: E402
+from ldm_dcn.errors import Parser, UserError, exit_on_user_error  # noqa: E402
+from ldm_dcn.places import check_file_place  # noqa: E402
 
 FEWEST_PIXELS = 16 * 16
 SECONDS, MOST_ROUNDS = 1.5, 60  # of one contender
@@ -52,7 +53,7 @@ def measure(shape: Shape, dtype_name: str, direction: str, threads: int) -> dict
     contenders = [Contender(str(n), ready.calls, partial(on_threads, n)) for n in (1, threads)]
     timings, failed = Stopwatch("cpu", SECONDS, MOST_ROUNDS).race(contenders)
     if failed:
-        raise SystemExit(f"error: {shape} {dtype_name} {direction}: {next(iter(failed.values()))}")
+        raise UserError(f"{shape} {dtype_name} {direction} cannot be timed: {next(iter(failed.values()))}")
     one, all_of_them = (timings[str(n)] for n in (1, threads))
     speedups = [a / b for a, b in zip(one.seconds, all_of_them.seconds, strict=False)]
     return {
@@ -67,20 +68,24 @@ def measure(shape: Shape, dtype_name: str, direction: str, threads: int) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="python benchmarks/cpu_scaling.py", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", default=["all"], help="as eval.operators takes them")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DEFAULT_DTYPES["cpu"])
     parser.add_argument(
-        "--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"]
+        "--json", type=Path, help="file to write the figures to; one that is there is replaced"
     )
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
     threads = torch.get_num_threads()
     if threads < 2:
-        raise SystemExit(
-            "error: torch has one thread here: OMP_NUM_THREADS=2 or more, where there are cores for it"
+        raise UserError(
+            "torch has one thread here: set OMP_NUM_THREADS to 2 or more, where there are cores for it"
         )
+    if options.json:
+        check_file_place(options.json, "name another file with --json")
     shapes = [Shape.parse(row) for row in parse_rows(options.rows)]
     shapes = [Shape(min(s.n, CPU_BATCH), s.h, s.w, s.c) for s in shapes if s.h * s.w >= FEWEST_PIXELS]
+    if not shapes:
+        raise UserError(f"--rows: none of them has {FEWEST_PIXELS} pixels or more; name one that has")
     content: dict[str, Any] = {
         "identity": identity("cpu", freed_memory_kept=keep_freed_memory(), seconds=SECONDS),
         "environment": environment(),
@@ -99,4 +104,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -662,3 +662,25 @@ def test_results_do_not_tell_where_the_machine_keeps_its_files(monkeypatch, tmp_
     assert environment()["command"] == expected
     error = RuntimeError(f'assert failed at "{tmp_path / "peer" / "x.cpp"}":3')
     assert describe(error) == f'RuntimeError: assert failed at "{Path("peer", "x.cpp")}":3'
+
+
+def test_a_speedup_is_one_threads_time_over_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each contender calls the operator with its own number of threads; the ratio is taken round by round."""
+    spec = importlib.util.spec_from_file_location("cpu_scaling", ROOT / "benchmarks" / "cpu_scaling.py")
+    assert spec is not None and spec.loader is not None
+    cpu_scaling = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cpu_scaling)
+    seconds = {"1": [4.0, 6.0, 2.0], "2": [2.0, 2.0, 1.0]}
+    threads = {}
+
+    def race(self: stopwatch.Stopwatch, contenders: list[stopwatch.Contender]) -> tuple[dict, dict]:
+        for contender in contenders:
+            with contender.context():
+                threads[contender.name] = torch.get_num_threads()
+                contender.calls[0]()
+        return {name: stopwatch.Timing("clock", 1, seconds=all_of) for name, all_of in seconds.items()}, {}
+
+    monkeypatch.setattr(stopwatch.Stopwatch, "race", race)
+    record = cpu_scaling.measure(Shape.parse("1x16x16x32"), "float32", "backward", 2)
+    assert threads == {"1": 1, "2": 2} and torch.get_num_threads() == 1
+    assert (record["one_thread"], record["all_threads"], record["speedup"], record["rounds"]) == (4, 2, 2, 3)
